@@ -1,0 +1,41 @@
+# The first use of any target makes .venv from the pinned requirements.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+export PYTHONUNBUFFERED := 1
+
+.PHONY: demo test test-fast lint format bench clean help
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+$(VENV)/.ready: requirements.txt pyproject.toml
+	@echo "setting up $(VENV) (about two minutes and 7 GB the first time)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(VENV)/.ready ## the main job on embedded defaults: benchmark, shards, sweep, test, pictures
+	$(BIN)/python jobs/demo.py
+
+test: lint ## lint, types and every test
+	$(BIN)/python -m pytest
+
+test-fast: $(VENV)/.ready ## the tests that take less than ten seconds each
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(VENV)/.ready ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.ready ## rewrite the code in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.ready ## every measurement in benchmarks/
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+clean: ## remove what the demo and the runs wrote (not .venv)
+	rm -rf demo runs data build dist

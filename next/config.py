@@ -1,0 +1,473 @@
+"""The settings of a run: frozen, validated sections that every entry point shares.
+
+A setting has one name everywhere: field, flag (``--optim.lr``), Tune key, TOML recipe, MLflow
+parameter and error message. Every change of a setting goes through :func:`override`, which
+rebuilds the model and so validates it; a bad run dies before a worker starts.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Fraction = float
+"""A number in [0, 1]; the field states the bounds."""
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses unknown names and out-of-range values."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True
+    )
+
+
+class DataConfig(Section):
+    """What is read, and how it is laid out on this node."""
+
+    uri: str | None = None
+    """Folder of prepared shards (local path), as ``jobs/prepare.py`` wrote it."""
+    modalities: tuple[str, ...] | None = None
+    """Modalities to use, by the card's names; None uses all of them, in the card's order."""
+    image_size: tuple[int, int] | None = None
+    """Input height and width in pixels; None takes the card's."""
+    cache: str | None = None
+    """Folder of decoded caches and text banks of this node; None: ``~/.cache/next-reid``."""
+    mean: float = 0.5
+    """Subtracted from pixel values in [0, 1], for every channel."""
+    std: float = Field(default=0.5, gt=0)
+    """Divides pixel values after the mean was subtracted."""
+
+
+class BatchConfig(Section):
+    """P x K sampling: identities times instances, over all workers together."""
+
+    identities: int = Field(default=8, ge=2)
+    """P: distinct identities of one global batch (two at least, else there is no negative)."""
+    instances: int = Field(default=8, ge=2)
+    """K: samples of each identity in one global batch (two at least, else no positive)."""
+
+    @property
+    def size(self) -> int:
+        """Samples of one global batch, P * K."""
+        return self.identities * self.instances
+
+
+class AugmentConfig(Section):
+    """Augmentation, drawn per (seed, epoch, sample)."""
+
+    enabled: bool = True
+    """Off: the decoded image is only normalised."""
+    flip: Fraction = Field(default=0.5, ge=0, le=1)
+    """Probability of a horizontal flip."""
+    pad: int = Field(default=10, ge=0)
+    """Zero padding in pixels on each side before the random crop back to the input size."""
+    erase: Fraction = Field(default=0.5, ge=0, le=1)
+    """Probability of erasing one rectangle of each image."""
+    erase_area: tuple[float, float] = (0.02, 0.33)
+    """Least and largest share of the image that an erased rectangle covers."""
+    shared_geometry: bool = True
+    """Flip and crop alike in all modalities of a sample (the public codes draw each anew)."""
+
+    @model_validator(mode="after")
+    def _area_is_a_range(self) -> AugmentConfig:
+        low, high = self.erase_area
+        if not 0 < low <= high <= 1:
+            raise ValueError(
+                f"augment.erase_area must be two shares with 0 < low <= high <= 1, "
+                f"but got ({low}, {high})"
+            )
+        return self
+
+
+class CaptionsConfig(Section):
+    """Which sentences reach which expert."""
+
+    sampling: Literal["all", "subset", "split", "none"] = "subset"
+    """all: every expert gets every sentence; subset: each keeps each with probability ``keep``;
+    split: the sentences are dealt out over the experts; none: no text."""
+    keep: float = Field(default=0.7, gt=0, le=1)
+    """Probability that an expert keeps a sentence (``sampling = subset``); at least one is kept."""
+    encode: Literal["sentences", "joint"] = "sentences"
+    """sentences: mean of unit sentence embeddings; joint: the sampled sentences as one text."""
+    evaluation: Literal["all", "split", "none"] = "all"
+    """The deterministic choice at evaluation (``none`` if ``sampling`` is none)."""
+    unreliable: bool = False
+    """Sample sentences that hold none, unknown, unclear or unknowable, too."""
+
+
+class BackboneConfig(Section):
+    """The visual tower, and the text tower of the same model."""
+
+    name: str = "ViT-B-16"
+    """An open_clip model, or ``next-tiny`` (the project's own small CLIP)."""
+    pretrained: str | None = "openai"
+    """An open_clip tag or a weights file; None: random weights from ``seed``."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of random weights (both towers); used only without ``pretrained``."""
+    camera_coefficient: float | None = Field(default=None, gt=0)
+    """Weight of the learned camera embedding (SIE) added to the class token; None: off."""
+
+
+class SemanticConfig(Section):
+    """TMSE, the text-modulated semantic experts."""
+
+    enabled: bool = True
+    """Off: the branch is left out (ablation)."""
+    experts: int = Field(default=4, ge=1)
+    """Number of experts E; each gives one token."""
+    tokens_per_expert: int | None = Field(default=None, ge=1)
+    """Patches that an expert samples in each modality (the largest weights); None: all."""
+    expansion: float = Field(default=2.0, gt=0)
+    """Hidden width of an expert's MLP, in units of the token width."""
+    mixer_hidden: int = Field(default=8, ge=1)
+    """Hidden width of the mix of text scores along the modality axis."""
+
+
+class StructureConfig(Section):
+    """CSSE, the context-shared structure experts."""
+
+    enabled: bool = True
+    """Off: the branch is left out (ablation)."""
+    experts: int = Field(default=4, ge=1)
+    """Number of experts E."""
+    slots: int = Field(default=2, ge=1)
+    """Slots S of each expert; the branch gives E * S tokens."""
+    expansion: float = Field(default=2.0, gt=0)
+    """Hidden width of an expert's MLP, in units of the token width."""
+
+
+class RoutingConfig(Section):
+    """What both kinds of experts share."""
+
+    temperature: float = Field(default=1.0, gt=0)
+    """Divides the scores before the routing softmax; small: sharp, large: even."""
+
+
+class AggregationConfig(Section):
+    """MGFA, the cross-attention of class tokens over expert tokens."""
+
+    heads: int = Field(default=4, ge=1)
+    """Attention heads; must divide the token width."""
+    expansion: float = Field(default=2.0, gt=0)
+    """Hidden width of the MLP, in units of the token width."""
+
+
+class ModelConfig(Section):
+    """The network. Fields that are None are taken from the data by ``resolve``."""
+
+    backbone: BackboneConfig = BackboneConfig()
+    """The towers."""
+    semantic: SemanticConfig = SemanticConfig()
+    """Text-modulated semantic experts."""
+    structure: StructureConfig = StructureConfig()
+    """Context-shared structure experts."""
+    routing: RoutingConfig = RoutingConfig()
+    """Routing softmax."""
+    aggregation: AggregationConfig = AggregationConfig()
+    """Multi-grained features aggregation."""
+    supervise_cls: bool = False
+    """A third branch that supervises the plain class tokens."""
+    modalities: int | None = Field(default=None, ge=1)
+    """Number of modalities M; None: from the data."""
+    image_size: tuple[int, int] | None = None
+    """Input height and width in pixels; None: from the data."""
+    identities: int | None = Field(default=None, ge=1)
+    """Classes of the identity heads; None: from the data."""
+    cameras: int | None = Field(default=None, ge=1)
+    """Known cameras for the camera embedding; None: from the data."""
+
+
+class LossConfig(Section):
+    """Sum over branches of identity and triplet loss."""
+
+    identity_weight: float = Field(default=1.0, ge=0)
+    """Weight of the cross-entropy over train identities."""
+    triplet_weight: float = Field(default=1.0, ge=0)
+    """Weight of the batch-hard triplet loss with soft margin."""
+    label_smoothing: float = Field(default=0.1, ge=0, lt=1)
+    """Label smoothing of the cross-entropy."""
+
+
+class OptimConfig(Section):
+    """Optimizer and schedule."""
+
+    lr: float = Field(default=3.5e-4, gt=0)
+    """Peak learning rate of everything but the visual tower."""
+    tower_lr: float = Field(default=5e-6, gt=0)
+    """Peak learning rate of the visual tower."""
+    weight_decay: float = Field(default=1e-4, ge=0)
+    """Decoupled weight decay; not on norms, biases and embeddings."""
+    epochs: int = Field(default=50, ge=1)
+    """Epochs to train; with pruning, the most a trial gets."""
+    warmup_epochs: float = Field(default=10, ge=0)
+    """Linear warm-up from zero, in epochs; then a cosine to ``final_lr_share``."""
+    final_lr_share: float = Field(default=0.01, ge=0, le=1)
+    """Learning rate at the end, as a share of the peak."""
+    clip_norm: float | None = Field(default=None, gt=0)
+    """Largest norm of the whole gradient; None: not clipped."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Autocast of the forward pass; losses and distances are always float32."""
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> OptimConfig:
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(
+                f"optim.warmup_epochs must not exceed optim.epochs, "
+                f"but got {self.warmup_epochs} > {self.epochs}"
+            )
+        return self
+
+
+class SelectionConfig(Section):
+    """How the best epoch and the best trial are chosen."""
+
+    split: Literal["val", "test"] = "val"
+    """val: held-out train identities; test: as the public codes do, which flatters the result."""
+    holdout: float = Field(default=0.15, ge=0, lt=1)
+    """Share of train identities held out for ``val``."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the choice of held-out identities; the same for every trial of a sweep."""
+    every: int = Field(default=1, ge=1)
+    """Evaluate each so many epochs (and after the last)."""
+    batch: int = Field(default=128, ge=1)
+    """Samples of one evaluation forward."""
+
+    @model_validator(mode="after")
+    def _val_needs_identities(self) -> SelectionConfig:
+        if self.split == "val" and self.holdout == 0:
+            raise ValueError(
+                "selection.holdout must be positive with selection.split = val, but got 0; "
+                "hold out a share of train identities, or set selection.split = test"
+            )
+        return self
+
+
+class ScalingConfig(Section):
+    """Named after ``ray.train.ScalingConfig``."""
+
+    num_workers: int = Field(default=1, ge=1)
+    """1: train in this process (or in Tune's actor); more: through Ray Train."""
+    use_gpu: bool = False
+    """One GPU for each worker."""
+    cpus_per_worker: float = Field(default=1.0, gt=0)
+    """CPUs that Ray reserves for each worker; may be a fraction."""
+
+
+class CheckpointConfig(Section):
+    """Named after ``ray.train.CheckpointConfig``."""
+
+    num_to_keep: int = Field(default=1, ge=1)
+    """Best checkpoints kept, beside the latest."""
+
+
+class RunSection(Section):
+    """Named after ``ray.train.RunConfig``: where a run lives."""
+
+    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run's folder; the same name resumes the run. None: a new name from the time."""
+    storage_path: str = "runs"
+    """Folder of all runs."""
+    fresh: bool = False
+    """Start anew although a run of this name exists (its folder is set aside, not deleted)."""
+
+
+class TrackingConfig(Section):
+    """MLflow."""
+
+    uri: str | None = None
+    """``http(s)://`` address; None: SQLite under the storage path and a local server."""
+    experiment: str | None = None
+    """Experiment; None: the benchmark's name."""
+    enabled: bool = True
+    """Off: the journal beside the run is still written."""
+
+
+class RunConfig(Section):
+    """Everything that decides a run."""
+
+    seed: int = Field(default=0, ge=0)
+    """Seed of initialisation, batch order, augmentation and caption sampling."""
+    threads: int | None = Field(default=None, ge=1)
+    """Torch threads of a worker; None: as torch chooses."""
+    data: DataConfig = DataConfig()
+    """Input."""
+    batch: BatchConfig = BatchConfig()
+    """P x K batches."""
+    augment: AugmentConfig = AugmentConfig()
+    """Augmentation."""
+    captions: CaptionsConfig = CaptionsConfig()
+    """Caption sampling."""
+    model: ModelConfig = ModelConfig()
+    """Network."""
+    loss: LossConfig = LossConfig()
+    """Loss."""
+    optim: OptimConfig = OptimConfig()
+    """Optimizer and schedule."""
+    selection: SelectionConfig = SelectionConfig()
+    """Choice of the best epoch."""
+    scaling: ScalingConfig = ScalingConfig()
+    """Workers."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Checkpoints."""
+    run: RunSection = RunSection()
+    """Where the run lives."""
+    tracking: TrackingConfig = TrackingConfig()
+    """MLflow."""
+
+    @model_validator(mode="after")
+    def _workers_share_the_batch(self) -> RunConfig:
+        if self.batch.size % self.scaling.num_workers:
+            raise ValueError(
+                f"batch.identities * batch.instances must be a multiple of scaling.num_workers, "
+                f"so that every worker gets the same share, but got "
+                f"{self.batch.size} over {self.scaling.num_workers}"
+            )
+        return self
+
+
+def override(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
+    """A new configuration with dotted ``settings`` replaced, validated as a whole.
+
+    Example:
+        >>> override(RunConfig(), {"optim.lr": 1e-3}).optim.lr
+        0.001
+
+    Raises:
+        ValueError: a name that does not exist (with the near match), a value out of range or of
+            the wrong type, or values that do not fit each other; all problems are listed.
+    """
+    known = set(setting_names())
+    tree = config.model_dump()
+    problems = []
+    for name, value in settings.items():
+        if name not in known:
+            problems.append(_unknown_setting(name, sorted(known)))
+            continue
+        *sections, leaf = name.split(".")
+        node = tree
+        for section in sections:
+            node = node[section]
+        node[leaf] = value
+    if problems:
+        raise ValueError("\n".join(problems))
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ValueError(describe(error)) from None
+
+
+def setting_names() -> list[str]:
+    """All dotted names of :class:`RunConfig`, in the order in which they are declared."""
+    return [name for name, _ in flatten(RunConfig())]
+
+
+def flatten(config: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Pairs of dotted name and value, depth first."""
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        if isinstance(value, Section):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def differences(ours: RunConfig, theirs: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Dotted names whose values differ, with both values."""
+    other = dict(flatten(theirs))
+    return {name: (value, other[name]) for name, value in flatten(ours) if value != other[name]}
+
+
+def load_recipe(path: str | Path) -> dict[str, Any]:
+    """Dotted settings of a TOML file, whose tables are the sections.
+
+    Raises:
+        ValueError: the file is not TOML, or holds an unknown setting (with the near match).
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        tree = tomllib.loads(Path(path).read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from None
+    settings = dotted(tree)
+    known = setting_names()
+    problems = [_unknown_setting(name, known) for name in settings if name not in known]
+    if problems:
+        raise ValueError(f"{path}: " + "\n".join(problems))
+    return settings
+
+
+def dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested tables to dotted names: ``{"optim": {"lr": 1}} -> {"optim.lr": 1}``."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= dotted(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def to_toml(config: RunConfig) -> str:
+    """The configuration as TOML that :func:`from_toml` reads back; None is left out."""
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def from_toml(text: str) -> RunConfig:
+    """Read what :func:`to_toml` wrote.
+
+    A default that is not None but was None in the written configuration is set back to None, so
+    that reading is the exact inverse of writing.
+
+    Raises:
+        ValueError: unknown settings or bad values.
+    """
+    settings = dotted(tomllib.loads(text))
+    absent = {
+        name: None
+        for name, value in flatten(RunConfig())
+        if value is not None and name not in settings
+    }
+    return override(RunConfig(), absent | settings)
+
+
+def describe(error: ValidationError) -> str:
+    """One line for each problem: setting, rule, what came."""
+    lines = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        came = problem["input"]
+        lines.append(
+            f"{where}: {message}, but got {came!r}"
+            if where and not isinstance(came, Mapping)
+            else message
+        )
+    return "\n".join(lines)
+
+
+def near_matches(name: str, known: list[str]) -> list[str]:
+    """Up to three names of ``known`` that ``name`` may have meant; leaf names count too."""
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    if not close:
+        leaf = name.rsplit(".", 1)[-1]
+        leaves = {other.rsplit(".", 1)[-1] for other in known}
+        near = difflib.get_close_matches(leaf, sorted(leaves), n=1, cutoff=0.75)
+        close = [other for other in known if near and other.rsplit(".", 1)[-1] == near[0]][:3]
+    return close
+
+
+def _unknown_setting(name: str, known: list[str]) -> str:
+    sections = {known_name.rsplit(".", 1)[0] for known_name in known if "." in known_name}
+    if name in sections:
+        inside = ", ".join(other for other in known if other.startswith(name + "."))
+        return f"{name} is a section, not a setting; set one of: {inside}"
+    close = near_matches(name, known)
+    hint = f"; did you mean {' or '.join(close)}?" if close else "; see --help for all settings"
+    return f"there is no setting named {name!r}{hint}"

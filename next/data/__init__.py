@@ -1,0 +1,1 @@
+"""From raw folders to batches: cards, shards, decoded cache, plans, captions."""

@@ -1,0 +1,1 @@
+"""Embedding, retrieval metrics by the card's protocol, and figures."""
