@@ -1,0 +1,208 @@
+"""Plans: which rows stand in which global batch of an epoch, decided before anything is loaded.
+
+A plan is a pure function of (identities of the rows, seed, epoch, P, K). World size, loader
+threads and resume only choose which part of it is read, so they cannot change the order of data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from next.data.draws import uniform
+
+
+def epoch_plan(pids: np.ndarray, *, seed: int, epoch: int, p: int, k: int) -> np.ndarray:
+    """The global batches of one epoch: each has P distinct identities times K rows.
+
+    The rows of each identity are shuffled and cut into chunks of K; then P identities that still
+    have a chunk are drawn, evenly and without replacement, again and again until fewer than P
+    remain. An identity with n rows has ``max(1, n // K)`` chunks:
+
+    * with n >= K the last ``n % K`` rows of this epoch's shuffle are left out (another epoch leaves
+      out others), and no row stands in the plan twice;
+    * with n < K its shuffled rows are repeated in turn up to K, so that each stands
+      ``K // n`` or ``K // n + 1`` times, all of them in one batch.
+
+    Chunks of identities that remain at the end, when fewer than P have any, are left out too.
+
+    Args:
+        pids: ``[n]`` identity of each row; any integers.
+        seed: seed of the run.
+        epoch: number of the epoch.
+        p: P, identities of a global batch.
+        k: K, rows of each identity in a global batch.
+
+    Returns:
+        int64 ``[steps, P*K]`` of indices into ``pids``; the K rows of an identity stand together.
+
+    Raises:
+        ValueError: P or K below 1, or P larger than the number of identities.
+
+    Source: the ``RandomIdentitySampler`` of the public re-identification codes. Ours differs where
+    an identity has fewer than K rows: theirs draws K with replacement, and so loses some rows.
+    """
+    if p < 1 or k < 1:
+        raise ValueError(
+            f"batch.identities and batch.instances must be at least 1, but got {p} and {k}"
+        )
+    pids = np.asarray(pids)
+    grouped = np.argsort(pids, kind="stable")
+    first_row, counts = _runs(pids[grouped])
+    if p > len(first_row):
+        raise ValueError(
+            f"batch.identities must not exceed the number of train identities, but got {p} with "
+            f"{len(first_row)} identities; lower batch.identities, or hold out fewer identities "
+            f"(selection.holdout)"
+        )
+    chunks = np.maximum(1, counts // k)
+
+    identity = _draw_identities(chunks, p, seed, epoch)
+    chunk = occurrences(identity)
+    within = (chunk[..., None] * k + np.arange(k)) % counts[identity][..., None]
+    place = first_row[identity][..., None] + within
+    return grouped[_shuffle_within(counts, seed, epoch)[place]].reshape(-1, p * k)
+
+
+def nominal_samples(pids: np.ndarray, k: int) -> int:
+    """Samples of all chunks of K, the epoch length that the public codes report.
+
+    A plan has at most so many: it leaves out the chunks that remain when fewer than P identities
+    have any.
+    """
+    counts = np.unique(np.asarray(pids), return_counts=True)[1]
+    return int(np.maximum(1, counts // k).sum() * k)
+
+
+def occurrences(plan: np.ndarray) -> np.ndarray:
+    """How often each entry's row stood earlier in the plan: 0 for the first time, 1, ...
+
+    Rows repeat where an identity has fewer than K; this number tells the draws (augmentation,
+    sentences) of the repetitions apart. It belongs to the global plan: take a worker's slice of it
+    as of the plan.
+
+    Args:
+        plan: int64 ``[steps, P*K]``, read in row-major order.
+
+    Returns:
+        int64 ``[steps, P*K]``.
+    """
+    flat = plan.reshape(-1)
+    order = np.argsort(flat, kind="stable")
+    starts, counts = _runs(flat[order])
+    result = np.empty(len(flat), dtype=np.int64)
+    result[order] = np.arange(len(flat)) - np.repeat(starts, counts)
+    return result.reshape(plan.shape)
+
+
+def plan_hash(plan: np.ndarray) -> str:
+    """SHA-256 (hexadecimal) over the plan's shape and entries as little-endian int64."""
+    digest = hashlib.sha256(np.asarray(plan.shape, dtype="<i8").tobytes())
+    digest.update(np.ascontiguousarray(plan, dtype="<i8").tobytes())
+    return digest.hexdigest()
+
+
+def worker_slice(plan: np.ndarray, rank: int, world: int) -> np.ndarray:
+    """The columns of worker ``rank``; joined in the order of ranks they are the plan again.
+
+    Args:
+        plan: ``[steps, P*K]``.
+        rank: number of the worker, from 0.
+        world: number of workers; must divide P*K.
+
+    Returns:
+        ``[steps, P*K / world]``, a view.
+
+    Raises:
+        ValueError: ``world`` does not divide P*K, or there is no such rank.
+    """
+    if world < 1 or plan.shape[1] % world:
+        raise ValueError(
+            f"batch.identities * batch.instances must be a multiple of scaling.num_workers, "
+            f"but got {plan.shape[1]} over {world}"
+        )
+    if not 0 <= rank < world:
+        raise ValueError(f"rank must lie in 0..{world - 1}, but got {rank}")
+    share = plan.shape[1] // world
+    return plan[:, rank * share : (rank + 1) * share]
+
+
+def holdout_rows(pids: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the identities to train on, and of those held out for validation.
+
+    Which identities are held out depends on their numbers and the seed alone, not on the order of
+    rows or on how many rows they have.
+
+    Args:
+        pids: ``[n]`` identity of each row.
+        share: share of identities to hold out, in [0, 1); 0 holds out none, anything else at
+            least two and leaves at least two.
+        seed: seed of the choice.
+
+    Returns:
+        int64 rows to train on and int64 rows held out, each ascending.
+
+    Raises:
+        ValueError: the share is out of range, or there are fewer than four identities to share.
+    """
+    if not 0 <= share < 1:
+        raise ValueError(f"selection.holdout must lie in [0, 1), but got {share}")
+    pids = np.asarray(pids)
+    identities, code = np.unique(pids, return_inverse=True)
+    if share == 0:
+        return np.arange(len(pids)), np.empty(0, dtype=np.int64)
+    if len(identities) < 4:
+        raise ValueError(
+            f"selection.holdout needs at least 4 train identities, two to train on and two to "
+            f"hold out, but got {len(identities)}; set selection.holdout = 0 and "
+            f"selection.split = test, or add identities"
+        )
+    number = min(max(2, round(share * len(identities))), len(identities) - 2)
+    rank = uniform("holdout", seed, identities)[:, 0]
+    chosen = np.zeros(len(identities), dtype=bool)
+    chosen[np.argsort(rank, kind="stable")[:number]] = True
+    held_out = chosen[code]
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def _runs(ordered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where each run of equal values starts in a sorted array, and how long it is."""
+    changes = np.ones(len(ordered), dtype=bool)
+    changes[1:] = ordered[1:] != ordered[:-1]
+    starts = np.flatnonzero(changes)
+    return starts, np.diff(starts, append=len(ordered))
+
+
+def _draw_identities(chunks: np.ndarray, p: int, seed: int, epoch: int) -> np.ndarray:
+    """Identity codes ``[steps, P]``: each step draws P of those that still have a chunk.
+
+    A partial Fisher-Yates shuffle of the list of these identities at each step; one that is used
+    up is replaced by the last. So the time grows with the chunks, not with steps times identities.
+    """
+    waiting, remaining = list(range(len(chunks))), chunks.tolist()
+    numbers = uniform("identities", seed, epoch, n=int(chunks.sum())).tolist()
+    drawn: list[int] = []
+    while len(waiting) >= p:
+        for place in range(p):
+            other = place + int(numbers[len(drawn) + place] * (len(waiting) - place))
+            waiting[place], waiting[other] = waiting[other], waiting[place]
+        batch = waiting[:p]
+        drawn += batch
+        for place in range(p - 1, -1, -1):
+            remaining[batch[place]] -= 1
+            if not remaining[batch[place]]:
+                waiting[place] = waiting[-1]
+                waiting.pop()
+    return np.asarray(drawn, dtype=np.int64).reshape(-1, p)
+
+
+def _shuffle_within(counts: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """Places ``[sum(counts)]`` of consecutive groups, in random order within each group.
+
+    One stable sort of 64-bit keys: the group in the high bits, a random number in the low ones.
+    """
+    low = 63 - len(counts).bit_length()
+    shuffle = uniform("samples", seed, epoch, n=int(counts.sum())) * 2.0**low
+    group = np.repeat(np.arange(len(counts)), counts)
+    return np.argsort((group << low) | shuffle.astype(np.int64), kind="stable")

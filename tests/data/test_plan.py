@@ -1,0 +1,200 @@
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from next.data.plan import (
+    epoch_plan,
+    holdout_rows,
+    nominal_samples,
+    occurrences,
+    plan_hash,
+    worker_slice,
+)
+
+CAPTIONS = Path(__file__).resolve().parents[2].parent / "shared" / "captions"
+
+row_identities = st.lists(st.integers(-3, 9), min_size=1, max_size=80).map(np.asarray)
+
+
+def real_identities(benchmark: str) -> np.ndarray:
+    items = json.loads((CAPTIONS / benchmark / "train_RGB.json").read_text())
+    return np.asarray([int(item["item"].split("_")[0]) for item in items])
+
+
+def plan_of(pids: np.ndarray, p: int = 2, k: int = 3, seed: int = 0, epoch: int = 0) -> np.ndarray:
+    return epoch_plan(pids, seed=seed, epoch=epoch, p=p, k=k)
+
+
+@settings(deadline=None)
+@given(row_identities, st.integers(1, 4), st.integers(1, 5), st.integers(0, 3))
+def test_every_batch_has_p_distinct_identities_times_k_rows(pids, p, k, epoch):
+    p = min(p, len(np.unique(pids)))
+    plan = plan_of(pids, p, k, epoch=epoch)
+    assert plan.dtype == np.int64
+    assert plan.shape[0] >= 1
+    for batch in pids[plan].reshape(-1, p, k):
+        assert all(len(set(group)) == 1 for group in batch.tolist())
+        assert len(set(batch[:, 0].tolist())) == p
+
+
+@settings(deadline=None)
+@given(row_identities, st.integers(1, 4), st.integers(1, 5))
+def test_no_row_is_repeated_or_left_out_beyond_the_rule(pids, p, k):
+    p = min(p, len(np.unique(pids)))
+    plan = plan_of(pids, p, k)
+    used = Counter(plan.ravel().tolist())
+    waiting = 0
+    for pid in np.unique(pids):
+        rows = np.flatnonzero(pids == pid)
+        times = sorted(used[row] for row in rows.tolist())
+        if len(rows) >= k:
+            assert set(times) <= {0, 1}
+            waiting += sum(times) < len(rows) // k * k
+        elif any(times):
+            assert sum(times) == k
+            assert times[-1] - times[0] <= 1
+        else:
+            waiting += 1
+    assert waiting < p, "the epoch ends only when fewer than P identities have a chunk left"
+
+
+def test_an_epoch_draws_evenly_among_the_identities_that_have_a_chunk_left():
+    # One identity has many chunks, nine have one. If identities are drawn evenly, the first step
+    # of P = 2 holds each of them with probability 0.2.
+    pids = np.concatenate([np.zeros(40, dtype=int), np.arange(1, 10)])
+    first = [pids[plan_of(pids, p=2, k=1, epoch=epoch)[0]] for epoch in range(2000)]
+    share = np.bincount(np.concatenate(first), minlength=10) / 2000
+    np.testing.assert_allclose(share, 0.2, atol=0.035)
+
+
+def test_each_row_of_an_identity_is_as_likely_as_any_other():
+    pids = np.repeat([0, 1], 5)
+    used = np.zeros(10)
+    for epoch in range(2000):
+        used[plan_of(pids, p=2, k=3, epoch=epoch)] += 1
+    np.testing.assert_allclose(used / 2000, 0.6, atol=0.05)
+
+
+def test_a_plan_is_a_function_of_its_arguments():
+    pids = np.repeat(np.arange(12), 7)
+    assert plan_hash(plan_of(pids)) == plan_hash(plan_of(pids.copy()))
+    hashes = {plan_hash(plan_of(pids, seed=s, epoch=e)) for s in range(3) for e in range(3)}
+    assert len(hashes) == 9
+
+
+def test_a_plan_never_changes():
+    # A plan made by any version, on any machine, is the same; if this fails, runs stop resuming.
+    pids = np.repeat(np.arange(12), np.arange(1, 13))
+    plan = epoch_plan(pids, seed=7, epoch=3, p=4, k=4)
+    assert plan_hash(plan) == "d5312aa2e9bb55a80897e0b11d265106298e685be6d24bcc0599918738387210"
+
+
+@settings(deadline=None)
+@given(row_identities, st.integers(1, 3), st.sampled_from([1, 2, 4, 8]))
+def test_worker_slices_are_the_plan_cut_into_disjoint_columns(pids, p, world):
+    plan = plan_of(pids, min(p, len(np.unique(pids))), k=8)
+    slices = [worker_slice(plan, rank, world) for rank in range(world)]
+    assert {part.shape for part in slices} == {(len(plan), plan.shape[1] // world)}
+    np.testing.assert_array_equal(np.concatenate(slices, axis=1), plan)
+
+
+@given(st.lists(st.lists(st.integers(0, 5), min_size=4, max_size=4), max_size=12))
+def test_occurrences_count_how_often_a_row_stood_before(rows):
+    plan = np.asarray(rows, dtype=np.int64).reshape(-1, 4)
+    seen: Counter[int] = Counter()
+    expected = []
+    for row in plan.ravel().tolist():
+        expected.append(seen[row])
+        seen[row] += 1
+    result = occurrences(plan)
+    assert result.shape == plan.shape
+    assert result.ravel().tolist() == expected
+
+
+def test_the_hash_covers_shape_and_entries():
+    plan = np.arange(12, dtype=np.int64).reshape(3, 4)
+    assert plan_hash(plan) != plan_hash(plan.reshape(4, 3))
+    assert plan_hash(plan) != plan_hash(plan[:, ::-1])
+    assert plan_hash(plan) == plan_hash(plan.astype(">i8"))
+    assert plan_hash(plan[:, :2]) == plan_hash(plan[:, :2].copy())
+
+
+def test_more_identities_in_a_batch_than_there_are_is_refused():
+    with pytest.raises(ValueError, match=r"got 5 with 4 identities; lower batch\.identities"):
+        plan_of(np.arange(4), p=5, k=2)
+    with pytest.raises(ValueError, match="got 2 with 0 identities"):
+        plan_of(np.empty(0, dtype=np.int64), p=2, k=2)
+
+
+@pytest.mark.parametrize(("p", "k"), [(0, 4), (4, 0)])
+def test_empty_batches_are_refused(p, k):
+    with pytest.raises(ValueError, match=f"at least 1, but got {p} and {k}"):
+        plan_of(np.arange(4), p=p, k=k)
+
+
+def test_a_slice_that_does_not_exist_is_refused():
+    plan = np.zeros((2, 12), dtype=np.int64)
+    with pytest.raises(ValueError, match=r"multiple of scaling\.num_workers, but got 12 over 8"):
+        worker_slice(plan, 0, 8)
+    with pytest.raises(ValueError, match=r"rank must lie in 0\.\.3, but got 4"):
+        worker_slice(plan, 4, 4)
+
+
+@pytest.mark.skipif(not CAPTIONS.exists(), reason="the public captions are not here")
+@pytest.mark.parametrize(
+    ("benchmark", "identities", "k", "samples"),
+    [("RGBNT201", 171, 8, 3432), ("MSVR310", 155, 4, 992)],
+)
+def test_nominal_samples_are_those_of_the_public_codes(benchmark, identities, k, samples):
+    pids = real_identities(benchmark)
+    assert len(np.unique(pids)) == identities
+    assert nominal_samples(pids, k) == samples
+    plan = plan_of(pids, p=8, k=k)
+    assert 0.8 * samples < plan.size <= samples
+
+
+@settings(deadline=None)
+@given(st.integers(4, 40), st.floats(0.01, 0.99), st.integers(0, 5), st.randoms())
+def test_a_holdout_shares_identities_whatever_the_order_of_rows(identities, share, seed, random):
+    pids = np.repeat(np.arange(identities) * 3, np.arange(identities) % 4 + 1)
+    train, held = holdout_rows(pids, share, seed)
+    assert sorted(np.concatenate([train, held]).tolist()) == list(range(len(pids)))
+    ours, theirs = set(pids[train].tolist()), set(pids[held].tolist())
+    assert not ours & theirs
+    assert min(len(ours), len(theirs)) >= 2
+    assert abs(len(theirs) - share * identities) <= 2
+
+    order = np.asarray(random.sample(range(len(pids)), len(pids)))
+    shuffled = pids[order]
+    assert set(shuffled[holdout_rows(shuffled, share, seed)[1]].tolist()) == theirs
+
+
+def test_another_seed_holds_out_other_identities():
+    pids = np.repeat(np.arange(100), 2)
+    assert len({tuple(holdout_rows(pids, 0.2, seed)[1].tolist()) for seed in range(5)}) == 5
+
+
+def test_no_holdout_leaves_every_row():
+    train, held = holdout_rows(np.arange(3), 0.0, 0)
+    assert train.tolist() == [0, 1, 2]
+    assert held.size == 0
+
+
+def test_a_holdout_of_too_few_identities_is_refused():
+    with pytest.raises(ValueError, match=r"at least 4 train identities.*but got 3"):
+        holdout_rows(np.repeat(np.arange(3), 5), 0.3, 0)
+    with pytest.raises(ValueError, match=r"selection\.holdout must lie in \[0, 1\), but got 1"):
+        holdout_rows(np.arange(8), 1.0, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(60)
+def test_a_plan_over_ten_million_samples_takes_seconds():
+    pids = np.random.default_rng(0).integers(0, 1_000_000, 10_000_000)
+    plan = epoch_plan(pids, seed=0, epoch=0, p=16, k=4)
+    assert plan.shape[0] > 130_000
