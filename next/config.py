@@ -198,12 +198,14 @@ class LossConfig(Section):
 class OptimConfig(Section):
     """Optimizer and schedule."""
 
+    name: Literal["adam", "adamw"] = "adam"
+    """adam: weight decay joins the gradient (as the field does); adamw: decoupled."""
     lr: float = Field(default=3.5e-4, gt=0)
     """Peak learning rate of everything but the visual tower."""
     tower_lr: float = Field(default=5e-6, gt=0)
     """Peak learning rate of the visual tower."""
     weight_decay: float = Field(default=1e-4, ge=0)
-    """Decoupled weight decay; not on norms, biases and embeddings."""
+    """Weight decay; not on norms, biases and embeddings."""
     epochs: int = Field(default=50, ge=1)
     """Epochs to train; with pruning, the most a trial gets."""
     warmup_epochs: float = Field(default=10, ge=0)

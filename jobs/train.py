@@ -1,0 +1,60 @@
+"""Train one run on prepared shards, assess its best checkpoint on the test split, log to MLflow."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from next.cli import REQUIRED, Settings, parse, run_defaults, run_job
+from next.config import RunConfig, override
+from next.data.shards import open_manifest
+from next.training.inputs import resolve
+from next.training.launch import configure_torch, device, launch
+from next.training.rehearsal import rehearse
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """Train one run on prepared shards; a run of the same --run.name continues where it stopped."""
+
+    data: str
+    """Folder of shards that jobs/prepare.py wrote."""
+    card: Path | None = None
+    """Card whose recipe gives the defaults; the shards' own card where it is left out."""
+    recipe: Path | None = None
+    """TOML file of settings that replace the card's recipe; flags replace both."""
+    dry_run: bool = False
+    """Print the resolved plan with a measured estimate of time, and start nothing."""
+    json: bool = False
+    """Print the answer as one JSON object."""
+    config: Settings = RunConfig()  # noqa: RUF009 (frozen)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parse, call, exit code."""
+    default = TrainJob(data=REQUIRED, config=run_defaults(argv))
+    job = parse(TrainJob, argv, default=default)
+    config = override(job.config, {"data.uri": job.data})
+    if job.dry_run:
+        manifest = open_manifest(job.data)
+        config = resolve(config, manifest)
+        configure_torch(config)
+        rehearsal = rehearse(config, manifest, device(config))
+        print(json.dumps(rehearsal._asdict()) if job.json else "\n".join(rehearsal.lines()))
+        return 0
+    result = launch(config)
+    scores = result.assessment.metrics | {"val/mAP": result.outcome.best}
+    if job.json:
+        print(json.dumps({"folder": str(result.folder), "metrics": scores}))
+        return 0
+    print("  ".join(f"{name} {value:.1f}" for name, value in scores.items()))
+    for picture in result.assessment.pictures:
+        print(f"picture     {picture}")
+    print(f"checkpoint  {result.checkpoint}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_job(main)

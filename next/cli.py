@@ -1,0 +1,122 @@
+"""How every job reads its command line and ends: flags, the near match, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+from next.config import RunConfig, load_recipe, override
+from next.data.benchmark import load_card
+from next.data.shards import open_manifest
+
+USER_ERROR = 2
+"""Exit code of a run that did not start because of what the user gave."""
+FAILURE = 1
+"""Exit code of a run that started and failed."""
+
+REQUIRED: Any = tyro.MISSING
+"""Default of a flag that has to be given."""
+
+Job = TypeVar("Job")
+
+Settings = Annotated[RunConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
+"""A job's field of this type gives it all settings as flags, under their own names."""
+
+
+def parse(job: type[Job], argv: Sequence[str], *, default: Job | None = None) -> Job:
+    """Read ``argv`` into ``job``; a wrong flag ends the process with code 2 and the near match.
+
+    Raises:
+        ValueError: flags that are fine one by one but do not fit each other.
+    """
+    settings: dict[str, Any] = {} if default is None else {"default": default}
+    return tyro.cli(
+        job,
+        args=[_underscored(word) for word in argv],
+        prog=Path(sys.argv[0]).name,
+        description=job.__doc__,
+        use_underscores=True,
+        **settings,
+    )
+
+
+def named_options(argv: Sequence[str], *names: str) -> dict[str, str]:
+    """The values of single flags that decide the defaults of all others (``--card``)."""
+    scout = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in names:
+        scout.add_argument(f"--{name}")
+    found, _ = scout.parse_known_args(argv)
+    return {name: value for name, value in vars(found).items() if value is not None}
+
+
+def run_defaults(argv: Sequence[str]) -> RunConfig:
+    """The configuration that ``--card``, ``--data`` and ``--recipe`` amount to; flags come on top.
+
+    The recipe is that of ``--card`` where it is given, else of the card within the shards.
+
+    Raises:
+        ValueError: card and shards are of different benchmarks, or a recipe does not fit.
+        FileNotFoundError: one of the files is missing.
+    """
+    named = named_options(argv, "card", "data", "recipe")
+    card = load_card(named["card"]) if "card" in named else None
+    stored = open_manifest(named["data"]).benchmark if "data" in named else None
+    if card is not None and stored is not None and card.name != stored.name:
+        raise ValueError(
+            f"--card is of {card.name}, but the shards in --data are of {stored.name}; "
+            f"give the card that they were prepared with, or leave --card out"
+        )
+    chosen = card or stored
+    config = base_config(chosen.recipe if chosen else {}, named.get("recipe"))
+    return override(config, {"data.uri": named["data"]}) if "data" in named else config
+
+
+def base_config(card_recipe: dict[str, Any], recipe: str | Path | None) -> RunConfig:
+    """Defaults, then the card's recipe, then the user's recipe file; flags come last.
+
+    Raises:
+        ValueError: a recipe names an unknown setting or holds a bad value.
+        FileNotFoundError: there is no such recipe file.
+    """
+    settings = card_recipe | (load_recipe(recipe) if recipe is not None else {})
+    return override(RunConfig(), settings)
+
+
+def run_job(main: Callable[[Sequence[str]], int]) -> None:
+    """Call a job's ``main`` with the command line and end the process with its exit code.
+
+    What a user can mend (``ValueError``, ``OSError``) is printed as its message alone, with code 2;
+    everything else is a failure of the run: code 1, with the traceback.
+    """
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
+    )
+    try:
+        code = main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        logging.getLogger(__name__).debug("%s", traceback.format_exc())
+        code = USER_ERROR
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        code = 130
+    except Exception:
+        sys.stderr.write(traceback.format_exc())
+        code = FAILURE
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def _underscored(word: str) -> str:
+    """``--dry-run`` and ``--dry_run`` are one flag."""
+    if not word.startswith("--"):
+        return word
+    flag, equals, value = word.partition("=")
+    return "--" + flag[2:].replace("-", "_") + equals + value

@@ -1,0 +1,127 @@
+"""From shards to what one run reads: the resolved configuration and its sample sets."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from next.config import BackboneConfig, RunConfig, near_matches, override
+from next.data.loader import SampleSet, open_samples
+from next.data.plan import holdout_rows
+from next.data.shards import Manifest
+from next.model.text import TextTower
+from next.training.loop import TrainingData
+
+
+class TestData(NamedTuple):
+    """The test split, as the card's protocol asks for it."""
+
+    query: SampleSet
+    gallery: SampleSet
+    rule: str
+
+
+def resolve(config: RunConfig, manifest: Manifest) -> RunConfig:
+    """Fill in what the data decide: modalities, image size, identities, cameras.
+
+    Raises:
+        ValueError: a modality that the data lack, P larger than the number of train identities, or
+            a model setting that contradicts the data.
+    """
+    card = manifest.benchmark
+    modalities = config.data.modalities or card.modalities
+    for name in modalities:
+        if name not in card.modalities:
+            near = near_matches(name, list(card.modalities))
+            raise ValueError(
+                f"data.modalities names {name!r}, which {card.name} lacks; it has "
+                f"{', '.join(card.modalities)}" + (f"; did you mean {near[0]}?" if near else "")
+            )
+    labels = manifest.labels("train")
+    train_rows, _ = split_train(config, labels.pid)
+    identities = len(np.unique(labels.pid[train_rows]))
+    if config.batch.identities > identities:
+        raise ValueError(
+            f"batch.identities must not exceed the {identities} train identities that "
+            f"{manifest.uri} has after the held-out ones (selection.holdout = "
+            f"{config.selection.holdout}), but got {config.batch.identities}; lower it"
+        )
+    image_size = config.data.image_size or card.image_size
+    facts = {
+        "model.modalities": len(modalities),
+        "model.image_size": image_size,
+        "model.identities": identities,
+        "model.cameras": int(labels.camera.max(initial=0)) + 1,
+    }
+    given = {
+        "model.modalities": config.model.modalities,
+        "model.image_size": config.model.image_size,
+        "model.identities": config.model.identities,
+        "model.cameras": config.model.cameras,
+    }
+    for name, value in given.items():
+        if value is not None and value != facts[name]:
+            raise ValueError(
+                f"{name} is taken from the data and must be {facts[name]}, but got {value}; "
+                f"leave it out"
+            )
+    return override(
+        config,
+        {
+            "data.uri": str(manifest.uri),
+            "data.modalities": tuple(modalities),
+            "data.image_size": image_size,
+            **facts,
+        },
+    )
+
+
+def split_train(config: RunConfig, pids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of ``train`` that are trained on, and the held-out rows that choose the best epoch."""
+    if config.selection.split == "test":
+        return np.arange(len(pids)), np.empty(0, dtype=np.int64)
+    return holdout_rows(pids, config.selection.holdout, config.selection.seed)
+
+
+def training_data(config: RunConfig, manifest: Manifest) -> TrainingData:
+    """Sample sets of a resolved run; builds decoded cache and text bank where they are missing."""
+    train = _samples(config, manifest, "train")
+    train_rows, held_out = split_train(config, train.labels.pid)
+    if config.selection.split == "test":
+        test = test_data(config, manifest)
+        query, gallery = test.query, test.gallery
+    else:
+        query = gallery = train.select(held_out)
+    return TrainingData(
+        train.select(train_rows), query, gallery, manifest.benchmark.rule, manifest.digest
+    )
+
+
+def test_data(config: RunConfig, manifest: Manifest) -> TestData:
+    """Query and gallery of the test split; one object where the card says they are the same."""
+    gallery = _samples(config, manifest, "gallery")
+    same = manifest.resolve("query") == manifest.resolve("gallery")
+    query = gallery if same else _samples(config, manifest, "query")
+    return TestData(query, gallery, manifest.benchmark.rule)
+
+
+def _samples(config: RunConfig, manifest: Manifest, split: str) -> SampleSet:
+    tower = text_tower(config.model.backbone)
+    samples = open_samples(
+        manifest,
+        split,
+        config=config,
+        text_tower_key=tower.key,
+        encode=tower.encode,
+        width=tower.width,
+    )
+    assert config.data.modalities is not None, "resolve() comes first"
+    return samples.with_modalities(config.data.modalities)
+
+
+@lru_cache(maxsize=1)
+def text_tower(config: BackboneConfig) -> TextTower:
+    """The frozen text tower, kept while one process runs trial after trial."""
+    return TextTower(config)

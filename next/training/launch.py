@@ -1,0 +1,304 @@
+"""From a configuration to a finished run: in this process, or on the workers of Ray Train."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from next.config import RunConfig, differences, from_toml, to_toml
+from next.data.plan import epoch_plan, plan_hash
+from next.data.shards import Manifest, open_manifest
+from next.tracking.provenance import provenance_tags
+from next.tracking.run import Run, TrackingServer, open_run, start_server
+from next.training.assessment import Assessment, assess
+from next.training.inputs import resolve, training_data
+from next.training.loop import Outcome, Worker, train
+from next.training.report import FolderReporter, Metrics, TrainReporter
+
+_log = logging.getLogger(__name__)
+
+_MAY_CHANGE = ("run.", "tracking.", "scaling.", "checkpoint.", "threads", "data.cache", "data.uri")
+"""Settings that a resumed run may change: they decide where and how, not what is computed."""
+
+
+_RAY_ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # else a report costs up to two seconds
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "30",  # a pruned trial may finish sending its metrics
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+
+
+class RunResult(NamedTuple):
+    """A finished run."""
+
+    folder: Path
+    outcome: Outcome
+    checkpoint: Path
+    """The best checkpoint by the selection metric."""
+    assessment: Assessment
+    """Test scores of that checkpoint, and the pictures."""
+    tracking_uri: str | None
+    """MLflow's address while the run was logged."""
+
+
+def launch(config: RunConfig, *, on_report: Callable[[Metrics], None] | None = None) -> RunResult:
+    """Train a run to its end, assess its best checkpoint on the test split, log everything.
+
+    A run of the same name continues from its last checkpoint.
+
+    Raises:
+        ValueError: settings, data or an earlier run of this name do not fit; raised before any
+            worker starts.
+    """
+    if config.data.uri is None:
+        raise ValueError("data.uri is not set; give the folder that jobs/prepare.py wrote")
+    manifest = open_manifest(config.data.uri)
+    config = resolve(config, manifest)
+    folder = claim_folder(config)
+    configure_torch(config)
+    server = tracking_server(config)
+    run = open_run(
+        uri=server.uri if server else config.tracking.uri if config.tracking.enabled else None,
+        experiment=config.tracking.experiment or manifest.benchmark.name,
+        name=folder.name,
+        folder=folder,
+        params=headline(config),
+        tags=run_tags(config, manifest),
+    )
+    status = "FAILED"
+    try:
+        run.log_artifact(folder / "config.toml")
+        run.log_data(manifest.benchmark.name, manifest.digest, str(manifest.uri), "train")
+        if config.scaling.num_workers == 1:
+            reporter = FolderReporter(folder / "checkpoints", on_report)
+            outcome = train(
+                config,
+                training_data(config, manifest),
+                reporter,
+                Worker(device=device(config)),
+                lambda metrics, step: run.log_metrics(metrics, step=step),
+            )
+            checkpoint = reporter.best()
+        else:
+            outcome, checkpoint = _train_on_ray(config, folder, run, on_report)
+        assessment = assess(checkpoint, manifest, folder, device=device(config))
+        run.log_metrics(assessment.metrics, step=outcome.step)
+        for picture in assessment.pictures:
+            run.log_artifact(picture, "figures")
+        write_result(folder, outcome, assessment)
+        status = "FINISHED"
+    finally:
+        run.close(status)
+        if server is not None:
+            server.close()
+    return RunResult(folder, outcome, checkpoint, assessment, server.uri if server else None)
+
+
+def claim_folder(config: RunConfig, *, prefix: str = "run") -> Path:
+    """The run's folder, new or continued; ``run.fresh`` sets an old one aside.
+
+    Raises:
+        ValueError: a run of this name was trained with other settings; all of them are listed.
+    """
+    name = config.run.name or time.strftime(f"{prefix}-%Y%m%d-%H%M%S")
+    folder = (Path(config.run.storage_path) / name).absolute()
+    record = folder / "config.toml"
+    if record.exists() and config.run.fresh:
+        aside = folder.with_name(f"{name}.{time.strftime('%Y%m%d-%H%M%S')}")
+        folder.rename(aside)
+        _log.info("set the earlier run aside: %s", aside)
+    elif record.exists():
+        changed = {
+            setting: values
+            for setting, values in differences(from_toml(record.read_text()), config).items()
+            if not setting.startswith(_MAY_CHANGE)
+        }
+        if changed:
+            listed = "\n  ".join(
+                f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items()
+            )
+            raise ValueError(
+                f"run {name!r} in {folder.parent} was started with other settings; resume it with "
+                f"the same ones, choose another run.name, or set run.fresh. Changed:\n  {listed}"
+            )
+        _log.info("continuing run %s", folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    record.write_text(to_toml(config))
+    return folder
+
+
+def tracking_server(config: RunConfig) -> TrackingServer | None:
+    """The local MLflow server of ``run.storage_path``, where no address is set."""
+    if not config.tracking.enabled or config.tracking.uri is not None:
+        return None
+    return start_server(Path(config.run.storage_path).absolute() / "mlflow")
+
+
+def run_tags(config: RunConfig, manifest: Manifest) -> dict[str, str]:
+    """What is needed to reproduce a run beside its configuration."""
+    first = epoch_plan(
+        training_pids(config, manifest),
+        seed=config.seed,
+        epoch=0,
+        p=config.batch.identities,
+        k=config.batch.instances,
+    )
+    return provenance_tags() | {
+        "next.data_digest": manifest.digest,
+        "next.plan_hash": plan_hash(first),
+        "next.seed": str(config.seed),
+    }
+
+
+def training_pids(config: RunConfig, manifest: Manifest) -> np.ndarray:
+    """Identity of each row that is trained on."""
+    from next.training.inputs import split_train
+
+    pids = manifest.labels("train").pid
+    rows, _ = split_train(config, pids)
+    return pids[rows]
+
+
+def headline(config: RunConfig) -> dict[str, Any]:
+    """The few settings that make a single run's row readable; the rest is in config.toml."""
+    return {
+        "seed": config.seed,
+        "optim.lr": config.optim.lr,
+        "optim.epochs": config.optim.epochs,
+        "batch.size": config.batch.size,
+        "model.backbone.name": config.model.backbone.name,
+        "model.semantic.experts": config.model.semantic.experts,
+        "model.structure.experts": config.model.structure.experts,
+        "model.routing.temperature": config.model.routing.temperature,
+        "captions.sampling": config.captions.sampling,
+    }
+
+
+def device(config: RunConfig) -> torch.device:
+    """Where this process computes.
+
+    Raises:
+        ValueError: a GPU is asked for and there is none.
+    """
+    if not config.scaling.use_gpu:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError("scaling.use_gpu is set, but torch sees no GPU here; leave it off")
+    return torch.device("cuda")
+
+
+def configure_torch(config: RunConfig) -> None:
+    """Threads of this process, and kernels that give the same bits again."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    torch.backends.cudnn.benchmark = False
+
+
+def write_result(folder: Path, outcome: Outcome, assessment: Assessment) -> None:
+    """``result.json``: the scores, for scripts."""
+    draft = folder / ".result.json"
+    draft.write_text(
+        json.dumps(
+            {
+                "selection": {"val/mAP": outcome.best},
+                "test": assessment.metrics,
+                "steps": outcome.step,
+                "losses": outcome.losses,
+            },
+            indent=2,
+        )
+    )
+    os.replace(draft, folder / "result.json")
+
+
+def _train_on_ray(
+    config: RunConfig, folder: Path, run: Run, on_report: Callable[[Metrics], None] | None
+) -> tuple[Outcome, Path]:
+    import ray
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    if not ray.is_initialized():
+        start_ray(config.scaling.num_workers * config.scaling.cpus_per_worker, dashboard=True)
+    training_data(config, open_manifest(str(config.data.uri)))  # the node's cache and text bank
+    trainer = TorchTrainer(
+        _ray_worker,
+        train_loop_config={"config": to_toml(config), "folder": str(folder), "run_id": run.run_id},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.scaling.num_workers,
+            use_gpu=config.scaling.use_gpu,
+            resources_per_worker={"CPU": config.scaling.cpus_per_worker}
+            | ({"GPU": 1} if config.scaling.use_gpu else {}),
+        ),
+        run_config=ray.train.RunConfig(
+            name="ray",
+            storage_path=str(folder),
+            checkpoint_config=ray.train.CheckpointConfig(
+                num_to_keep=config.checkpoint.num_to_keep,
+                checkpoint_score_attribute="val/mAP",
+                checkpoint_score_order="max",
+            ),
+        ),
+    )
+    result = trainer.fit()
+    checkpoint, metrics = max(result.best_checkpoints, key=lambda pair: pair[1]["val/mAP"])
+    best = folder / "checkpoints" / "best"
+    shutil.rmtree(best, ignore_errors=True)
+    best.parent.mkdir(exist_ok=True)
+    with checkpoint.as_directory() as source:
+        shutil.copytree(source, best)
+    if on_report is not None:
+        on_report(metrics)
+    return Outcome(**result.return_value), best
+
+
+def start_ray(cpus: float, *, dashboard: bool) -> None:
+    """The cluster that ``RAY_ADDRESS`` names, or a Ray on this machine alone.
+
+    Args:
+        cpus: logical CPUs that will be asked for at once; a machine with fewer declares as many.
+        dashboard: Ray Train needs it to give back the reservation of a stopped worker group.
+    """
+    import ray
+
+    for name, value in _RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False)
+        return
+    ray.init(
+        address="local",
+        num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)),
+        include_dashboard=dashboard,
+        log_to_driver=False,
+    )
+
+
+def _ray_worker(settings: dict[str, Any]) -> dict[str, Any]:
+    import ray.train
+    import ray.train.torch
+
+    config = from_toml(settings["config"])
+    configure_torch(config)
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    records: list[tuple[dict[str, float], int]] = []
+    outcome = train(
+        config,
+        training_data(config, open_manifest(str(config.data.uri))),
+        TrainReporter(rank),
+        Worker(rank, world, ray.train.torch.get_device()),
+        lambda metrics, step: records.append((metrics, step)),
+    )
+    return outcome._asdict()

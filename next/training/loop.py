@@ -1,0 +1,279 @@
+"""The training loop: one page, read top to bottom. No Ray, no MLflow.
+
+World size is invisible: the plan of an epoch is global, a worker takes its columns of it, features
+are gathered with their gradient, and every rank computes neck, heads and losses of the whole batch.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from next.config import LossConfig, RunConfig
+from next.data.loader import Batch, SampleSet, train_batches
+from next.data.plan import epoch_plan, occurrences, plan_hash, worker_slice
+from next.evaluation.protocol import evaluate
+from next.model.losses import Losses, objective
+from next.model.network import NEXT
+from next.training.checkpoint import Progress, load_training_state, save_checkpoint
+from next.training.optimizer import build_optimizer, lr_share, set_lr
+from next.training.report import Reporter
+
+_log = logging.getLogger(__name__)
+
+
+class Worker(NamedTuple):
+    """Which part of the world this process is."""
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = torch.device("cpu")
+
+
+ALONE = Worker()
+"""One process on the CPU."""
+
+
+class TrainingData(NamedTuple):
+    """What one run reads."""
+
+    train: SampleSet
+    """Train samples without the held-out identities."""
+    query: SampleSet
+    """Queries that choose the best epoch."""
+    gallery: SampleSet
+    """Their gallery; may be ``query`` itself."""
+    rule: str
+    """Which matches do not count (the card's rule)."""
+    digest: str
+    """Digest of the shards."""
+
+
+class Outcome(NamedTuple):
+    """What a run came to."""
+
+    losses: list[float]
+    """Total loss of each optimizer step of this process's life."""
+    metrics: dict[str, float]
+    """What was reported last."""
+    best: float
+    """Best value of the selection metric."""
+    step: int
+    """Optimizer steps in all."""
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss became NaN or infinite; the last good checkpoint is kept."""
+
+
+def train(
+    config: RunConfig,
+    data: TrainingData,
+    reporter: Reporter,
+    worker: Worker = ALONE,
+    log_metrics: Callable[[dict[str, float], int], None] = lambda metrics, step: None,
+) -> Outcome:
+    """Train one run from its latest checkpoint (or from nothing) to its last epoch.
+
+    Args:
+        config: resolved settings (``config.model`` knows the data's shapes).
+        data: samples.
+        reporter: gets metrics and a checkpoint after each evaluation.
+        worker: rank, world size and device of this process.
+        log_metrics: gets ``(metrics, step)`` for every optimizer step, on rank 0.
+
+    Raises:
+        NonFiniteLossError: naming the steps and the part of the loss.
+        ValueError: the checkpoint is of another model or other data.
+    """
+    torch.manual_seed(config.seed)
+    network = NEXT(config.model).to(worker.device)
+    optimizer = build_optimizer(network, config.optim)
+    with reporter.latest() as folder:
+        progress = _restore(folder, network, optimizer, data.digest)
+    if progress.epoch >= config.optim.epochs:
+        # Tune ends a whole sweep when a resumed trial reports nothing.
+        _report(reporter, config, network, optimizer, progress, is_best=False)
+    batch_loss: nn.Module = GlobalLoss(network, config.loss, worker.world)
+    if worker.world > 1:
+        batch_loss = DistributedDataParallel(batch_loss, broadcast_buffers=False)
+    classes = np.unique(data.train.labels.pid)
+    history: list[float] = []
+
+    for epoch in range(progress.epoch, config.optim.epochs):
+        began = time.perf_counter()
+        plan = epoch_plan(
+            data.train.labels.pid,
+            seed=config.seed,
+            epoch=epoch,
+            p=config.batch.identities,
+            k=config.batch.instances,
+        )
+        batches = train_batches(
+            data.train,
+            worker_slice(plan, worker.rank, worker.world),
+            worker_slice(occurrences(plan), worker.rank, worker.world),
+            config=config,
+            epoch=epoch,
+            classes=classes,
+            device=worker.device,
+        )
+        network.train()
+        losses: list[Losses] = []
+        for index, batch in enumerate(batches):
+            set_lr(optimizer, lr_share(epoch + (index + 1) / len(plan), config.optim))
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(
+                worker.device.type, torch.bfloat16, enabled=config.optim.precision == "bfloat16"
+            ):
+                loss = batch_loss(batch)
+            loss.total.backward()
+            if config.optim.clip_norm is not None:
+                nn.utils.clip_grad_norm_(network.parameters(), config.optim.clip_norm)
+            optimizer.step()
+            losses.append(loss)
+
+        curves = _curves(losses, epoch, progress.step)
+        history += curves["loss"]
+        step = progress.step + len(plan)
+        seconds = time.perf_counter() - began
+        if worker.rank == 0:
+            for index in range(len(plan)):
+                values = {f"train/{name}": curve[index] for name, curve in curves.items()}
+                log_metrics(values, progress.step + index + 1)
+            log_metrics(
+                {
+                    "train/lr": optimizer.param_groups[0]["lr"],
+                    "train/epoch": epoch + 1,
+                    "train/samples_per_second": plan.size / seconds,
+                },
+                step,
+            )
+        done = epoch + 1
+        progress = Progress(done, step, data.digest, progress.metrics, progress.best)
+        if done % config.selection.every and done < config.optim.epochs:
+            continue
+
+        # Every rank evaluates: features are needed everywhere only once, and ranks stay in step.
+        found = evaluate(
+            network, data.query, data.gallery, rule=data.rule, config=config, device=worker.device
+        )
+        metrics = {f"val/{name}": value for name, value in found.metrics.as_dict().items()}
+        metrics |= {"epoch": float(done), "step": float(step)}
+        metrics["train/loss"] = sum(curves["loss"]) / len(plan)
+        is_best = progress.best is None or metrics["val/mAP"] > progress.best
+        best = metrics["val/mAP"] if is_best else progress.best
+        progress = Progress(done, step, data.digest, metrics, best)
+        if worker.rank == 0:
+            log_metrics({name: metrics[name] for name in metrics if name.startswith("val/")}, step)
+            _log.info(
+                "epoch %d/%d  loss %.3f  val mAP %.1f  rank1 %.1f  %.1f s  plan %s",
+                done, config.optim.epochs, metrics["train/loss"], metrics["val/mAP"],
+                metrics["val/rank1"], seconds, plan_hash(plan)[:8],
+            )  # fmt: skip
+        _report(reporter, config, network, optimizer, progress, is_best=is_best)
+
+    assert progress.best is not None
+    return Outcome(history, progress.metrics, progress.best, progress.step)
+
+
+class GlobalLoss(nn.Module):
+    """Loss of the global batch, computed alike on every rank from gathered features."""
+
+    def __init__(self, network: NEXT, config: LossConfig, world: int) -> None:
+        super().__init__()
+        self.network = network
+        self.config = config
+        self.world = world
+
+    def forward(self, batch: Batch) -> Losses:
+        """Losses of all ranks' samples together."""
+        output = self.network(batch.images, batch.present, batch.text, batch.camera)
+        branches, labels = output.branches, batch.labels
+        if self.world > 1:
+            branches = {name: gather(feature) for name, feature in branches.items()}
+            labels = gather(labels)
+        return objective(self.network.heads(branches), branches, labels, self.config)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, local: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, local.contiguous())
+        ctx.size = len(local)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+        start = dist.get_rank() * ctx.size
+        return gradient[start : start + ctx.size] * dist.get_world_size()
+
+
+def gather(local: Tensor) -> Tensor:
+    """All ranks' rows in rank order, ``[b, ...] -> [world * b, ...]``, with gradient.
+
+    Every rank computes the same loss from the gathered rows, so a rank's gradient of its own rows
+    is already whole; it is multiplied by the world size because averaging gradients over ranks
+    (``DistributedDataParallel``) divides by it. No second communication is needed.
+    """
+    gathered: Tensor = _Gather.apply(local)
+    return gathered
+
+
+def _restore(
+    folder: Path | None, network: NEXT, optimizer: torch.optim.Optimizer, digest: str
+) -> Progress:
+    if folder is None:
+        return Progress(data_digest=digest)
+    progress = load_training_state(folder, network, optimizer)
+    if progress.data_digest != digest:
+        raise ValueError(
+            f"the run's checkpoint was trained on data {progress.data_digest}, but data.uri holds "
+            f"{digest}; use the same shards, or start a new run"
+        )
+    _log.info("continuing after epoch %d (step %d)", progress.epoch, progress.step)
+    return progress
+
+
+def _report(
+    reporter: Reporter,
+    config: RunConfig,
+    network: NEXT,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    *,
+    is_best: bool,
+) -> None:
+    reporter.report(
+        progress.metrics,
+        lambda folder: save_checkpoint(folder, network, optimizer, progress, config),
+        is_best=is_best,
+    )
+
+
+def _curves(losses: list[Losses], epoch: int, step: int) -> dict[str, list[float]]:
+    """The epoch's losses by part; the one place where the device is waited for."""
+    parts = {"loss": torch.stack([loss.total.detach() for loss in losses])}
+    for name in losses[0].parts:
+        parts[f"loss_{name}"] = torch.stack([loss.parts[name].detach() for loss in losses])
+    curves = {name: values.float().cpu().tolist() for name, values in parts.items()}
+    for name, curve in reversed(curves.items()):
+        bad = [index for index, value in enumerate(curve) if not math.isfinite(value)]
+        if bad:
+            raise NonFiniteLossError(
+                f"{name} is {curve[bad[0]]} from step {step + bad[0] + 1} on (epoch {epoch + 1}); "
+                f"the last good checkpoint is kept. Lower optim.lr, set optim.clip_norm, or use "
+                f"optim.precision = float32"
+            )
+    return curves

@@ -1,0 +1,134 @@
+"""What ``--dry-run`` prints: the resolved plan of a run, timed on three real steps."""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from next.config import RunConfig
+from next.data.loader import evaluation_batches, train_batches
+from next.data.plan import epoch_plan, occurrences, plan_hash, worker_slice
+from next.data.shards import Manifest
+from next.evaluation.embed import embed
+from next.model.network import NEXT
+from next.training.inputs import training_data
+from next.training.loop import GlobalLoss
+from next.training.optimizer import build_optimizer
+
+_STEPS = 3
+
+
+class Rehearsal(NamedTuple):
+    """A run before it starts; field names are those of the JSON answer."""
+
+    data_digest: str
+    plan_hash: str
+    """Of the first epoch's global batches."""
+    train_identities: int
+    train_samples: int
+    held_out_identities: int
+    held_out_samples: int
+    modalities: tuple[str, ...]
+    image_size: tuple[int, int]
+    batch: int
+    """Samples of a global batch."""
+    steps_per_epoch: int
+    epochs: int
+    workers: int
+    parameters: int
+    trainable_parameters: int
+    seconds_per_step: float
+    """Median of three steps of one worker's share of the batch, after one to warm up."""
+    seconds_per_evaluation: float
+    """From one batch of the selection split."""
+    seconds_estimated: float
+    """Training and evaluation of the whole run, without start-up."""
+
+    def lines(self) -> list[str]:
+        """For the terminal."""
+        return [
+            f"data          {self.data_digest}",
+            f"plan          {self.plan_hash} (epoch 0)",
+            f"train         {self.train_identities} identities, {self.train_samples} samples",
+            f"held out      {self.held_out_identities} identities, "
+            f"{self.held_out_samples} samples",
+            f"modalities    {', '.join(self.modalities)} at {self.image_size[0]}x"
+            f"{self.image_size[1]} (H x W)",
+            f"batch         {self.batch} samples over {self.workers} worker(s)",
+            f"steps         {self.steps_per_epoch} an epoch, {self.epochs} epochs",
+            f"parameters    {self.parameters:,} ({self.trainable_parameters:,} trained)",
+            f"measured      {self.seconds_per_step:.3f} s a step, "
+            f"{self.seconds_per_evaluation:.1f} s an evaluation",
+            f"estimate      {self.seconds_estimated / 60:.1f} minutes",
+        ]
+
+
+def rehearse(config: RunConfig, manifest: Manifest, device: torch.device) -> Rehearsal:
+    """Run three steps of a resolved configuration in this process, and keep nothing.
+
+    The decoded cache and the text bank are built if they are missing: the run needs them anyway.
+    """
+    data = training_data(config, manifest)
+    torch.manual_seed(config.seed)
+    network = NEXT(config.model).to(device)
+    optimizer = build_optimizer(network, config.optim)
+    batch_loss = GlobalLoss(network, config.loss, world=1)
+    pids = data.train.labels.pid
+    plan = epoch_plan(
+        pids, seed=config.seed, epoch=0, p=config.batch.identities, k=config.batch.instances
+    )
+    world = config.scaling.num_workers
+    batches = train_batches(
+        data.train,
+        worker_slice(plan, 0, world),
+        worker_slice(occurrences(plan), 0, world),
+        config=config,
+        epoch=0,
+        classes=np.unique(pids),
+        device=device,
+    )
+    times = []
+    for _, batch in zip(range(_STEPS + 1), batches, strict=False):
+        began = time.perf_counter()
+        optimizer.zero_grad(set_to_none=True)
+        batch_loss(batch).total.backward()
+        optimizer.step()
+        times.append(time.perf_counter() - began)
+    step = float(np.median(times[1:] or times))
+
+    began = time.perf_counter()
+    first = next(iter(evaluation_batches(data.query, config=config, device=device)))
+    embed(network, [first], device)
+    share = (time.perf_counter() - began) / len(first.rows)
+    distinct = len(data.query.labels.pid)
+    if data.gallery is not data.query:
+        distinct += len(data.gallery.labels.pid)
+    evaluation = share * distinct
+    epochs = config.optim.epochs
+    assert config.data.modalities is not None
+    assert config.data.image_size is not None
+    return Rehearsal(
+        data_digest=data.digest,
+        plan_hash=plan_hash(plan),
+        train_identities=len(np.unique(pids)),
+        train_samples=len(pids),
+        held_out_identities=len(np.unique(data.query.labels.pid)),
+        held_out_samples=len(data.query.labels.pid),
+        modalities=config.data.modalities,
+        image_size=config.data.image_size,
+        batch=config.batch.size,
+        steps_per_epoch=len(plan),
+        epochs=epochs,
+        workers=world,
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        trainable_parameters=sum(
+            parameter.numel() for parameter in network.parameters() if parameter.requires_grad
+        ),
+        seconds_per_step=step,
+        seconds_per_evaluation=evaluation,
+        seconds_estimated=epochs * len(plan) * step
+        + -(-epochs // config.selection.every) * evaluation,
+    )

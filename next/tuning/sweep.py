@@ -1,0 +1,281 @@
+"""A sweep: Ray Tune with Optuna, one MLflow parent run, one lean child run for each trial.
+
+A trial trains in Tune's own actor, and actors are reused: a trial costs its training and a
+fraction of a second. Every trial is judged on held-out train identities; the best trial's best
+checkpoint meets the test split once, at the end.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import optuna
+import ray
+from pydantic import Field
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+from ray.tune.search.optuna import OptunaSearch
+
+from next.config import RunConfig, Section, from_toml, override, to_toml
+from next.data.shards import Manifest, open_manifest
+from next.tracking.run import Run, open_run
+from next.training.assessment import Assessment, assess
+from next.training.inputs import resolve, training_data
+from next.training.launch import (
+    claim_folder,
+    configure_torch,
+    device,
+    run_tags,
+    start_ray,
+    tracking_server,
+)
+from next.training.loop import Worker, train
+from next.training.report import TuneReporter
+from next.tuning.progress import Progress
+from next.tuning.results import Trial, read_trials, write_leaderboard
+from next.tuning.space import Space, check_space
+
+_log = logging.getLogger(__name__)
+
+METRIC = "val/mAP"
+"""What trials are compared by."""
+
+
+class SweepConfig(Section):
+    """How a space is searched."""
+
+    trials: int = Field(default=20, ge=1)
+    """Trials in all."""
+    concurrency: int = Field(default=2, ge=1)
+    """Trials at a time; each takes ``scaling.cpus_per_worker`` CPUs."""
+    sampler: Literal["tpe", "random"] = "tpe"
+    """tpe: multivariate, with groups for conditional settings; random: independent draws."""
+    pruner: Literal["asha", "none"] = "asha"
+    """asha: stop trials that fall behind at the rungs; none: train every trial to the end."""
+    grace_epochs: int = Field(default=4, ge=1)
+    """Epochs that every trial gets before it may be pruned."""
+    reduction: float = Field(default=3.0, gt=1)
+    """Of the trials that reach a rung, one in so many goes on."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the sampler (exact only with one trial at a time)."""
+    gpus_per_trial: float = Field(default=0.0, ge=0)
+    """GPUs of one trial; a fraction lets trials share one."""
+
+
+class SweepResult(NamedTuple):
+    """A finished sweep."""
+
+    folder: Path
+    trials: list[Trial]
+    """Best first."""
+    assessment: Assessment
+    """Test scores of the best trial's best checkpoint, and the pictures."""
+    checkpoint: Path
+    tracking_uri: str | None
+    experiment: str
+    parent_run_id: str | None
+
+
+def run_sweep(
+    base: RunConfig,
+    space: Space,
+    sweep: SweepConfig,
+    *,
+    say: Callable[[str], None] = _log.info,
+) -> SweepResult:
+    """Search ``space`` around ``base``.
+
+    Args:
+        base: settings that the space does not vary.
+        space: what to vary.
+        sweep: how to search.
+        say: gets one line at a time: progress, at least every ten seconds.
+
+    Raises:
+        ValueError: the space, the settings or the data do not fit; before anything starts.
+        RuntimeError: every trial failed.
+    """
+    manifest, base = prepare_sweep(base, space)
+    varied = check_space(space, base)
+    folder = claim_folder(base, prefix=f"sweep-{space.name}")
+    say(f"sweep {folder.name}: {sweep.trials} trials over {', '.join(varied)}")
+    server = tracking_server(base)
+    uri = server.uri if server else base.tracking.uri if base.tracking.enabled else None
+    experiment = base.tracking.experiment or manifest.benchmark.name
+    parent = open_run(
+        uri=uri,
+        experiment=experiment,
+        name=folder.name,
+        folder=folder,
+        params={"space": space.name, "trials": sweep.trials, "sampler": sweep.sampler},
+        tags=run_tags(base, manifest) | {"next.kind": "sweep"},
+    )
+    status = "FAILED"
+    try:
+        parent.log_artifact(folder / "config.toml")
+        parent.log_data(manifest.benchmark.name, manifest.digest, str(manifest.uri), "train")
+        training_data(base, manifest)  # decoded cache and text bank, once for all trials
+        grid = _search(base, space, sweep, folder, uri, experiment, parent, say)
+        trials = read_trials(grid, varied, base.optim.epochs)
+        if not trials or trials[0].score is None:
+            raise RuntimeError(
+                f"none of the {sweep.trials} trials reported {METRIC}; the first error: "
+                f"{trials[0].error if trials else 'no trial started'}"
+            )
+        checkpoint = folder / "checkpoints" / "best"
+        _copy_best(grid, trials[0], checkpoint)
+        assessment = assess(checkpoint, manifest, folder, device=device(base))
+        parent.log_metrics(assessment.metrics | {METRIC: trials[0].score}, step=0)
+        parent.set_tags({"next.best_trial": trials[0].name})
+        for picture in assessment.pictures:
+            parent.log_artifact(picture, "figures")
+        parent.log_artifact(write_leaderboard(folder / "leaderboard.json", trials))
+        status = "FINISHED"
+    finally:
+        parent.close(status)
+        if server is not None:
+            server.close()
+    return SweepResult(folder, trials, assessment, checkpoint, uri, experiment, parent.run_id)
+
+
+def prepare_sweep(base: RunConfig, space: Space) -> tuple[Manifest, RunConfig]:
+    """Open the data and resolve the settings that all trials share.
+
+    Raises:
+        ValueError: settings and data do not fit.
+    """
+    if base.data.uri is None:
+        raise ValueError("data.uri is not set; give the folder that jobs/prepare.py wrote")
+    if base.scaling.num_workers != 1:
+        raise ValueError(
+            f"a sweep trains each trial with one worker, but scaling.num_workers is "
+            f"{base.scaling.num_workers}; set it to 1 and use more trials at a time instead"
+        )
+    manifest = open_manifest(base.data.uri)
+    return manifest, resolve(base, manifest)
+
+
+def _search(
+    base: RunConfig,
+    space: Space,
+    sweep: SweepConfig,
+    folder: Path,
+    uri: str | None,
+    experiment: str,
+    parent: Run,
+    say: Callable[[str], None],
+) -> tune.ResultGrid:
+    started = not ray.is_initialized()
+    if started:
+        start_ray(sweep.concurrency * base.scaling.cpus_per_worker, dashboard=False)
+    trainable = tune.with_parameters(
+        _run_trial,
+        base=to_toml(base),
+        folder=str(folder),
+        tracking={"uri": uri, "experiment": experiment, "parent": parent.run_id},
+    )
+    progress = Progress(sweep.trials, base.optim.epochs, sweep.concurrency, say)
+    tuner = tune.Tuner(
+        tune.with_resources(
+            trainable, {"CPU": base.scaling.cpus_per_worker, "GPU": sweep.gpus_per_trial}
+        ),
+        tune_config=tune.TuneConfig(
+            search_alg=OptunaSearch(
+                space=space.suggest,
+                metric=METRIC,
+                mode="max",
+                sampler=_sampler(sweep),
+                study_name=folder.name,
+                storage=optuna.storages.RDBStorage(f"sqlite:///{folder / 'study.db'}"),
+            ),
+            scheduler=_scheduler(sweep, base.optim.epochs),
+            num_samples=sweep.trials,
+            max_concurrent_trials=sweep.concurrency,
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=str(folder),
+            checkpoint_config=tune.CheckpointConfig(
+                num_to_keep=base.checkpoint.num_to_keep,
+                checkpoint_score_attribute=METRIC,
+                checkpoint_score_order="max",
+            ),
+            callbacks=[progress],
+            verbose=0,
+        ),
+    )
+    try:
+        with progress.ticking():
+            return tuner.fit()
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _sampler(sweep: SweepConfig) -> optuna.samplers.BaseSampler:
+    if sweep.sampler == "random":
+        return optuna.samplers.RandomSampler(seed=sweep.seed)
+    return optuna.samplers.TPESampler(
+        multivariate=True, group=True, n_startup_trials=6, seed=sweep.seed
+    )
+
+
+def _scheduler(sweep: SweepConfig, epochs: int) -> ASHAScheduler | FIFOScheduler:
+    if sweep.pruner == "none" or sweep.grace_epochs >= epochs:
+        return FIFOScheduler()
+    return ASHAScheduler(
+        time_attr="epoch",
+        metric=METRIC,
+        mode="max",
+        max_t=epochs,
+        grace_period=sweep.grace_epochs,
+        reduction_factor=sweep.reduction,
+    )
+
+
+def _run_trial(
+    settings: dict[str, Any], *, base: str, folder: str, tracking: dict[str, str | None]
+) -> None:
+    """One trial, in Tune's actor."""
+    config = override(from_toml(base), settings)
+    configure_torch(config)
+    name = tune.get_context().get_trial_name() or "trial"
+    run = open_run(
+        uri=tracking["uri"],
+        experiment=str(tracking["experiment"]),
+        name=name,
+        folder=Path(folder) / "trials" / name,
+        parent=tracking["parent"],
+        params=settings,
+        tags={"next.kind": "trial", "next.seed": str(config.seed)},
+    )
+    status = "FAILED"
+    try:
+        train(
+            config,
+            training_data(config, open_manifest(str(config.data.uri))),
+            TuneReporter(),
+            Worker(device=device(config)),
+            lambda metrics, step: run.log_metrics(metrics, step=step),
+        )
+        status = "FINISHED"
+    except SystemExit:  # how Tune stops a pruned trial
+        run.set_tags({"next.pruned": "true"})
+        status = "FINISHED"
+        raise
+    finally:
+        run.close(status)
+
+
+def _copy_best(grid: tune.ResultGrid, best: Trial, destination: Path) -> None:
+    result = next(result for result in grid if Path(result.path).name == best.folder)
+    checkpoint = result.get_best_checkpoint(METRIC, "max")
+    shutil.rmtree(destination, ignore_errors=True)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with checkpoint.as_directory() as source:
+        shutil.copytree(source, destination)

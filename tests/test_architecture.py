@@ -1,0 +1,108 @@
+"""Rules about the source that no single module can check."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted(
+    path
+    for folder in ("next", "jobs", "tune_spaces", "benchmarks", "tests")
+    for path in (ROOT / folder).rglob("*.py")
+)
+LEVEL = {
+    "config": 0,
+    "model": 1,
+    "data": 1,
+    "tracking": 1,
+    "evaluation": 2,
+    "training": 3,
+    "tuning": 4,
+    "cli": 5,
+}
+HOMES = {
+    "pyarrow": ("next/data/shards.py",),
+    "mlflow": ("next/tracking/",),
+    "ray": ("next/training/launch.py", "next/training/report.py", "next/tuning/"),
+    "optuna": ("next/tuning/", "tune_spaces/"),
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of all modules that a file imports, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module)
+    return found
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_nobody_binds_the_builtin_next(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                bound = alias.asname or alias.name.split(".")[0]
+                assert bound != "next", f"line {node.lineno}: write `from next.x import y`"
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            assert node.id != "next", f"line {node.lineno}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "next").rglob("*.py")), ids=relative)
+def test_imports_point_one_way(path):
+    parts = path.relative_to(ROOT / "next").with_suffix("").parts
+    if parts == ("__init__",):
+        return
+    own = parts[0]
+    for name in imports(path):
+        if name.startswith("next."):
+            other = name.split(".")[1]
+            assert other == own or LEVEL[other] < LEVEL[own], f"{relative(path)} imports {name}"
+        assert not name.startswith(("jobs", "tests", "benchmarks")), name
+
+
+@pytest.mark.parametrize("library", HOMES)
+def test_a_library_has_one_home(library):
+    for path in (ROOT / "next").rglob("*.py"):
+        if any(name.split(".")[0] == library for name in imports(path)):
+            assert relative(path).startswith(HOMES[library]), f"{relative(path)}: {library}"
+
+
+def test_the_loop_and_the_model_need_neither_ray_nor_mlflow():
+    seen, queue = set(), [ROOT / "next/training/loop.py", ROOT / "next/model/network.py"]
+    while queue:
+        path = queue.pop()
+        seen.add(path)
+        top_level = {
+            name for node in ast.parse(path.read_text()).body for name in imports_of_statement(node)
+        }
+        assert not {name.split(".")[0] for name in top_level} & {"ray", "mlflow", "optuna"}, path
+        for name in top_level:
+            module = ROOT / (name.replace(".", "/") + ".py")
+            if name.startswith("next.") and module.exists() and module not in seen:
+                queue.append(module)
+    assert len(seen) > 5
+
+
+def imports_of_statement(node: ast.stmt) -> set[str]:
+    if isinstance(node, ast.Import):
+        return {alias.name for alias in node.names}
+    return {node.module} if isinstance(node, ast.ImportFrom) and node.module else set()
+
+
+def test_datasets_is_no_package_and_holds_no_python():
+    assert not list((ROOT / "datasets").rglob("*.py"))
+
+
+def test_print_stays_in_the_jobs():
+    for path in (ROOT / "next").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            called = node.func if isinstance(node, ast.Call) else None
+            assert not (isinstance(called, ast.Name) and called.id == "print"), relative(path)

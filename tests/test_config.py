@@ -1,0 +1,78 @@
+import pytest
+
+from next.config import (
+    RunConfig,
+    differences,
+    from_toml,
+    load_recipe,
+    override,
+    setting_names,
+    to_toml,
+)
+
+
+def test_override_replaces_and_leaves_the_original_alone():
+    base = RunConfig()
+    changed = override(base, {"optim.lr": 1e-2, "model.routing.temperature": 0.5})
+    assert (changed.optim.lr, changed.model.routing.temperature) == (1e-2, 0.5)
+    assert base == RunConfig()
+    assert differences(base, changed) == {
+        "optim.lr": (3.5e-4, 1e-2),
+        "model.routing.temperature": (1.0, 0.5),
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optim.lrr": 1}, r"no setting named 'optim.lrr'; did you mean optim.lr"),
+        ({"temperature": 1}, r"did you mean model.routing.temperature"),
+        ({"model.semantic": 1}, r"model.semantic is a section, not a setting; set one of"),
+        ({"optim.lr": -1}, r"optim.lr: Input should be greater than 0, but got -1"),
+        ({"batch.identities": "many"}, r"batch.identities: .*valid integer.*'many'"),
+        ({"captions.sampling": "some"}, r"captions.sampling: .*'all', 'subset'"),
+        ({"augment.erase_area": (0.5, 0.1)}, r"0 < low <= high <= 1, but got \(0.5, 0.1\)"),
+        ({"optim.warmup_epochs": 99}, r"must not exceed optim.epochs, but got 99"),
+        ({"scaling.num_workers": 3}, r"multiple of scaling.num_workers.* 64 over 3"),
+        ({"selection.holdout": 0}, r"selection.holdout must be positive.*selection.split = test"),
+        ({"run.name": "../up"}, r"run.name: .*pattern"),
+    ],
+)
+def test_a_bad_setting_is_named_with_its_rule(settings, message):
+    with pytest.raises(ValueError, match=message):
+        override(RunConfig(), settings)
+
+
+def test_all_problems_are_reported_together():
+    with pytest.raises(ValueError, match=r"(?s)optim.lrr.*batch.sise"):
+        override(RunConfig(), {"optim.lrr": 1, "batch.sise": 2})
+
+
+def test_toml_is_the_exact_inverse_also_where_a_default_was_unset():
+    config = override(
+        RunConfig(), {"model.backbone.pretrained": None, "data.modalities": ("RGB", "TIR")}
+    )
+    assert from_toml(to_toml(config)) == config
+
+
+def test_recipe_with_a_typo_names_file_and_near_match(tmp_path):
+    recipe = tmp_path / "fast.toml"
+    recipe.write_text("[optim]\nepocs = 3\n")
+    with pytest.raises(ValueError, match=r"fast.toml: .*optim.epocs.*did you mean optim.epochs"):
+        load_recipe(recipe)
+    recipe.write_text("[optim\n")
+    with pytest.raises(ValueError, match=r"fast.toml is not valid TOML"):
+        load_recipe(recipe)
+
+
+def test_every_setting_has_a_docstring():
+    from pydantic import BaseModel
+
+    def sections(model: type[BaseModel]):
+        for name, field in model.model_fields.items():
+            assert field.description, f"{model.__name__}.{name}"
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                sections(field.annotation)
+
+    sections(RunConfig)
+    assert "model.semantic.experts" in setting_names()

@@ -1,0 +1,105 @@
+import pytest
+import torch
+
+from next.config import RunConfig, override
+from next.model.network import NEXT
+from next.training.checkpoint import (
+    Progress,
+    load_network,
+    load_training_state,
+    load_weights,
+    read_progress,
+    save_checkpoint,
+)
+from next.training.optimizer import build_optimizer
+
+SETTINGS = {
+    "model.backbone.name": "next-tiny",
+    "model.backbone.pretrained": None,
+    "model.modalities": 2,
+    "model.image_size": (32, 16),
+    "model.identities": 5,
+    "model.cameras": 1,
+    "model.semantic.experts": 2,
+}
+INPUTS = (
+    torch.linspace(-1, 1, 2 * 2 * 3 * 32 * 16).reshape(2, 2, 3, 32, 16),
+    torch.ones(2, 2, dtype=torch.bool),
+)
+
+
+@pytest.fixture
+def config() -> RunConfig:
+    return override(RunConfig(), SETTINGS)
+
+
+@pytest.fixture
+def trained(config):
+    torch.manual_seed(3)
+    network = NEXT(config.model)
+    optimizer = build_optimizer(network, config.optim)
+    network(*INPUTS).embedding.square().sum().backward()
+    optimizer.step()
+    return network, optimizer
+
+
+def test_everything_comes_back(trained, config, tmp_path):
+    network, optimizer = trained
+    progress = Progress(2, 14, "abc", {"val/mAP": 41.5}, 41.5)
+    folder = save_checkpoint(tmp_path / "last", network, optimizer, progress, config)
+    drawn = torch.rand(3)
+
+    other = NEXT(config.model)
+    other_optimizer = build_optimizer(other, config.optim)
+    torch.manual_seed(99)
+    torch.rand(10)
+    assert load_training_state(folder, other, other_optimizer) == progress
+    assert torch.equal(torch.rand(3), drawn)
+    for (name, ours), theirs in zip(
+        network.state_dict().items(), other.state_dict().values(), strict=True
+    ):
+        assert torch.equal(ours, theirs), name
+    ours, theirs = optimizer.state_dict()["state"], other_optimizer.state_dict()["state"]
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key]["exp_avg"], theirs[key]["exp_avg"]) for key in ours)
+
+    loaded, loaded_config = load_network(folder)
+    assert loaded_config == config
+    assert torch.equal(loaded(*INPUTS).embedding, network.eval()(*INPUTS).embedding)
+
+
+def test_a_second_save_replaces_the_first_and_leaves_no_draft(trained, config, tmp_path):
+    for epoch in (1, 2):
+        save_checkpoint(tmp_path / "last", *trained, Progress(epoch), config)
+    assert read_progress(tmp_path / "last").epoch == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["last"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "config.toml"])
+def test_a_torn_checkpoint_is_refused(trained, config, tmp_path, name):
+    folder = save_checkpoint(tmp_path / "last", *trained, Progress(), config)
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[:-10])
+    with pytest.raises(ValueError, match=rf"{name} is torn: expected {len(content)} bytes"):
+        read_progress(folder)
+    (folder / name).unlink()
+    with pytest.raises(ValueError, match=rf"{name} is torn: .* found no file"):
+        read_progress(folder)
+
+
+def test_a_folder_without_a_checkpoint_says_what_to_give(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no checkpoint.*runs/NAME/checkpoints"):
+        load_network(tmp_path)
+
+
+def test_a_checkpoint_of_another_model_lists_what_differs(trained, config, tmp_path):
+    folder = save_checkpoint(tmp_path / "last", *trained, Progress(), config)
+    more = override(config, {"model.semantic.experts": 3, "model.structure.enabled": False})
+    network = NEXT(more.model)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    with pytest.raises(
+        ValueError, match=r"(?s)checkpoint of another model.*semantic.*\[2, .*the model's is \[3, "
+    ) as raised:
+        load_weights(folder, network)
+    assert "unknown structure" in str(raised.value)
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())

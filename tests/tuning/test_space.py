@@ -1,0 +1,81 @@
+from pathlib import Path
+
+import pytest
+
+from next.config import RunConfig
+from next.tuning.space import check_space, load_space
+
+SPACES = Path(__file__).resolve().parents[2] / "tune_spaces"
+
+
+@pytest.mark.parametrize("path", sorted(SPACES.glob("*.py")), ids=lambda path: path.stem)
+def test_every_space_of_the_project_fits_the_settings(path):
+    assert check_space(load_space(path), RunConfig())
+
+
+def test_experts_varies_what_the_paper_asks_and_keep_only_where_it_applies():
+    space = load_space(SPACES / "experts.py")
+    assert set(check_space(space, RunConfig())) == {
+        "model.semantic.experts",
+        "model.structure.experts",
+        "model.structure.slots",
+        "model.routing.temperature",
+        "captions.sampling",
+        "captions.keep",
+    }
+
+
+def write(folder: Path, body: str) -> Path:
+    path = folder / "mine.py"
+    path.write_text(body)
+    return path
+
+
+def test_a_typo_in_a_space_names_the_near_match(tmp_path):
+    body = "def suggest(trial):\n    return {'optim.lrr': trial.suggest_float('optim.lrr', 1, 2)}\n"
+    space = load_space(write(tmp_path, body))
+    with pytest.raises(ValueError, match=r"space 'mine': .*'optim.lrr'; did you mean optim.lr"):
+        check_space(space, RunConfig())
+
+
+def test_a_range_that_reaches_too_far_is_found_before_anything_starts(tmp_path):
+    body = (
+        "def suggest(trial):\n"
+        "    return {'captions.keep': trial.suggest_float('captions.keep', 0.5, 1.5)}\n"
+    )
+    with pytest.raises(ValueError, match=r"captions.keep: .*less than or equal to 1.*drawn:"):
+        check_space(load_space(write(tmp_path, body)), RunConfig())
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("import no_such_module", r"mine.py cannot be imported: ModuleNotFoundError"),
+        ("def sugest(trial): ...", r"must define a function suggest.*defines sugest"),
+    ],
+)
+def test_a_file_that_is_no_space_says_why(tmp_path, body, message):
+    with pytest.raises(ValueError, match=message):
+        load_space(write(tmp_path, body))
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("def suggest(trial): return None", r"must return a dict.*returned None"),
+        ("def suggest(trial): return 1 / 0", r"fails on a random trial: ZeroDivisionError"),
+        (
+            "def suggest(trial):\n    return {'optim.lr': trial.suggest_float('lr', 0.1, 1)}",
+            r"draws lr without returning it",
+        ),
+    ],
+)
+def test_a_space_that_misbehaves_says_how(tmp_path, body, message):
+    space = load_space(write(tmp_path, body))
+    with pytest.raises(ValueError, match=message):
+        check_space(space, RunConfig())
+
+
+def test_a_missing_file_lists_what_is_there():
+    with pytest.raises(FileNotFoundError, match=r"no search space .*expert.py; .*experts.py"):
+        load_space(SPACES / "expert.py")
