@@ -1,0 +1,204 @@
+"""NEXT: a shared tower, two kinds of experts, aggregation by branch, one embedding."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from next.config import ModelConfig
+from next.model.aggregation import Aggregation
+from next.model.backbone import Backbone
+from next.model.head import IdentityHead
+from next.model.routing import at_least_float32, normalised_entropy
+from next.model.semantic_experts import SemanticExperts
+from next.model.structure_experts import StructureExperts
+
+T = TypeVar("T")
+
+
+class Routing(NamedTuple):
+    """Which patches reach which expert."""
+
+    semantic: Tensor | None
+    """[B, M, E, N] sampling weights over patches; zero for absent modalities. None: no TMSE."""
+    structure: Tensor | None
+    """[B, M, N, E*S] dispatch weights, a softmax over the tokens of all present modalities; the
+    slots of one expert stand side by side. None: no CSSE."""
+    entropy: dict[str, Tensor]
+    """Mean entropy of each branch's weights over its largest value, in [0, 1]; detached."""
+
+
+class NEXTOutput(NamedTuple):
+    """What a forward gives."""
+
+    embedding: Tensor
+    """[B, F] before the neck, not normalised; the concatenated branches that count at test."""
+    branches: dict[str, Tensor]
+    """[B, M*D] each, in the order semantic, structure, cls; the loss sums over these."""
+    routing: Routing
+    """Which patches reach which expert."""
+
+
+class NEXT(nn.Module):
+    """Multi-modal re-identification with text-modulated and context-shared experts.
+
+    Branches are ``semantic`` (TMSE then MGFA) and ``structure`` (CSSE then MGFA). With both
+    switched off the only branch is ``cls``, the plain class tokens: the baseline. With
+    ``supervise_cls`` that branch is added to the loss; our reading: it does not join the
+    embedding at test, unless it is the only branch.
+
+    Weights of the tower are random from ``backbone.seed`` or pretrained; all others come from
+    torch's global random state.
+
+    Args:
+        config: with ``modalities``, ``image_size``, ``identities`` resolved, and ``cameras`` if
+            the camera embedding is on.
+
+    Raises:
+        ValueError: an unresolved field, or settings that do not fit each other or the backbone.
+
+    Source: arXiv 2505.20001.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        modalities = _resolved(config.modalities, "modalities")
+        image_size = _resolved(config.image_size, "image_size")
+        identities = _resolved(config.identities, "identities")
+        self.config = config
+        self.backbone = Backbone(config.backbone, image_size, config.cameras)
+        self.width = self.backbone.width
+        self.patch_grid = self.backbone.patch_grid
+        self.modalities = modalities
+        _check_sampling(config.semantic.tokens_per_expert, self.patch_grid)
+        temperature = config.routing.temperature
+        self.semantic = (
+            SemanticExperts(self.width, modalities, config.semantic, temperature)
+            if config.semantic.enabled
+            else None
+        )
+        self.structure = (
+            StructureExperts(self.width, config.structure, temperature)
+            if config.structure.enabled
+            else None
+        )
+        names = [
+            name
+            for name, part in (("semantic", self.semantic), ("structure", self.structure))
+            if part is not None
+        ]
+        self.aggregation = nn.ModuleDict(
+            {name: Aggregation(self.width, config.aggregation) for name in names}
+        )
+        self.embedded: tuple[str, ...] = tuple(names) or ("cls",)
+        if config.supervise_cls or not names:
+            names.append("cls")
+        branch_width = modalities * self.width
+        self.embedding_size = len(self.embedded) * branch_width
+        self.head = nn.ModuleDict({name: IdentityHead(branch_width, identities) for name in names})
+
+    def forward(
+        self,
+        images: Tensor,
+        present: Tensor,
+        text: Tensor | None = None,
+        camera: Tensor | None = None,
+    ) -> NEXTOutput:
+        """Embed a batch.
+
+        Args:
+            images: ``[B, M, 3, H, W]``, normalised; pixels of an absent modality are never used.
+            present: ``[B, M]`` bool, at least one modality of each sample.
+            text: ``[B, M, E, D]`` unit sentence embeddings, zero where there is no caption; of an
+                absent modality never used. None: no captions.
+            camera: ``[B]`` int64; outside [0, cameras) is unknown. Not used without SIE.
+
+        Raises:
+            ValueError: shapes that do not fit the model, or a sample without any modality (on a
+                GPU this last one is not checked, as it would wait for the device; the embedding
+                of such a sample is zero).
+        """
+        self._check_inputs(images, present, text)
+        cls, patches = self.backbone(images, present, camera)
+        branches: dict[str, Tensor] = {}
+        entropy: dict[str, Tensor] = {}
+        sampling = dispatch = None
+        count = patches.shape[2]
+        if self.semantic is not None:
+            if text is None:
+                text = cls.new_zeros(self._text_shape(len(images)))
+            tokens, sampling = self.semantic(cls, patches, present, text)
+            branches["semantic"] = self.aggregation["semantic"](cls, tokens, present)
+            candidates = min(self.config.semantic.tokens_per_expert or count, count)
+            spread = normalised_entropy(sampling, candidates, dim=-1).mean(-1)
+            entropy["semantic"] = (spread * present).sum() / present.sum().clamp(min=1)
+        if self.structure is not None:
+            tokens, dispatch = self.structure(patches, present)
+            branches["structure"] = self.aggregation["structure"](cls, tokens, present)
+            candidates = present.sum(1, keepdim=True) * count
+            entropy["structure"] = normalised_entropy(
+                dispatch.flatten(1, 2), candidates, dim=1
+            ).mean()
+        if "cls" in self.head:
+            plain = at_least_float32(cls).masked_fill(~present[:, :, None], 0.0)
+            branches["cls"] = plain.flatten(1)
+        embedding = torch.cat([branches[name] for name in self.embedded], dim=1)
+        return NEXTOutput(embedding, branches, Routing(sampling, dispatch, entropy))
+
+    def heads(self, branches: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Logits ``[B, identities]`` of each branch, through its neck and classifier.
+
+        In training mode the necks use the statistics of the batch that is given, so pass the
+        global batch.
+        """
+        return {name: self.head[name](feature) for name, feature in branches.items()}
+
+    def _text_shape(self, batch: int) -> tuple[int, int, int, int]:
+        return batch, self.modalities, self.config.semantic.experts, self.width
+
+    def _check_inputs(self, images: Tensor, present: Tensor, text: Tensor | None) -> None:
+        batch = len(images)
+        if images.ndim != 5 or images.shape[1:3] != (self.modalities, 3):
+            raise ValueError(
+                f"images must be [B, {self.modalities}, 3, H, W] for a model of "
+                f"{self.modalities} modalities, but got {list(images.shape)}"
+            )
+        if present.shape != (batch, self.modalities) or present.dtype != torch.bool:
+            raise ValueError(
+                f"present must be bool [{batch}, {self.modalities}], one row for each sample, but "
+                f"got {present.dtype} {list(present.shape)}"
+            )
+        if self.semantic is not None and text is not None:
+            expected = self._text_shape(batch)
+            if text.shape != expected:
+                raise ValueError(
+                    f"text must be [B, M, E, D] = {list(expected)}, but got {list(text.shape)}; "
+                    f"sample captions for model.semantic.experts experts with the text tower of "
+                    f"model.backbone"
+                )
+        if present.device.type == "cpu" and not torch.compiler.is_compiling():
+            absent = (~present.any(1)).nonzero().flatten().tolist()
+            if absent:
+                raise ValueError(
+                    f"every sample must have at least one modality, but rows {absent[:10]} of the "
+                    f"batch have none; leave such samples out"
+                )
+
+
+def _resolved(value: T | None, name: str) -> T:
+    if value is None:
+        raise ValueError(
+            f"model.{name} must be known before the network is built, but got None; set it, or "
+            f"resolve the configuration from the data"
+        )
+    return value
+
+
+def _check_sampling(tokens: int | None, grid: tuple[int, int]) -> None:
+    if tokens is not None and tokens > grid[0] * grid[1]:
+        raise ValueError(
+            f"model.semantic.tokens_per_expert must not exceed the {grid[0] * grid[1]} patches "
+            f"({grid[0]} x {grid[1]}) of an image, but got {tokens}; leave it unset to sample all"
+        )

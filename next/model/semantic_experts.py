@@ -1,0 +1,109 @@
+"""TMSE, the text-modulated semantic experts (section 1 of the method, figure 3 b and c)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from next.config import SemanticConfig
+from next.model.experts import Experts
+from next.model.routing import at_least_float32, routing_softmax
+
+
+class SemanticTokens(NamedTuple):
+    """What the semantic experts give."""
+
+    tokens: Tensor
+    """[B, E, D] one token of each expert."""
+    sampling: Tensor
+    """[B, M, E, N] sampling weights: sum to one over N, zero for absent modalities."""
+
+
+class SemanticExperts(nn.Module):
+    """Each expert samples patches by class token and caption, and transforms what it sampled.
+
+    For sample b, modality m, expert e, patch n::
+
+        a[b,m,e,n] = <R_m(cls[b,m])_e, patches[b,m,n]> * s_m / sqrt(D)
+        t[b,m,e,n] = cos(text[b,m,e], patches[b,m,n])
+        g[b,:,e,n] = a[b,:,e,n] + FC2(gelu(FC1(t[b,:,e,n])))
+        w[b,m,e,:] = softmax(g[b,m,e,:] / temperature), the k largest, renormalised
+        out[b,e]   = mean over present m of  sum_n w[b,m,e,n] f_e(patches[b,m,n])
+
+    Source: arXiv 2505.20001, figure 3 b and c. Our reading: ``R_m`` is one linear layer for each
+    modality; the experts ``f_e`` are pre-norm residual networks; ``FC2`` has no bias, because the
+    softmax over patches cannot see one; an absent modality enters ``FC1`` as zero, as one without
+    a caption does.
+
+    Args:
+        width: D.
+        modalities: M.
+        config: experts, sampled tokens and widths.
+        temperature: divides the scores before the softmax over patches.
+    """
+
+    def __init__(
+        self, width: int, modalities: int, config: SemanticConfig, temperature: float
+    ) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.tokens_per_expert = config.tokens_per_expert
+        self.router_weight = nn.Parameter(torch.empty(modalities, width, config.experts * width))
+        self.router_bias = nn.Parameter(torch.empty(modalities, 1, config.experts * width))
+        self.router_scale = nn.Parameter(torch.empty(modalities))
+        self.mix_in = nn.Linear(modalities, config.mixer_hidden)
+        self.mix_out = nn.Linear(config.mixer_hidden, modalities, bias=False)
+        self.experts = Experts(config.experts, width, config.expansion)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.router_weight, std=0.02)
+        nn.init.zeros_(self.router_bias)
+        nn.init.ones_(self.router_scale)
+
+    def forward(
+        self, cls: Tensor, patches: Tensor, present: Tensor, text: Tensor
+    ) -> SemanticTokens:
+        """Sample and transform.
+
+        Args:
+            cls: ``[B, M, D]`` class tokens.
+            patches: ``[B, M, N, D]`` patch tokens, finite also where absent.
+            present: ``[B, M]`` bool.
+            text: ``[B, M, E, D]`` unit vectors, or zero where there is no caption.
+        """
+        scores = self._coarse_scores(cls, patches) + self._text_scores(patches, present, text)
+        weights = self._sample(scores).masked_fill(~present[:, :, None, None], 0.0)
+        share = weights / present.sum(1).clamp(min=1)[:, None, None, None]
+        tokens = self.experts.pooled(patches.flatten(1, 2), share.transpose(1, 2).flatten(2))
+        return SemanticTokens(tokens, weights)
+
+    def _coarse_scores(self, cls: Tensor, patches: Tensor) -> Tensor:
+        """``a [B, M, E, N]``."""
+        width = cls.shape[-1]
+        queries = torch.baddbmm(self.router_bias, cls.transpose(0, 1), self.router_weight)
+        queries = queries.transpose(0, 1).unflatten(-1, (-1, width))
+        scale = self.router_scale[:, None, None] / width**0.5
+        return at_least_float32(queries @ patches.mT) * scale
+
+    def _text_scores(self, patches: Tensor, present: Tensor, text: Tensor) -> Tensor:
+        """``delta [B, M, E, N]``: cosine scores mixed along the modality axis."""
+        text = F.normalize(text.masked_fill(~present[:, :, None, None], 0.0), dim=-1)
+        length = torch.linalg.vector_norm(at_least_float32(patches), dim=-1)[:, :, None, :]
+        dots = at_least_float32(text.to(patches.dtype) @ patches.mT)
+        cosine = dots / length.clamp(min=1e-12)
+        cosine = cosine.masked_fill(~present[:, :, None, None], 0.0)
+        mixed = self.mix_out(F.gelu(self.mix_in(cosine.movedim(1, -1))))
+        return at_least_float32(mixed.movedim(-1, 1))
+
+    def _sample(self, scores: Tensor) -> Tensor:
+        """Sampling weights ``[B, M, E, N]``; renormalising the k largest is a softmax over them."""
+        k = self.tokens_per_expert
+        if k is None or k >= scores.shape[-1]:
+            return routing_softmax(scores, self.temperature, dim=-1)
+        chosen = scores.detach().topk(k, dim=-1).indices
+        sampled = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, chosen, True)
+        return routing_softmax(scores, self.temperature, dim=-1, allowed=sampled)
