@@ -337,13 +337,13 @@ def load_card(path: str | Path) -> Benchmark:
     return benchmark
 
 
-def describe_card(error: ValidationError) -> Iterator[str]:
+def describe_card(error: ValidationError, model: type[Section] = Benchmark) -> Iterator[str]:
     """One line for each problem of a card: key, rule, what came, near match."""
     for problem in error.errors():
         where = [str(part) for part in problem["loc"] if part != "[key]"]
         key = ".".join(where)
         if problem["type"] == "extra_forbidden":
-            known = _keys_beside(where)
+            known = _keys_beside(where, model)
             close = near_matches(where[-1], known) or known
             yield f"{key}: there is no such key; did you mean {' or '.join(close)}?"
         elif problem["type"] == "missing":
@@ -355,9 +355,9 @@ def describe_card(error: ValidationError) -> Iterator[str]:
             yield f"{key}: {message}{shown}" if key else message
 
 
-def _keys_beside(where: list[str]) -> list[str]:
+def _keys_beside(where: list[str], model: type[Section]) -> list[str]:
     """Keys of the table that holds the key ``where``."""
-    table: Any = Benchmark
+    table: Any = model
     for part in where[:-1]:
         if isinstance(table, type) and issubclass(table, Section):
             table = table.model_fields[part].annotation

@@ -1,0 +1,392 @@
+"""Raw folders to validated samples: listed once, joined by name, read and decoded one by one.
+
+What is joined is joined by name and never by position in a listing. What does not fit the card is
+an error that names the file, or is left out and listed (``on_bad = skip``); nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from next.config import near_matches
+from next.data.benchmark import SPLITS, Benchmark, NameParts
+from next.data.caption_files import CaptionFiles
+from next.data.captions import split_sentences
+from next.data.images import ImageReader, OnBad, image_problem
+from next.data.layout import Sample
+from next.data.manifest import Findings, Skipped, SplitCounts, SplitEntry
+from next.data.shards import Folder, Manifest, open_folder, write_shards
+from next.data.wording import SHOWN, count, some
+
+logger = logging.getLogger(__name__)
+
+
+class Scan(NamedTuple):
+    """A source as the card reads it, before any image is opened."""
+
+    samples: dict[str, list[Sample]]
+    """Samples of each stored split."""
+    findings: Findings
+    """What was noticed."""
+
+    def counts(self, benchmark: Benchmark) -> dict[str, SplitEntry]:
+        """Counts of each split, as the manifest will have them if every image can be read."""
+        entries = {}
+        for name, split in benchmark.splits.items():
+            counts = SplitCounts(benchmark.modalities)
+            for one in self.samples.get(name, []):
+                counts.add_row(one.pid, one.files, one.sentences)
+            shared = split.same_as is not None
+            entries[name] = SplitEntry(same_as=split.same_as) if shared else counts.entry()
+        return entries
+
+
+@dataclass(frozen=True)
+class ScanOptions:
+    """What to do where source and card do not agree."""
+
+    on_bad: OnBad = "fail"
+    """A file that does not fit the card or cannot be decoded: fail, or skip and list it in the
+    manifest."""
+    captions: bool = True
+    """Read the captions that the card names."""
+    drop_leaked: bool = False
+    """Drop identities from train that stand in the gallery or the queries, too."""
+    allow_count_mismatch: bool = False
+    """Go on, with a warning, where the card asserts other counts than the source has."""
+
+
+def scan(benchmark: Benchmark, source: str | Path, options: ScanOptions | None = None) -> Scan:
+    """List the source, join modalities and captions by name, and check counts and leaks.
+
+    Args:
+        benchmark: the card.
+        source: folder that the card's paths start from.
+        options: what to do where the two do not agree; None: be strict.
+
+    Raises:
+        FileNotFoundError: a folder or a caption file is missing; names its neighbours.
+        ValueError: files do not fit the card, two files claim one sample, a caption file is not
+            what it should be, or counts differ from the card's.
+    """
+    options = options or ScanOptions()
+    folder = open_folder(source)
+    bad: list[Skipped] = []
+    listings = {split: _list_split(benchmark, folder, split, bad) for split in benchmark.stored()}
+    if bad and options.on_bad == "fail":
+        raise ValueError(
+            f"{count(len(bad), 'file')} in {folder.uri} {'do' if len(bad) > 1 else 'does'} not "
+            f"fit the card of {benchmark.name}: {some(f'{b.file} {b.reason}' for b in bad)}; "
+            f"remove or rename, mend the card, or leave them out (--on-bad skip)"
+        )
+    problems = list(_count_problems(benchmark, listings))
+    if problems and not options.allow_count_mismatch:
+        raise ValueError("\n".join([*problems, "check the source, or pass --allow-count-mismatch"]))
+    for problem in problems:
+        logger.warning("%s", problem)
+    leaked = _leaked(listings)
+    if leaked:
+        logger.warning(
+            "LEAK: %s in train and in the gallery or the queries: %s; %s",
+            "1 identity stands" if len(leaked) == 1 else f"{len(leaked)} identities stand",
+            ", ".join(map(str, leaked)),
+            "dropped from train"
+            if options.drop_leaked
+            else "kept (--drop-leaked drops them from train)",
+        )
+        if options.drop_leaked:
+            listings["train"] = [one for one in listings["train"] if one.pid not in leaked]
+    texts = CaptionFiles(folder)
+    samples = {
+        split: _with_captions(benchmark, split, listing, texts if options.captions else None)
+        for split, listing in listings.items()
+    }
+    findings = Findings(
+        skipped=tuple(sorted(bad, key=lambda item: item.file)),
+        leaked_identities=tuple(leaked),
+        leaked_dropped=bool(leaked) and options.drop_leaked,
+        other_labels=sum(one.other_label for listing in listings.values() for one in listing),
+        unused_captions=texts.unused(),
+    )
+    _warn_of(findings, samples, benchmark)
+    return Scan(samples, findings)
+
+
+def prepare(
+    benchmark: Benchmark,
+    source: str | Path,
+    destination: str | Path,
+    options: ScanOptions | None = None,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Manifest:
+    """Scan the source, decode every image once, and write shards; all or nothing.
+
+    Args:
+        benchmark: the card.
+        source: folder that the card's paths start from.
+        destination: folder to write.
+        options: what to do where source and card do not agree; None: be strict.
+        progress: called with samples done and samples in all.
+
+    Raises:
+        OSError: a file or folder is missing, or the destination is taken or cannot be written.
+        ValueError: the source does not fit the card; see :func:`scan`, :class:`ImageReader`.
+    """
+    options = options or ScanOptions()
+    found = scan(benchmark, source, options)
+    reader = ImageReader(benchmark, open_folder(source), options.on_bad)
+    return write_shards(
+        destination, benchmark, found.samples, reader, findings=found.findings, progress=progress
+    )
+
+
+def check(manifest: Manifest) -> Iterator[str]:
+    """What is wrong with prepared data: changed bytes, and images that do not decode.
+
+    Reads everything; each problem is one message.
+    """
+    damaged = list(manifest.damaged())
+    yield from damaged
+    if damaged:
+        return
+    for split in manifest.benchmark.stored():
+        names = manifest.labels(split).sample_id
+        for row, images in manifest.iter_images(split):
+            for modality, data in zip(manifest.benchmark.modalities, images, strict=True):
+                problem = None if data is None else image_problem(data)
+                if problem is not None:
+                    yield f"{split}, sample {names[row]}, {modality}: {problem}"
+
+
+class _Listed(NamedTuple):
+    """A sample as its files' names give it."""
+
+    stem: str
+    """File name without extension."""
+    label: str
+    """Name of the identity's folder, or empty."""
+    pid: int
+    camera: int
+    scene: int
+    files: tuple[str | None, ...]
+    size: int
+    other_label: bool
+    """Whether the name gives another identity than the folder."""
+
+
+class _File(NamedTuple):
+    """One file that matches the grammar."""
+
+    path: str
+    size: int
+    modality: int
+    label: str
+    parts: NameParts
+
+
+def _list_split(
+    benchmark: Benchmark, folder: Folder, split: str, bad: list[Skipped]
+) -> list[_Listed]:
+    """Samples of a split; what does not fit is added to ``bad``."""
+    root = str(dict(benchmark.splits.items())[split].path)
+    files = _matching(benchmark, folder, root, bad)
+    tiles = benchmark.storage.kind == "tiles"
+    by_name: dict[tuple[str, str], dict[int, _File]] = defaultdict(dict)
+    for file in files:
+        stem = PurePosixPath(file.path).stem
+        modalities = range(len(benchmark.modalities)) if tiles else (file.modality,)
+        for modality in modalities:
+            other = by_name[file.label, stem].setdefault(modality, file)
+            if other is not file:
+                raise ValueError(
+                    f"{folder.uri}: {other.path} and {file.path} both claim the sample {stem}; "
+                    f"remove one of them"
+                )
+    listing = []
+    for (label, stem), found in sorted(by_name.items()):
+        one = _listed(benchmark, label, stem, found)
+        absent = [
+            name for name, path in zip(benchmark.modalities, one.files, strict=True) if not path
+        ]
+        if absent and benchmark.storage.missing == "error":
+            reason = (
+                f"has no {' and no '.join(absent)} beside it "
+                f'(storage.missing = "keep" in the card would keep it)'
+            )
+            bad += [Skipped(file=path, reason=reason) for path in one.files if path is not None]
+        else:
+            listing.append(one)
+    return listing
+
+
+def _listed(benchmark: Benchmark, label: str, stem: str, found: dict[int, _File]) -> _Listed:
+    parts = found[min(found)].parts
+    pid = int(label) if label else parts.pid
+    assert pid is not None, "a card without a group pid has identity folders"
+    paths = [
+        found[index].path if index in found else None for index in range(len(benchmark.modalities))
+    ]
+    return _Listed(
+        stem,
+        label,
+        pid,
+        parts.camera,
+        parts.scene,
+        tuple(paths),
+        sum({file.path: file.size for file in found.values()}.values()),
+        parts.pid not in (None, pid),
+    )
+
+
+def _matching(benchmark: Benchmark, folder: Folder, root: str, bad: list[Skipped]) -> list[_File]:
+    """The files of a split whose names match, in sorted order."""
+    found = []
+    seen: set[int] = set()
+    refused: list[str] = []
+    for path, size in folder.walk(root).items():
+        place = _place(benchmark, PurePosixPath(path))
+        if place is None:
+            continue
+        label, modality, name = place
+        seen.add(modality)
+        if any(fnmatch(PurePosixPath(name).name, glob) for glob in benchmark.storage.ignore):
+            continue
+        parts = benchmark.grammar.read(name)
+        if parts is None or (label and not (label.isascii() and label.isdigit())):
+            refused.append(f"{root}/{path}")
+        else:
+            found.append(_File(f"{root}/{path}", size, modality, label, parts))
+    if benchmark.storage.kind != "tiles":
+        for index, needed in enumerate(benchmark.modalities):
+            if index not in seen:
+                raise FileNotFoundError(_no_modality(benchmark, folder, root, needed))
+    if not found:
+        raise ValueError(
+            f"{folder.uri}/{root}: none of its {count(len(refused), 'file')} matches the card of "
+            f"{benchmark.name}, grammar.pattern = {benchmark.grammar.pattern!r}"
+            + (f"; there is {some(refused)}" if refused else "")
+            + "; give the folder that the card's paths start from, or mend the card"
+        )
+    bad += [Skipped(file=path, reason="does not match grammar.pattern") for path in refused]
+    return found
+
+
+def _place(benchmark: Benchmark, path: PurePosixPath) -> tuple[str, int, str] | None:
+    """Identity folder, modality and name of a file; None if it is in no folder of the card.
+
+    A file that lies deeper than the card says keeps its folders in its name, and so matches no
+    grammar.
+    """
+    parts = path.parts
+    if benchmark.storage.kind == "tiles":
+        return "", 0, str(path)
+    label, rest = ("", parts) if benchmark.storage.kind == "folders" else (parts[0], parts[1:])
+    folders = [benchmark.folder(modality) for modality in benchmark.modalities]
+    if len(rest) < 2 or rest[0] not in folders:
+        return None
+    return label, folders.index(rest[0]), "/".join(rest[1:])
+
+
+def _no_modality(benchmark: Benchmark, folder: Folder, root: str, modality: str) -> str:
+    name = benchmark.folder(modality)
+    depth = 0 if benchmark.storage.kind == "folders" else 1
+    there = sorted(
+        {parts[depth] for path in folder.walk(root) if len(parts := path.split("/")) > depth + 1}
+    )
+    close = near_matches(name, there)
+    where = f"{root}/{name}" if depth == 0 else f"{root}/*/{name}"
+    return (
+        f"{folder.uri}/{where}: there is no such folder with files in it, but the card of "
+        f"{benchmark.name} says that modality {modality} lies there"
+        + (f"; did you mean {' or '.join(close)}?" if close else "")
+        + (f"; there is {', '.join(there[:SHOWN])}" if there and not close else "")
+        + "; mend storage.folders or modalities in the card, or give another source"
+    )
+
+
+def _count_problems(benchmark: Benchmark, listings: dict[str, list[_Listed]]) -> Iterator[str]:
+    for split, listing in listings.items():
+        asserted = getattr(benchmark.counts, split)
+        for what, found in (
+            ("identities", len({one.pid for one in listing})),
+            ("samples", len(listing)),
+        ):
+            expected = getattr(asserted, what)
+            if expected is not None and expected != found:
+                yield (
+                    f"counts.{split}.{what}: the card of {benchmark.name} says {expected}, "
+                    f"but the source has {found}"
+                )
+
+
+def _leaked(listings: dict[str, list[_Listed]]) -> list[int]:
+    train = {one.pid for one in listings["train"]}
+    test = {one.pid for split, listing in listings.items() if split != "train" for one in listing}
+    return sorted(train & test)
+
+
+def _with_captions(
+    benchmark: Benchmark, split: str, listing: list[_Listed], files: CaptionFiles | None
+) -> list[Sample]:
+    captions = benchmark.captions
+    pattern = getattr(captions, split) if captions and files else None
+    samples = []
+    for one in listing:
+        name = f"{one.label}/{one.stem}" if one.label else one.stem
+        sentences: list[list[str] | None] = [None] * len(benchmark.modalities)
+        if captions is not None and files is not None and pattern is not None:
+            items = [item.format(stem=one.stem, folder=one.label) for item in captions.names]
+            for index, modality in enumerate(benchmark.modalities):
+                if one.files[index] is not None:
+                    text = files.take(pattern.format(modality=modality), items, split, name)
+                    sentences[index] = None if text is None else split_sentences(text)
+        samples.append(
+            Sample(name, one.pid, one.camera, one.scene, one.files, tuple(sentences), one.size)
+        )
+    return samples
+
+
+def _warn_of(findings: Findings, samples: dict[str, list[Sample]], benchmark: Benchmark) -> None:
+    if findings.skipped:
+        shown = some(f"{item.file} {item.reason}" for item in findings.skipped)
+        logger.warning("left out %s: %s", count(len(findings.skipped), "file"), shown)
+    if findings.other_labels:
+        logger.warning(
+            "%s another identity than the folder's, which is taken",
+            "1 file name gives"
+            if findings.other_labels == 1
+            else f"{findings.other_labels} file names give",
+        )
+    for path, unused in findings.unused_captions.items():
+        logger.warning("%s: %s without an image", path, count(unused, "caption"))
+    for split in (name for name in SPLITS if name in samples):
+        for index, modality in enumerate(benchmark.modalities):
+            absent = [one.sample_id for one in samples[split] if one.files[index] is None]
+            if absent:
+                shown = some(absent)
+                logger.warning(
+                    "%s: %s without %s: %s", split, count(len(absent), "sample"), modality, shown
+                )
+            if benchmark.captions is None or getattr(benchmark.captions, split) is None:
+                continue
+            silent = [
+                one.sample_id
+                for one in samples[split]
+                if one.files[index] is not None and one.sentences[index] is None
+            ]
+            if silent:
+                shown = some(silent)
+                logger.warning(
+                    "%s: %s of %s without caption: %s",
+                    split,
+                    count(len(silent), "image"),
+                    modality,
+                    shown,
+                )
