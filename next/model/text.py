@@ -19,7 +19,7 @@ BATCH = 256
 class TextTower:
     """Sentence embeddings of the backbone's text tower.
 
-    Frozen and deterministic: a sentence's embedding does not depend on its neighbours.
+    Frozen and deterministic; what else is encoded with a text changes its embedding by rounding only.
 
     Args:
         config: the same backbone as the network's.

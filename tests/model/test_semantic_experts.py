@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from next.config import SemanticConfig
+from next.model.semantic_experts import SemanticExperts
+
+B, M, E, N, D = 3, 3, 2, 5, 4
+ALL_PRESENT = torch.ones(B, M, dtype=torch.bool)
+SOME_ABSENT = torch.tensor([[True, True, True], [False, True, False], [True, False, True]])
+
+
+def module(k: int | None = None, temperature: float = 0.7, modalities: int = M) -> SemanticExperts:
+    """A small TMSE in float64 whose parameters are all random."""
+    torch.manual_seed(0)
+    config = SemanticConfig(experts=E, tokens_per_expert=k, expansion=1.5, mixer_hidden=3)
+    tmse = SemanticExperts(D, modalities, config, temperature).double()
+    for parameter in tmse.parameters():
+        nn.init.normal_(parameter)
+    return tmse
+
+
+def inputs(modalities: int = M) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    text = F.normalize(draw(B, modalities, E, D), dim=-1)
+    text[0, 0, 0] = 0.0
+    return (
+        draw(B, modalities, D).requires_grad_(),
+        draw(B, modalities, N, D).requires_grad_(),
+        text,
+    )
+
+
+def cosine(x: Tensor, y: Tensor) -> Tensor | float:
+    return x @ y / (x.norm() * y.norm()) if x.norm() > 0 else 0.0 * y.sum()
+
+
+def naive(
+    tmse: SemanticExperts, cls: Tensor, patches: Tensor, present: Tensor, text: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The formulas of the method in loops over samples, experts, modalities, patches."""
+    k = tmse.tokens_per_expert or N
+    tokens = torch.zeros(B, E, D, dtype=torch.float64)
+    sampling = torch.zeros(B, M, E, N, dtype=torch.float64)
+    for b in range(B):
+        for e in range(E):
+            delta = []
+            for n in range(N):
+                t = torch.stack(
+                    [
+                        cosine(text[b, m, e], patches[b, m, n])
+                        if present[b, m]
+                        else torch.zeros((), dtype=torch.float64)
+                        for m in range(M)
+                    ]
+                )
+                hidden = F.gelu(tmse.mix_in.weight @ t + tmse.mix_in.bias)
+                delta.append(tmse.mix_out.weight @ hidden)
+            seen = [m for m in range(M) if present[b, m]]
+            for m in seen:
+                router = tmse.router_weight[m].T @ cls[b, m] + tmse.router_bias[m, 0]
+                query = router[e * D : (e + 1) * D]
+                g = torch.stack(
+                    [
+                        query @ patches[b, m, n] * tmse.router_scale[m] / D**0.5 + delta[n][m]
+                        for n in range(N)
+                    ]
+                )
+                w = torch.exp(g / tmse.temperature)
+                w = w / w.sum()
+                chosen = sorted(range(N), key=lambda n: -w[n].item())[:k]
+                mass = sum(w[n] for n in chosen)
+                for n in chosen:
+                    weight = w[n] / mass
+                    x = patches[b, m, n]
+                    normed = (x - x.mean()) / (x.var(unbiased=False) + 1e-5).sqrt()
+                    hidden = tmse.experts.weight_in[e] @ normed + tmse.experts.bias_in[e]
+                    y = x + tmse.experts.weight_out[e] @ F.gelu(hidden) + tmse.experts.bias_out[e]
+                    tokens[b, e] = tokens[b, e] + weight * y / len(seen)
+                    sampling[b, m, e, n] = weight
+    return tokens, sampling
+
+
+@pytest.mark.parametrize("present", [ALL_PRESENT, SOME_ABSENT], ids=["all", "some absent"])
+@pytest.mark.parametrize("k", [None, 1, 3, N])
+def test_equals_the_naive_loops_in_value_and_gradient(k, present, agree):
+    tmse = module(k)
+    cls, patches, text = inputs()
+    ours = tmse(cls, patches, present, text)
+    tokens, sampling = naive(tmse, cls, patches, present, text)
+    variables = [cls, patches, *tmse.parameters()]
+    agree(ours.tokens, tokens, variables, 1e-9)
+    agree(ours.sampling, sampling, variables, 1e-9)
+
+
+def test_equals_the_naive_loops_in_float32_to_1e_5(agree):
+    tmse = module(3)
+    cls, patches, text = inputs()
+    tokens, _ = naive(tmse, cls, patches, SOME_ABSENT, text)
+    ours = tmse.float()(cls.float(), patches.float(), SOME_ABSENT, text.float())
+    torch.testing.assert_close(ours.tokens, tokens.float(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("k", [None, 3])
+def test_gradients_pass_the_numeric_check(k):
+    tmse = module(k)
+    cls, patches, text = inputs()
+    parameters = dict(tmse.named_parameters())
+
+    def run(cls: Tensor, patches: Tensor, *values: Tensor) -> tuple[Tensor, Tensor]:
+        named = dict(zip(parameters, values, strict=True))
+        return tuple(torch.func.functional_call(tmse, named, (cls, patches, SOME_ABSENT, text)))
+
+    assert torch.autograd.gradcheck(run, (cls, patches, *parameters.values()), fast_mode=True)
+
+
+def test_sampling_weights_sum_to_one_over_patches_and_are_zero_where_absent():
+    sampling = module(3)(*inputs()[:2], SOME_ABSENT, inputs()[2]).sampling
+    torch.testing.assert_close(
+        sampling.sum(-1), SOME_ABSENT[:, :, None].expand(-1, -1, E).to(sampling)
+    )
+    assert ((sampling > 0).sum(-1) == 3 * SOME_ABSENT[:, :, None]).all()
+
+
+def test_what_an_absent_modality_holds_changes_no_bit():
+    tmse = module()
+    cls, patches, text = (x.detach() for x in inputs())
+    before = tmse(cls, patches, SOME_ABSENT, text)
+    absent = ~SOME_ABSENT
+    cls[absent], patches[absent], text[absent] = 7.0, -9.0, torch.nan
+    after = tmse(cls, patches, SOME_ABSENT, text)
+    assert torch.equal(before.tokens, after.tokens)
+    assert torch.equal(before.sampling, after.sampling)
+
+
+def test_text_moves_the_sampling_weights():
+    tmse = module()
+    cls, patches, text = inputs()
+    with_text = tmse(cls, patches, ALL_PRESENT, text).sampling
+    without = tmse(cls, patches, ALL_PRESENT, torch.zeros_like(text)).sampling
+    assert (with_text - without).abs().max() > 1e-3
+
+
+def test_without_any_caption_only_the_coarse_scores_count():
+    tmse = module()
+    cls, patches, text = inputs()
+    sampling = tmse(cls, patches, ALL_PRESENT, torch.zeros_like(text)).sampling
+    nn.init.zeros_(tmse.mix_out.weight)
+    torch.testing.assert_close(sampling, tmse(cls, patches, ALL_PRESENT, text).sampling)
+
+
+@pytest.mark.parametrize(("temperature", "k"), [(1e-20, None), (1e-20, 3)])
+def test_a_temperature_towards_zero_samples_one_patch(temperature, k):
+    tmse = module(k, temperature)
+    cls, patches, text = inputs()
+    tokens, sampling = tmse(cls, patches, SOME_ABSENT, text)
+    assert ((sampling == 1).sum(-1) == SOME_ABSENT[:, :, None]).all()
+    for gradient in torch.autograd.grad(tokens.square().sum(), [cls, patches]):
+        assert gradient.isfinite().all()
+
+
+def test_a_temperature_towards_infinity_samples_evenly_among_the_k_best():
+    cls, patches, text = inputs()
+    sampling = module(None, 1e20)(cls, patches, ALL_PRESENT, text).sampling
+    torch.testing.assert_close(sampling, torch.full_like(sampling, 1 / N))
+    best = module(1, 1e20)(cls, patches, ALL_PRESENT, text).sampling
+    sharp = module(1, 1e-3)(cls, patches, ALL_PRESENT, text).sampling
+    torch.testing.assert_close(best, sharp)
+
+
+def test_permuting_modalities_with_their_parameters_permutes_nothing_else():
+    tmse, order = module(3), torch.tensor([2, 0, 1])
+    cls, patches, text = inputs()
+    before = tmse(cls, patches, SOME_ABSENT, text)
+    with torch.no_grad():
+        for parameter in (tmse.router_weight, tmse.router_bias, tmse.router_scale):
+            parameter.copy_(parameter[order])
+        tmse.mix_in.weight.copy_(tmse.mix_in.weight[:, order])
+        tmse.mix_out.weight.copy_(tmse.mix_out.weight[order])
+    after = tmse(cls[:, order], patches[:, order], SOME_ABSENT[:, order], text[:, order])
+    torch.testing.assert_close(after.tokens, before.tokens)
+    torch.testing.assert_close(after.sampling, before.sampling[:, order])
+
+
+def test_a_single_modality_works(agree):
+    tmse = module(modalities=1)
+    cls, patches, text = inputs(modalities=1)
+    tokens, _ = tmse(cls, patches, torch.ones(B, 1, dtype=torch.bool), text)
+    assert tokens.shape == (B, E, D)
+
+
+def test_starts_with_nearly_even_sampling():
+    torch.manual_seed(0)
+    tmse = SemanticExperts(128, 3, SemanticConfig(), 1.0)
+    cls, patches = torch.randn(2, 3, 128), torch.randn(2, 3, 32, 128)
+    text = F.normalize(torch.randn(2, 3, 4, 128), dim=-1)
+    sampling = tmse(cls, patches, torch.ones(2, 3, dtype=torch.bool), text).sampling
+    assert sampling.max() < 4 / 32
+    assert sampling.std() > 0.1 / 32
