@@ -19,7 +19,7 @@ BATCH = 256
 class TextTower:
     """Sentence embeddings of the backbone's text tower.
 
-    Frozen and deterministic; what else is encoded with a text changes its embedding by rounding only.
+    Frozen and deterministic; a text's neighbours change its embedding by rounding only.
 
     Args:
         config: the same backbone as the network's.
