@@ -8,16 +8,16 @@ of one block are all that is ever held.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import numpy as np
 
 from next.data.labels import Labels
 
-Rule = Literal["none", "camera", "scene"]
-"""Which gallery rows of a query's own identity are removed: those of its camera, of its scene."""
+RULES = ("none", "camera", "scene")
+"""Which gallery rows of a query's own identity are removed: none, its camera's, its scene's."""
 
 _BLOCK_BYTES = 32 << 20
 """Distances held at a time."""
@@ -60,13 +60,24 @@ class Candidates(NamedTuple):
     """Rows that the rule removes: they count neither as right nor as wrong."""
 
 
+class Nearest(NamedTuple):
+    """What a query retrieves, nearest first, without what the rule removes."""
+
+    rows: np.ndarray
+    """[k] gallery rows."""
+    distances: np.ndarray
+    """[k] Euclidean distances (ranked by their squares)."""
+    right: np.ndarray
+    """[k] bool: of the query's identity."""
+
+
 def retrieval_metrics(
     query: np.ndarray,
     gallery: np.ndarray,
     query_labels: Labels,
     gallery_labels: Labels,
     *,
-    rule: Rule = "camera",
+    rule: str = "camera",
     max_rank: int = 50,
     own: np.ndarray | None = None,
 ) -> RetrievalMetrics:
@@ -137,16 +148,49 @@ def retrieval_metrics(
     )
 
 
-def candidates(
+def nearest(
+    query: np.ndarray,
+    gallery: np.ndarray,
     query_labels: Labels,
     gallery_labels: Labels,
-    row: int,
+    rows: Sequence[int],
     *,
-    rule: Rule,
+    rule: str = "camera",
+    top: int = 10,
     own: np.ndarray | None = None,
-) -> Candidates:
-    """What query ``row`` should find and what the rule removes; arguments as above."""
-    return _Matcher(query_labels, gallery_labels, rule, own)(row)
+) -> list[Nearest]:
+    """The nearest kept gallery rows of some queries; arguments as :func:`retrieval_metrics`.
+
+    Args:
+        query: [Q, F] features.
+        gallery: [G, F] features.
+        query_labels: labels of the Q rows.
+        gallery_labels: labels of the G rows.
+        rows: query rows to rank.
+        rule: which rows are removed.
+        top: how many rows to give for each query, fewer where the gallery ends.
+        own: [Q] gallery row of each query's own image, or -1.
+
+    Raises:
+        ValueError: the rule does not exist, or a row has no label that it reads.
+    """
+    check_rule(rule, query_labels, gallery_labels)
+    rows_of = _Matcher(query_labels, gallery_labels, rule, own)
+    found = []
+    for place, distances in distance_rows(query[list(rows)], gallery):
+        row = rows[place]
+        distances[rows_of(row).removed] = np.inf
+        order = np.argsort(distances, kind="stable")[:top]
+        order = order[np.isfinite(distances[order])]
+        squared = distances[order] + float(np.square(query[row], dtype=np.float64).sum())
+        found.append(
+            Nearest(
+                rows=order,
+                distances=np.sqrt(np.maximum(squared, 0)),
+                right=gallery_labels.pid[order] == query_labels.pid[row],
+            )
+        )
+    return found
 
 
 def distance_rows(query: np.ndarray, gallery: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
@@ -169,11 +213,10 @@ def check_rule(rule: str, query_labels: Labels, gallery_labels: Labels) -> None:
     Raises:
         ValueError: otherwise.
     """
-    known = get_args(Rule)
-    if rule not in known:
-        close = difflib.get_close_matches(rule, known, n=1)
+    if rule not in RULES:
+        close = difflib.get_close_matches(rule, RULES, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"rule must be one of {', '.join(known)}, but got {rule!r}{hint}")
+        raise ValueError(f"rule must be one of {', '.join(RULES)}, but got {rule!r}{hint}")
     if rule == "none":
         return
     for name, labels in (("query", query_labels), ("gallery", gallery_labels)):
@@ -189,7 +232,7 @@ def check_rule(rule: str, query_labels: Labels, gallery_labels: Labels) -> None:
 class _Matcher:
     """Finds a query's rows without scanning the gallery: rows are grouped by identity once."""
 
-    def __init__(self, query: Labels, gallery: Labels, rule: Rule, own: np.ndarray | None) -> None:
+    def __init__(self, query: Labels, gallery: Labels, rule: str, own: np.ndarray | None) -> None:
         if own is not None and len(own) != len(query.pid):
             raise ValueError(
                 f"own must give one gallery row (or -1) for each query, but got {len(own)} for "
@@ -250,7 +293,7 @@ def _check_features(name: str, features: np.ndarray, labels: Labels) -> None:
         )
 
 
-def _why_no_match(query: Labels, gallery: Labels, rule: Rule) -> str:
+def _why_no_match(query: Labels, gallery: Labels, rule: str) -> str:
     shared = np.intersect1d(query.pid, gallery.pid)
     if not len(query.pid) or not len(gallery.pid):
         why = f"there are {len(query.pid)} queries and {len(gallery.pid)} gallery rows"

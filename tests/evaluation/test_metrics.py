@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from next.data.labels import Labels
 from next.evaluation import metrics
-from next.evaluation.metrics import RetrievalMetrics, candidates, retrieval_metrics
+from next.evaluation.metrics import RetrievalMetrics, nearest, retrieval_metrics
 
 RULES = ["none", "camera", "scene"]
 
@@ -170,8 +170,7 @@ def test_the_own_image_is_never_a_match():
     result = retrieval_metrics(*task, rule="none", own=own)
     assert_same(result, naive(*task, "none", own=own))
     assert result.first_match.tolist() == [2, 0, 2]
-    assert candidates(labels, labels, 0, rule="none", own=own).matches.tolist() == [2]
-    assert candidates(labels, labels, 0, rule="none", own=own).removed.tolist() == [0]
+    assert nearest(*task, [0], rule="none", own=own)[0].rows.tolist() == [1, 2]
 
 
 def test_cmc_reaches_past_a_small_gallery():
@@ -193,6 +192,30 @@ def test_unnormalised_features_keep_their_norms():
         rule="none",
     )
     assert result.first_match.tolist() == [1]
+
+
+@pytest.mark.parametrize("rule", ["none", "camera", "scene"])
+def test_the_nearest_rows_are_those_of_a_sort(rule):
+    query, gallery, query_labels, gallery_labels = random_task(3, ties=True)
+    found = nearest(query, gallery, query_labels, gallery_labels, [4, 0], rule=rule, top=12)
+    for row, result in zip([4, 0], found, strict=True):
+        gaps = np.linalg.norm(gallery - query[row], axis=1)
+        kept = gallery_labels.pid != query_labels.pid[row]
+        if rule != "none":
+            side = getattr(gallery_labels, rule) != getattr(query_labels, rule)[row]
+            kept |= side
+        kept |= rule == "none"
+        expected = sorted(np.flatnonzero(kept), key=lambda g, gaps=gaps: (gaps[g] ** 2, g))[:12]
+        assert result.rows.tolist() == expected
+        np.testing.assert_allclose(result.distances, gaps[expected], rtol=1e-5)
+        assert (result.right == (gallery_labels.pid[expected] == query_labels.pid[row])).all()
+
+
+def test_a_short_gallery_gives_fewer_rows():
+    labels = make_labels([7, 7, 8], [0, 1, 0])
+    features = np.arange(3, dtype=np.float32)[:, None]
+    (found,) = nearest(features, features, labels, labels, [0], rule="camera")
+    assert found.rows.tolist() == [1, 2]
 
 
 def test_arguments_are_left_as_they_were():
@@ -225,16 +248,13 @@ def test_cmc_never_falls_and_shares_stay_within_bounds(seed, ties):
     # The last of the n terms whose mean is AP is INP itself.
     valid = ~np.isnan(result.average_precision)
     inp = result.inverse_negative_penalty[valid]
-    counts = np.array(
-        [len(m) for m in (candidates_of(seed, ties, row) for row in np.flatnonzero(valid))]
+    query_labels, gallery_labels = random_task(seed, ties=ties)[2:]
+    matches = (query_labels.pid[:, None] == gallery_labels.pid) & (
+        query_labels.camera[:, None] != gallery_labels.camera
     )
+    counts = matches.sum(axis=1)[valid]
     assert (result.average_precision[valid] >= inp / counts - 1e-9).all()
     assert (result.average_precision[valid] <= 100 + 1e-9).all()
-
-
-def candidates_of(seed, ties, row):
-    _, _, query_labels, gallery_labels = random_task(seed, ties=ties)
-    return candidates(query_labels, gallery_labels, row, rule="camera").matches
 
 
 @settings(max_examples=40, deadline=None)
