@@ -89,7 +89,10 @@ def source(tmp_path) -> Source:
             for name in names:
                 made.add(name, modality, folder)
             items = [
-                {"item": name, "description": f"An adult in {modality}. {name} is seen, e.g. here."}
+                {
+                    "item": name,
+                    "description": f"An adult in {modality}. {name} is seen, (e.g., here).",
+                }
                 for name in reversed(names)
             ]
             made.captions(split, modality).write_text(json.dumps(items))

@@ -1,0 +1,110 @@
+import io
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from next.data.images import ImageReader, image_problem
+from next.data.layout import Sample
+from next.data.shards import open_folder
+
+
+def encoded(array: np.ndarray, kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, kind)
+    return file.getvalue()
+
+
+NOISE = encoded(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
+
+
+def sample(*files):
+    return Sample("one", 1, 1, -1, files, (None,) * len(files), 1)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name: str, data: bytes) -> str:
+        (tmp_path / name).write_bytes(data)
+        return name
+
+    return write
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_images_of_eight_bits_a_channel_are_fine(make_jpeg, mode):
+    assert image_problem(make_jpeg("one", mode=mode)) is None
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_a_truncated_image_is_a_problem(make_jpeg, share):
+    data = make_jpeg("one", size=(256, 256))
+    assert "truncated" in str(image_problem(data[: int(len(data) * share)]))
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        (b"", r"is empty \(0 bytes\)"),
+        (b"not an image at all", "no image that Pillow can open"),
+        (encoded(np.arange(64, dtype=np.uint16).reshape(8, 8) * 999), "mode I;16, but 8 bits"),
+        (encoded(np.full((8, 8), 0.5, np.float32), "TIFF"), "mode F, but 8 bits"),
+        (NOISE[:-300], "cannot be decoded"),
+    ],
+)
+def test_what_cannot_be_decoded_to_eight_bits_is_a_problem(data, problem):
+    assert re.search(problem, str(image_problem(data)))
+
+
+def test_a_png_with_a_flipped_byte_is_a_problem():
+    data = bytearray(NOISE)
+    data[len(data) // 2] ^= 1
+    assert "cannot be decoded" in str(image_problem(bytes(data)))
+
+
+def test_a_bad_image_names_its_file(tmp_path, make_card, write):
+    reader = ImageReader(make_card(), open_folder(tmp_path))
+    with pytest.raises(ValueError, match=r"bad\.jpg is empty .*or leave such files out"):
+        reader(sample(write("bad.jpg", b""), None, None))
+
+
+def test_a_skipped_image_is_a_missing_modality_where_the_card_keeps_those(
+    tmp_path, make_card, make_jpeg, write
+):
+    good, bad = write("good.jpg", make_jpeg("g")), write("bad.jpg", b"text")
+    loaded = ImageReader(make_card(), open_folder(tmp_path), "skip")(sample(good, bad, None))
+    assert loaded.images == (make_jpeg("g"), None, None)
+    assert [item.file for item in loaded.skipped] == ["bad.jpg"]
+
+
+def test_a_skipped_image_takes_its_sample_with_it_where_the_card_wants_all(
+    tmp_path, make_card, make_jpeg, write
+):
+    good, bad = write("good.jpg", make_jpeg("g")), write("bad.jpg", b"text")
+    card = make_card(storage={"kind": "folders", "missing": "error"})
+    assert ImageReader(card, open_folder(tmp_path), "skip")(sample(good, bad, good)).images is None
+
+
+def test_a_sample_without_any_good_image_is_left_out(tmp_path, make_card, write):
+    reader = ImageReader(make_card(), open_folder(tmp_path), "skip")
+    assert reader(sample(write("bad.jpg", b""), None, None)).images is None
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_tiles_are_cut_left_to_right_and_keep_every_pixel(
+    tmp_path, make_card, make_jpeg, write, mode
+):
+    data = make_jpeg("wide", size=(48, 32), mode=mode)
+    name = write("wide.jpg", data)
+    reader = ImageReader(make_card(storage={"kind": "tiles"}), open_folder(tmp_path))
+    tiles = reader(sample(name, name, name)).images
+    pixels = [np.asarray(Image.open(io.BytesIO(tile))) for tile in tiles]
+    assert np.array_equal(np.concatenate(pixels, axis=1), np.asarray(Image.open(io.BytesIO(data))))
+
+
+def test_tiles_of_unequal_width_are_refused(tmp_path, make_card, make_jpeg, write):
+    name = write("wide.jpg", make_jpeg("wide", size=(47, 32)))
+    reader = ImageReader(make_card(storage={"kind": "tiles"}), open_folder(tmp_path))
+    with pytest.raises(ValueError, match=r"wide\.jpg cannot be cut in 3 tiles of equal width"):
+        reader(sample(name, name, name))
