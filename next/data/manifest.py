@@ -17,6 +17,7 @@ FORMAT: Literal["next-shards"] = "next-shards"
 VERSION = 1
 """Raised when a reader of this version could not read what is written, or would read it wrongly."""
 MANIFEST = "manifest.json"
+_SHA256 = r"^[0-9a-f]{64}$"
 
 
 class Skipped(Section):
@@ -52,9 +53,9 @@ class ShardEntry(Section):
     """Samples."""
     bytes: int
     """Size of the file."""
-    sha256: str
+    sha256: str = Field(pattern=_SHA256)
     """Of the file."""
-    content: str
+    content: str = Field(pattern=_SHA256)
     """Sum modulo 2**256 of the sha256 of each row's content, in hexadecimal: what the digest is
     made of, so that it depends neither on the encoding nor on where shards begin and end."""
 

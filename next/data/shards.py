@@ -465,7 +465,7 @@ def _check_shard(folder: Folder, shard: ShardEntry, expected: Any) -> None:
         with folder.filesystem.open_input_file(folder._path(shard.file)) as file:
             parquet = pq.ParquetFile(file)
             found, rows = parquet.schema_arrow, parquet.metadata.num_rows
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{where} is no Parquet file ({error}); {again}") from None
     for column in expected:
         if column.name not in found.names:
