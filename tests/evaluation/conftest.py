@@ -3,16 +3,81 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import matplotlib
+import numpy as np
 import pytest
+import torch
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
+from next.config import RunConfig, override
+from next.data.labels import Labels
+from next.data.loader import SampleSet
+from next.model.network import NEXT
+
 Drawn = list[Figure]
+
+SETTINGS = {
+    "model.backbone.name": "next-tiny",
+    "model.backbone.pretrained": None,
+    "model.semantic.experts": 2,
+    "model.structure.experts": 3,
+    "model.structure.slots": 2,
+    "model.modalities": 3,
+    "model.image_size": (32, 16),
+    "model.identities": 5,
+    "data.image_size": (32, 16),
+    "selection.batch": 5,
+    "captions.sampling": "none",
+}
+
+
+@pytest.fixture
+def config() -> RunConfig:
+    """Settings of a tiny model of three modalities."""
+    return override(RunConfig(), SETTINGS)
+
+
+@pytest.fixture
+def make_model(config) -> Callable[..., NEXT]:
+    """A tiny untrained model, with settings changed."""
+
+    def make(**settings: Any) -> NEXT:
+        torch.manual_seed(0)
+        dotted = {name.replace("__", "."): value for name, value in settings.items()}
+        return NEXT(override(config, dotted).model)
+
+    return make
+
+
+@pytest.fixture
+def samples() -> SampleSet:
+    """24 samples of six identities and two cameras; some lack a modality."""
+    generator = np.random.default_rng(0)
+    rows = np.arange(24)
+    looks = generator.integers(0, 256, (6, 3, 4, 2, 3))
+    noise = generator.integers(-60, 60, (24, 3, 32, 16, 3))
+    images = looks[rows // 4].repeat(8, axis=2).repeat(8, axis=3) + noise
+    present = np.ones((24, 3), dtype=bool)
+    present[5, 1] = present[11, 0] = present[11, 2] = False
+    return SampleSet(
+        labels=Labels(
+            sample_id=np.array([f"{row // 4:06d}_cam{1 + row % 2}_0_{row:02d}" for row in rows]),
+            pid=rows // 4,
+            camera=1 + rows % 2,
+            scene=np.full(24, -1),
+        ),
+        images=images.clip(0, 255).astype(np.uint8),
+        present=present,
+        captions=None,
+        modalities=("RGB", "NI", "TI"),
+        text_width=128,
+    )
 
 
 @pytest.fixture

@@ -97,9 +97,14 @@ def test_a_cmc_that_is_none_is_an_error(tmp_path):
         cmc_curve(tmp_path / "cmc.png", {})
 
 
-@pytest.mark.parametrize("experts", [1, 4, 16])
 @pytest.mark.parametrize(
-    "modalities", [["RGB"], ["RGB", "NI", "TI"], ["visible light", "near infrared"]]
+    ("experts", "modalities"),
+    [
+        (1, ["RGB"]),
+        (4, ["RGB", "NI", "TI"]),
+        (4, ["visible light", "near infrared"]),
+        (16, ["RGB", "NI", "TI"]),
+    ],
 )
 def test_expert_usage_by_modality(tmp_path, drawn, experts, modalities):
     saved = drawn(figures)

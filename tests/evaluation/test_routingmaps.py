@@ -22,8 +22,7 @@ def weights(experts=4, slots=2, patches=8, modalities=3):
     return semantic, dispatch.T.reshape(modalities, patches, experts * slots)
 
 
-@pytest.mark.parametrize("size", [(32, 16), (16, 32)])
-@pytest.mark.parametrize("experts", [1, 4, 12])
+@pytest.mark.parametrize(("size", "experts"), [((32, 16), 1), ((16, 32), 4), ((32, 16), 12)])
 def test_both_branches_are_drawn(tmp_path, drawn, size, experts):
     saved = drawn(routingmaps)
     semantic, structure = weights(experts)

@@ -1,0 +1,142 @@
+"""The protocol of a benchmark: embed query and gallery, rank, measure."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from next.config import RunConfig
+from next.data.loader import SampleSet, evaluation_batches
+from next.evaluation.embed import Embeddings, embed
+from next.evaluation.metrics import (
+    Nearest,
+    RetrievalMetrics,
+    check_rule,
+    nearest,
+    retrieval_metrics,
+)
+from next.model.network import NEXT
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What a model is worth on a query and a gallery, and what that was measured from."""
+
+    metrics: RetrievalMetrics
+    """The scores."""
+    query: Embeddings
+    """Of the Q queries, in their order."""
+    gallery: Embeddings
+    """Of the G gallery samples, in their order."""
+    own: np.ndarray
+    """[Q] gallery row that is the query itself, -1 where there is none."""
+    forwards: int
+    """Samples that went through the network; one that is query and gallery went once."""
+
+
+def evaluate(
+    model: NEXT,
+    query: SampleSet,
+    gallery: SampleSet,
+    *,
+    rule: str,
+    config: RunConfig,
+    device: torch.device | str,
+    max_rank: int = 50,
+) -> Evaluation:
+    """Embed each distinct sample once, rank the gallery for each query, and measure.
+
+    A query never matches itself; by the rule it does not match gallery samples of its identity
+    and camera (or scene) either. Features are L2-normalised as a whole, distances are Euclidean.
+
+    Args:
+        model: the network, on ``device``.
+        query: samples that search.
+        gallery: samples that are searched; may be ``query`` itself, or share samples with it.
+        rule: ``none``, ``camera`` or ``scene``.
+        config: settings; reads selection.batch, data and captions.
+        device: where the model is.
+        max_rank: length of the CMC.
+
+    Raises:
+        ValueError: a side is empty or the rule does not fit the labels (both are found before
+            anything is embedded), no query has a match, or a feature is not finite.
+    """
+    if not len(query) or not len(gallery):
+        raise ValueError(
+            f"query and gallery must hold samples, but got {len(query)} and {len(gallery)}"
+        )
+    check_rule(rule, query.labels, gallery.labels)
+    own = _own_rows(query, gallery)
+    alike = _seen_alike(query, gallery, own)
+    others = np.flatnonzero(~alike)
+    batches = evaluation_batches(gallery, config=config, device=device)
+    if len(others):
+        rest = evaluation_batches(query.select(others), config=config, device=device)
+        batches = itertools.chain(batches, rest)
+    everything = embed(model, batches, device)
+    places = own.copy()
+    places[others] = len(gallery) + np.arange(len(others))
+    of_query = everything.take(places)
+    of_gallery = everything.take(np.arange(len(gallery)))
+    metrics = retrieval_metrics(
+        of_query.features,
+        of_gallery.features,
+        query.labels,
+        gallery.labels,
+        rule=rule,
+        max_rank=max_rank,
+        own=own,
+    )
+    return Evaluation(metrics, of_query, of_gallery, own, len(everything.features))
+
+
+def retrieved(
+    evaluation: Evaluation,
+    query: SampleSet,
+    gallery: SampleSet,
+    rows: list[int],
+    *,
+    rule: str,
+    top: int = 10,
+) -> list[Nearest]:
+    """The nearest gallery samples of some query rows, by the protocol of :func:`evaluate`.
+
+    Args:
+        evaluation: of these sample sets.
+        query: samples that searched.
+        gallery: samples that were searched.
+        rows: query rows.
+        rule: as in :func:`evaluate`.
+        top: how many for each query.
+    """
+    return nearest(
+        evaluation.query.features,
+        evaluation.gallery.features,
+        query.labels,
+        gallery.labels,
+        rows,
+        rule=rule,
+        top=top,
+        own=evaluation.own,
+    )
+
+
+def _own_rows(query: SampleSet, gallery: SampleSet) -> np.ndarray:
+    """[Q] gallery row that stands for the same stored sample, -1 where there is none."""
+    if query.images is not gallery.images:
+        return np.full(len(query), -1)
+    order = np.argsort(gallery.rows, kind="stable")
+    stored = gallery.rows[order]
+    place = np.searchsorted(stored, query.rows).clip(max=len(stored) - 1)
+    return np.where(stored[place] == query.rows, order[place], -1)
+
+
+def _seen_alike(query: SampleSet, gallery: SampleSet, own: np.ndarray) -> np.ndarray:
+    """[Q] whether the query's own gallery row gives the model the very same input."""
+    if query.columns != gallery.columns or query.captions is not gallery.captions:
+        return np.zeros(len(query), dtype=bool)
+    return (own >= 0) & (query.present == gallery.present[own]).all(axis=1)
