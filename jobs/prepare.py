@@ -54,9 +54,8 @@ def main(argv: Sequence[str]) -> int:
             job, summary, found.counts(benchmark), ["nothing was decoded or written (--dry-run)"]
         )
         return 0
-    progress = Progress("prepare")
-    manifest = prepare(benchmark, job.source, job.out, job.options, progress=progress)
-    progress.end()
+    with ProgressLine("prepare") as progress:
+        manifest = prepare(benchmark, job.source, job.out, job.options, progress=progress)
     _print(job, _summary(manifest), manifest.splits, _closing_lines(manifest))
     return 0
 
@@ -74,7 +73,7 @@ def _check(job: PrepareJob) -> int:
     return USER_ERROR if problems else 0
 
 
-class Progress:
+class ProgressLine:
     """A line on stderr that says how far the work is and what is left of it."""
 
     def __init__(self, what: str) -> None:
@@ -92,8 +91,10 @@ class Progress:
         sys.stderr.write(f"\r{line:<70}" if self.alive else f"{line}\n")
         sys.stderr.flush()
 
-    def end(self) -> None:
-        """Leave the line."""
+    def __enter__(self) -> ProgressLine:
+        return self
+
+    def __exit__(self, *problem: object) -> None:
         if self.alive:
             sys.stderr.write("\n")
 

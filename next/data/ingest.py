@@ -24,7 +24,7 @@ from next.data.manifest import Findings, Skipped, SplitCounts, SplitEntry
 from next.data.shards import Folder, Manifest, open_folder, write_shards
 from next.data.wording import SHOWN, count, some
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 class Scan(NamedTuple):
@@ -89,10 +89,10 @@ def scan(benchmark: Benchmark, source: str | Path, options: ScanOptions | None =
     if problems and not options.allow_count_mismatch:
         raise ValueError("\n".join([*problems, "check the source, or pass --allow-count-mismatch"]))
     for problem in problems:
-        logger.warning("%s", problem)
+        _log.warning("%s", problem)
     leaked = _leaked(listings)
     if leaked:
-        logger.warning(
+        _log.warning(
             "LEAK: %s in train and in the gallery or the queries: %s; %s",
             "1 identity stands" if len(leaked) == 1 else f"{len(leaked)} identities stand",
             ", ".join(map(str, leaked)),
@@ -246,65 +246,81 @@ def _listed(benchmark: Benchmark, label: str, stem: str, found: dict[int, _File]
 
 
 def _matching(benchmark: Benchmark, folder: Folder, root: str, bad: list[Skipped]) -> list[_File]:
-    """The files of a split whose names match, in sorted order."""
-    found = []
-    seen: set[int] = set()
-    refused: list[str] = []
+    """The files of a split whose names match, in sorted order; each modality has some."""
+    found: list[_File] = []
+    refused: dict[int, list[str]] = defaultdict(list)
     for path, size in folder.walk(root).items():
         place = _place(benchmark, PurePosixPath(path))
-        if place is None:
+        if place is None or _ignored(benchmark, place.name):
             continue
-        label, modality, name = place
-        seen.add(modality)
-        if any(fnmatch(PurePosixPath(name).name, glob) for glob in benchmark.storage.ignore):
-            continue
-        parts = benchmark.grammar.read(name)
-        if parts is None or (label and not (label.isascii() and label.isdigit())):
-            refused.append(f"{root}/{path}")
+        parts = benchmark.grammar.read(place.name)
+        if parts is None or (place.label and not place.label.isdecimal()):
+            refused[place.modality].append(f"{root}/{path}")
         else:
-            found.append(_File(f"{root}/{path}", size, modality, label, parts))
-    if benchmark.storage.kind != "tiles":
-        for index, needed in enumerate(benchmark.modalities):
-            if index not in seen:
-                raise FileNotFoundError(_no_modality(benchmark, folder, root, needed))
-    if not found:
+            found.append(_File(f"{root}/{path}", size, place.modality, place.label, parts))
+    tiles = benchmark.storage.kind == "tiles"
+    for index, modality in enumerate(benchmark.modalities[:1] if tiles else benchmark.modalities):
+        if any(file.modality == index for file in found):
+            continue
+        where = root if tiles else _modality_folder(benchmark, root, modality)
+        if not refused[index] and not tiles:
+            raise FileNotFoundError(_no_modality(benchmark, folder, root, modality))
+        names = refused[index]
         raise ValueError(
-            f"{folder.uri}/{root}: none of its {count(len(refused), 'file')} matches the card of "
+            f"{folder.uri}/{where}: none of its {count(len(names), 'file')} matches the card of "
             f"{benchmark.name}, grammar.pattern = {benchmark.grammar.pattern!r}"
-            + (f"; there is {some(refused)}" if refused else "")
+            + (f"; there is {some(names)}" if names else "")
             + "; give the folder that the card's paths start from, or mend the card"
         )
-    bad += [Skipped(file=path, reason="does not match grammar.pattern") for path in refused]
+    bad += [
+        Skipped(file=path, reason="does not match grammar.pattern")
+        for paths in refused.values()
+        for path in paths
+    ]
     return found
 
 
-def _place(benchmark: Benchmark, path: PurePosixPath) -> tuple[str, int, str] | None:
-    """Identity folder, modality and name of a file; None if it is in no folder of the card.
+class _Place(NamedTuple):
+    """Where a file lies within its split."""
 
-    A file that lies deeper than the card says keeps its folders in its name, and so matches no
-    grammar.
-    """
+    label: str
+    """Name of the identity's folder, or empty."""
+    modality: int
+    name: str
+    """Base name; with the folders before it where it lies deeper than the card says, so that it
+    matches no grammar."""
+
+
+def _ignored(benchmark: Benchmark, name: str) -> bool:
+    return any(fnmatch(PurePosixPath(name).name, glob) for glob in benchmark.storage.ignore)
+
+
+def _modality_folder(benchmark: Benchmark, root: str, modality: str) -> str:
+    between = "/" if benchmark.storage.kind == "folders" else "/*/"
+    return f"{root}{between}{benchmark.folder(modality)}"
+
+
+def _place(benchmark: Benchmark, path: PurePosixPath) -> _Place | None:
+    """Where a file lies; None if it is in no folder of the card."""
     parts = path.parts
     if benchmark.storage.kind == "tiles":
-        return "", 0, str(path)
+        return _Place("", 0, str(path))
     label, rest = ("", parts) if benchmark.storage.kind == "folders" else (parts[0], parts[1:])
     folders = [benchmark.folder(modality) for modality in benchmark.modalities]
     if len(rest) < 2 or rest[0] not in folders:
         return None
-    return label, folders.index(rest[0]), "/".join(rest[1:])
+    return _Place(label, folders.index(rest[0]), "/".join(rest[1:]))
 
 
 def _no_modality(benchmark: Benchmark, folder: Folder, root: str, modality: str) -> str:
-    name = benchmark.folder(modality)
     depth = 0 if benchmark.storage.kind == "folders" else 1
     there = sorted(
         {parts[depth] for path in folder.walk(root) if len(parts := path.split("/")) > depth + 1}
     )
-    close = near_matches(name, there)
-    where = f"{root}/{name}" if depth == 0 else f"{root}/*/{name}"
+    close = near_matches(benchmark.folder(modality), there)
     return (
-        f"{folder.uri}/{where}: there is no such folder with files in it, but the card of "
-        f"{benchmark.name} says that modality {modality} lies there"
+        f"{folder.uri}/{_modality_folder(benchmark, root, modality)}: there is no such folder with "
+        f"files in it, but the card of {benchmark.name} says that modality {modality} lies there"
         + (f"; did you mean {' or '.join(close)}?" if close else "")
         + (f"; there is {', '.join(there[:SHOWN])}" if there and not close else "")
         + "; mend storage.folders or modalities in the card, or give another source"
@@ -356,22 +372,22 @@ def _with_captions(
 def _warn_of(findings: Findings, samples: dict[str, list[Sample]], benchmark: Benchmark) -> None:
     if findings.skipped:
         shown = some(f"{item.file} {item.reason}" for item in findings.skipped)
-        logger.warning("left out %s: %s", count(len(findings.skipped), "file"), shown)
+        _log.warning("left out %s: %s", count(len(findings.skipped), "file"), shown)
     if findings.other_labels:
-        logger.warning(
+        _log.warning(
             "%s another identity than the folder's, which is taken",
             "1 file name gives"
             if findings.other_labels == 1
             else f"{findings.other_labels} file names give",
         )
     for path, unused in findings.unused_captions.items():
-        logger.warning("%s: %s without an image", path, count(unused, "caption"))
+        _log.warning("%s: %s without an image", path, count(unused, "caption"))
     for split in (name for name in SPLITS if name in samples):
         for index, modality in enumerate(benchmark.modalities):
             absent = [one.sample_id for one in samples[split] if one.files[index] is None]
             if absent:
                 shown = some(absent)
-                logger.warning(
+                _log.warning(
                     "%s: %s without %s: %s", split, count(len(absent), "sample"), modality, shown
                 )
             if benchmark.captions is None or getattr(benchmark.captions, split) is None:
@@ -383,7 +399,7 @@ def _warn_of(findings: Findings, samples: dict[str, list[Sample]], benchmark: Be
             ]
             if silent:
                 shown = some(silent)
-                logger.warning(
+                _log.warning(
                     "%s: %s of %s without caption: %s",
                     split,
                     count(len(silent), "image"),

@@ -70,11 +70,18 @@ def test_a_sample_without_a_modality_is_skipped_and_listed_if_asked_for(source, 
 
 def test_a_folder_in_which_nothing_matches_is_refused(source, make_card):
     card = make_card(grammar={"pattern": r"(?P<pid>\d+)_c(?P<camera>\d+)\.png"})
-    message = r"train_171: none of its 36 files matches .*grammar.pattern = .* and 31 more; give"
+    message = r"train_171/RGB: none of its 12 files matches .*grammar.pattern = .* and 7 more; give"
     with pytest.raises(ValueError, match=message):
         scan(card, source.root)
     with pytest.raises(ValueError, match=message):
         scan(card, source.root, SKIP)
+
+
+def test_one_modality_in_which_nothing_matches_is_refused(source, make_card):
+    for path in (source.root / "test" / "NI").iterdir():
+        path.rename(path.with_suffix(".jpeg"))
+    with pytest.raises(ValueError, match=r"test/NI: none of its 4 files matches .*_00\.jpeg"):
+        scan(make_card(), source.root, SKIP)
 
 
 def test_files_that_do_not_match_are_named(source, make_card):
