@@ -1,10 +1,13 @@
 import json
+from pathlib import Path
 
 import pytest
 
 from next.data.caption_files import CaptionFiles, read_captions
+from next.data.captions import split_sentences
 from next.data.shards import open_folder
 
+CAPTIONS = Path(__file__).resolve().parents[2].parent / "shared" / "captions"
 ITEM = {"item": "a.jpg", "description": "A man."}
 
 
@@ -71,3 +74,12 @@ def test_two_samples_cannot_take_one_item(files):
 def test_a_missing_file_says_what_is_there_and_how_to_do_without(files):
     with pytest.raises(FileNotFoundError, match=r"s\.json: .*did you mean t\.json.*--no-captions"):
         files.take("s.json", ["a"], "train", "a")
+
+
+@pytest.mark.skipif(not CAPTIONS.is_dir(), reason="the authors' captions are absent")
+def test_the_authors_files_of_rgbnt201_are_taken_whole():
+    files = sorted((CAPTIONS / "RGBNT201").glob("*.json"))
+    captions = [text for path in files for text in read_captions("f", path.read_bytes()).values()]
+    sentences = [sentence for text in captions for sentence in split_sentences(text)]
+    assert (len(files), len(captions)) == (6, 14_361)
+    assert (len(sentences), len(set(sentences))) == (69_000, 2_916)
