@@ -15,6 +15,7 @@ from torch import Tensor
 
 from next.config import AugmentConfig
 from next.data.draws import uniform
+from next.data.workspace import Workspace
 
 ERASE_ASPECT = (0.3, 1 / 0.3)
 """Least and largest height over width of an erased rectangle, as in the public codes."""
@@ -23,20 +24,44 @@ ERASE_ATTEMPTS = 10
 """Rectangles drawn for an image until one fits into it; if none does, nothing is erased."""
 
 
-def normalise(images: Tensor, mean: float, std: float) -> Tensor:
+class Drawn(NamedTuple):
+    """What was drawn for the images of a batch; rectangles are empty where nothing is erased."""
+
+    flip: np.ndarray
+    """bool ``[B, M]``, or ``[B, 1]`` where the modalities of a sample share flip and crop."""
+    down: np.ndarray
+    """int64, as ``flip``: the crop's first line, in lines of the unpadded image."""
+    right: np.ndarray
+    """int64, as ``flip``: the crop's first column."""
+    top: np.ndarray
+    """int64 ``[B, M]``: first line of the erased rectangle."""
+    left: np.ndarray
+    """int64 ``[B, M]``: its first column."""
+    tall: np.ndarray
+    """int64 ``[B, M]``: its height."""
+    wide: np.ndarray
+    """int64 ``[B, M]``: its width."""
+
+
+def normalise(
+    images: Tensor, mean: float, std: float, workspace: Workspace | None = None
+) -> Tensor:
     """Pixels ``(x / 255 - mean) / std``, channels before height and width.
 
     Args:
         images: uint8 ``[..., H, W, 3]``.
         mean: subtracted from pixel values in [0, 1], for every channel.
         std: divides them after that.
+        workspace: lends the memory of the result; None: new memory.
 
     Returns:
         float32 ``[..., 3, H, W]``, in memory still ``[..., H, W, 3]`` (torch's channels last): to
         transpose would cost a pass over the batch, and convolutions take both.
     """
-    pixels = images.to(torch.float32).sub_(255.0 * mean).mul_(1.0 / (255.0 * std))
-    return pixels.movedim(-1, -3)
+    workspace = workspace or Workspace()
+    pixels = workspace.lend(tuple(images.shape), images.device).copy_(images)
+    # Two roundings and no fused multiply-add, which only some of the pixels would get.
+    return pixels.sub_(255.0 * mean).mul_(1.0 / (255.0 * std)).movedim(-1, -3)
 
 
 def augment(
@@ -74,84 +99,95 @@ def augment(
     Differs from the public codes in that the modalities of a sample share flip and crop (theirs
     draw them anew for each image; ``shared_geometry = False`` does so too).
     """
-    if not config.enabled:
-        return normalise(images, mean, std)
-    keys = (np.asarray(samples)[:, None], np.asarray(draws)[:, None])
-    moved = _move(images, _draw_moves(images, config, seed, epoch, *keys), config.pad)
-    pixels = normalise(moved, mean, std)
-    _erase(pixels.movedim(-3, -1), _draw_rectangles(images, config, seed, epoch, *keys))
-    return pixels
+    drawn = draw(tuple(images.shape), config, seed, epoch, samples, draws)
+    return finish(move(images, drawn), drawn, mean, std)
 
 
-class _Moves(NamedTuple):
-    """Flip and crop of each sample, ``[B, 1]``, or of each image, ``[B, M]``."""
-
-    flip: np.ndarray
-    down: np.ndarray
-    right: np.ndarray
-
-
-class _Rectangles(NamedTuple):
-    """Rectangles in pixels, ``[B, M]``; height and width are 0 where nothing is erased."""
-
-    top: np.ndarray
-    left: np.ndarray
-    height: np.ndarray
-    width: np.ndarray
-
-
-def _draw_moves(
-    images: Tensor,
+def draw(
+    shape: tuple[int, ...],
     config: AugmentConfig,
     seed: int,
     epoch: int,
     samples: np.ndarray,
     draws: np.ndarray,
-) -> _Moves:
-    modality = np.arange(1 if config.shared_geometry else images.shape[1])
-    drawn = uniform("geometry", seed, epoch, samples, draws, modality, n=3)
-    down, right = (np.floor(drawn[..., i] * (2 * config.pad + 1)).astype(np.int64) for i in (1, 2))
-    return _Moves(drawn[..., 0] < config.flip, down - config.pad, right - config.pad)
+) -> Drawn | None:
+    """The random part of :func:`augment` for images of this shape; None if it is switched off."""
+    if not config.enabled:
+        return None
+    keys = (np.asarray(samples)[:, None], np.asarray(draws)[:, None])
+    modality = np.arange(1 if config.shared_geometry else shape[1])
+    numbers = uniform("geometry", seed, epoch, *keys, modality, n=3)
+    offsets = np.floor(numbers[..., 1:] * (2 * config.pad + 1)).astype(np.int64) - config.pad
+    rectangles = _draw_rectangles(shape, config, seed, epoch, *keys)
+    return Drawn(numbers[..., 0] < config.flip, offsets[..., 0], offsets[..., 1], *rectangles)
 
 
-def _move(images: Tensor, moves: _Moves, pad: int) -> Tensor:
+def move(images: Tensor, drawn: Drawn | None, workspace: Workspace | None = None) -> Tensor:
     """Flip and crop: ``out[y, x] = flipped[y + down, x + right]``, black outside the image.
 
     One selection of whole lines, then one gather along the lines; what falls outside takes the
     nearest pixel there and is blackened afterwards.
+
+    Args:
+        images: uint8 ``[B, M, H, W, 3]``.
+        drawn: what to do; None: nothing.
+        workspace: holds the result until its next use; None: new memory.
+
+    Returns:
+        uint8 ``[B, M, H, W, 3]``.
     """
+    if drawn is None:
+        return images
+    workspace = workspace or Workspace()
+    device = images.device
     batch, modalities, height, width, _ = images.shape
-    line = np.arange(height) + moves.down[..., None]
-    column = np.arange(width) + moves.right[..., None]
+    line = np.arange(height) + drawn.down[..., None]
+    column = np.arange(width) + drawn.right[..., None]
     line_inside = (line >= 0) & (line < height)
     column_inside = (column >= 0) & (column < width)
-    column = np.where(moves.flip[..., None], width - 1 - column, column).clip(0, width - 1)
+    column = np.where(drawn.flip[..., None], width - 1 - column, column).clip(0, width - 1)
 
     image = np.arange(batch * modalities).reshape(batch, modalities, 1)
-    line_number = (image * height + line.clip(0, height - 1)).reshape(-1)
-    byte = (column[..., None] * 3 + np.arange(3)).reshape(batch, -1, 1, width * 3)
+    number = torch.from_numpy((image * height + line.clip(0, height - 1)).reshape(-1)).to(device)
+    lines = workspace.keep("lines", (len(number), width * 3), torch.uint8, device)
+    torch.index_select(images.reshape(-1, width * 3), 0, number, out=lines)
 
-    device = images.device
-    lines = images.reshape(-1, width * 3).index_select(0, torch.from_numpy(line_number).to(device))
-    lines = lines.reshape(batch, modalities, height, width * 3)
-    moved = lines.gather(3, torch.from_numpy(byte).to(device).expand(lines.shape))
-    if pad:
+    byte = (column[..., None] * 3 + np.arange(3)).reshape(batch, -1, 1, width * 3)
+    shape = (batch, modalities, height, width * 3)
+    moved = workspace.keep("moved", shape, torch.uint8, device)
+    torch.gather(lines.view(shape), 3, torch.from_numpy(byte).to(device).expand(shape), out=moved)
+    if not (line_inside.all() and column_inside.all()):
         inside = torch.from_numpy(line_inside.astype(np.uint8)).to(device)
         moved *= inside[..., None]
         inside = torch.from_numpy(column_inside.astype(np.uint8)).to(device)
         moved *= inside.repeat_interleave(3, dim=-1)[:, :, None, :]
-    return moved.reshape(images.shape)
+    return moved.view(images.shape)
+
+
+def finish(
+    moved: Tensor,
+    drawn: Drawn | None,
+    mean: float,
+    std: float,
+    workspace: Workspace | None = None,
+) -> Tensor:
+    """Normalise, and erase what was drawn; arguments and result as :func:`normalise`."""
+    pixels = normalise(moved, mean, std, workspace)
+    if drawn is not None:
+        _erase(pixels.movedim(-3, -1), drawn)
+    return pixels
 
 
 def _draw_rectangles(
-    images: Tensor,
+    shape: tuple[int, ...],
     config: AugmentConfig,
     seed: int,
     epoch: int,
     samples: np.ndarray,
     draws: np.ndarray,
-) -> _Rectangles:
-    _, modalities, height, width, _ = images.shape
+) -> tuple[np.ndarray, ...]:
+    """Top, left, height and width ``[B, M]`` of erased rectangles; 0 where nothing is erased."""
+    _, modalities, height, width, _ = shape
     modality = np.arange(modalities)
     drawn = uniform("erase", seed, epoch, samples, draws, modality, n=1 + 4 * ERASE_ATTEMPTS)
     erased = drawn[..., 0] < config.erase
@@ -169,17 +205,18 @@ def _draw_rectangles(
     fits = (tall < height) & (wide < width)
     first = fits.argmax(axis=-1)[..., None]
     erased &= fits.any(axis=-1)
-    top, left, tall, wide = (
+    return tuple(
         np.take_along_axis(values, first, axis=-1)[..., 0] * erased
         for values in (top, left, tall, wide)
     )
-    return _Rectangles(top, left, tall, wide)
 
 
-def _erase(pixels: Tensor, rectangles: _Rectangles) -> None:
+def _erase(pixels: Tensor, drawn: Drawn) -> None:
     """Set the rectangles of contiguous ``pixels [B, M, H, W, 3]`` to 0; reads only their lines."""
     _, _, height, width, _ = pixels.shape
-    top, left, tall, wide = (values.reshape(-1, 1) for values in rectangles)
+    top, left, tall, wide = (
+        values.reshape(-1, 1) for values in (drawn.top, drawn.left, drawn.tall, drawn.wide)
+    )
     line, column = np.arange(height), np.arange(width)
     image, line_of_image = np.nonzero((line >= top) & (line < top + tall))
     if not len(image):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from next.config import RunConfig, near_matches
-from next.data.augment import augment, normalise
+from next.data.augment import draw, finish, move, normalise
 from next.data.cache import Progress, cache_root, open_cache
 from next.data.captions import (
     CaptionSampler,
@@ -31,6 +31,7 @@ from next.data.captions import (
 )
 from next.data.labels import Labels
 from next.data.shards import Manifest
+from next.data.workspace import Workspace
 
 _log = logging.getLogger(__name__)
 
@@ -126,12 +127,21 @@ class SampleSet:
             columns=tuple(self.columns[place] for place in places),
         )
 
-    def pixels(self, rows: np.ndarray) -> Tensor:
-        """Decoded images of ``rows``, uint8 ``[B, M, H, W, 3]``, in memory of their own."""
+    def pixels(self, rows: np.ndarray, workspace: Workspace | None = None) -> Tensor:
+        """Decoded images of ``rows``, uint8 ``[B, M, H, W, 3]``.
+
+        Args:
+            rows: ``[B]`` rows of this set.
+            workspace: holds the result until its next use; None: new memory.
+        """
         _, all_modalities, *shape = self.images.shape
         image = self.rows[rows][:, None] * all_modalities + np.asarray(self.columns)
+        workspace = workspace or Workspace()
+        found = workspace.keep("pixels", (*image.shape, *shape), torch.uint8, torch.device("cpu"))
         flat = np.asarray(self.images).reshape(-1, *shape)
-        return torch.from_numpy(flat.take(image, axis=0))
+        # The rows are checked above; to let `take` check them too would cost it a second copy.
+        flat.take(image, axis=0, out=found.numpy(), mode="clip")
+        return found
 
 
 def train_batches(
@@ -165,27 +175,25 @@ def train_batches(
             f"classes must hold every identity that is trained on, but {strangers[0]} is missing"
         )
 
-    device = _numbered(device)
+    device, workspace = _numbered(device), Workspace()
 
-    def prepare(step: int) -> Batch:
-        rows, draw = plan_slice[step], draws[step]
+    def prepare(step: int) -> Callable[[], Batch]:
+        rows, earlier = plan_slice[step], draws[step]
         split_rows = samples.rows[rows]
         text = _no_text(samples, len(rows), config)
         if samples.captions is not None:
             text = samples.captions.train(
-                split_rows, draw, seed=config.seed, epoch=epoch, modalities=samples.columns
+                split_rows, earlier, seed=config.seed, epoch=epoch, modalities=samples.columns
             )
-        images = augment(
-            samples.pixels(rows).to(device),
-            config=config.augment,
-            mean=config.data.mean,
-            std=config.data.std,
-            seed=config.seed,
-            epoch=epoch,
-            samples=split_rows,
-            draws=draw,
-        )
-        return _batch(samples, rows, images, text, labels[rows], device)
+        pixels = samples.pixels(rows, workspace).to(device)
+        drawn = draw(tuple(pixels.shape), config.augment, config.seed, epoch, split_rows, earlier)
+        moved = move(pixels, drawn, workspace)
+
+        def complete() -> Batch:
+            images = finish(moved, drawn, config.data.mean, config.data.std, workspace)
+            return _batch(samples, rows, images, text, labels[rows], device)
+
+        return complete
 
     return _one_ahead(prepare, len(plan_slice))
 
@@ -195,16 +203,20 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """All samples once, in order, not augmented; ``selection.batch`` at a time."""
     size = config.selection.batch
-    device = _numbered(device)
+    device, workspace = _numbered(device), Workspace()
 
-    def prepare(step: int) -> Batch:
+    def prepare(step: int) -> Callable[[], Batch]:
         rows = np.arange(step * size, min(len(samples), (step + 1) * size))
         text = _no_text(samples, len(rows), config)
         if samples.captions is not None:
             text = samples.captions.evaluate(samples.rows[rows], modalities=samples.columns)
-        pixels = samples.pixels(rows).to(device)
-        images = normalise(pixels, config.data.mean, config.data.std)
-        return _batch(samples, rows, images, text, samples.labels.pid[rows], device)
+        pixels = samples.pixels(rows, workspace).to(device)
+
+        def complete() -> Batch:
+            images = normalise(pixels, config.data.mean, config.data.std, workspace)
+            return _batch(samples, rows, images, text, samples.labels.pid[rows], device)
+
+        return complete
 
     return _one_ahead(prepare, -(-len(samples) // size))
 
@@ -333,16 +345,18 @@ def _batch(
     ).to(device)
 
 
-def _one_ahead(prepare: Callable[[int], Batch], steps: int) -> Iterator[Batch]:
+def _one_ahead(prepare: Callable[[int], Callable[[], Batch]], steps: int) -> Iterator[Batch]:
     """Batches in order; while one is used, a thread prepares the one after it.
 
-    An error of the thread is raised where its batch would have come; a consumer that stops early
-    ends the thread.
+    ``prepare`` runs in the thread, what it returns in the consumer. An error of the thread is
+    raised where its batch would have come; a consumer that stops early ends the thread.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
         ahead = thread.submit(prepare, 0) if steps else None
         for step in range(1, steps + 1):
             assert ahead is not None
-            batch = ahead.result()
+            # Complete before the thread goes on, since it uses the same workspace.
+            batch = ahead.result()()
             ahead = thread.submit(prepare, step) if step < steps else None
             yield batch
+            del batch
