@@ -1,20 +1,20 @@
-"""Charts of one run, as PNG files: pure functions from numbers to a picture.
+"""Charts of runs, as PNG files: pure functions from numbers to a picture.
 
-Scores are drawn from 0 to 100 in every chart, so that pictures of different runs can be compared
-by laying them side by side. Charts over runs are in :mod:`next.evaluation.comparisons`, pictures
-made of images in :mod:`next.evaluation.ranklists`.
+Curves and bars of scores run from 0 to 100, so that pictures of different runs can be compared by
+laying them side by side.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from next.evaluation.canvas import (
     COLOURS,
@@ -26,10 +26,23 @@ from next.evaluation.canvas import (
     save,
     wrap,
 )
+from next.evaluation.noise import seed_spread
 
 _MOST_LINES = 8
 _SMOOTHED = 60
 """A curve of more points is drawn faintly, with its running mean."""
+
+
+@dataclass(frozen=True)
+class TrialPoint:
+    """One trial of a sweep."""
+
+    parameters: Mapping[str, Any]
+    """Dotted setting -> value, only what the sweep varies; a conditional one may be missing."""
+    score: float | None
+    """Best value of the objective, in percent; None if the trial reported nothing."""
+    pruned: bool = False
+    """Stopped before its time."""
 
 
 @house_style()
@@ -143,68 +156,118 @@ def cmc_curve(path: str | Path, runs: Mapping[str, np.ndarray], *, ranks: int = 
 
 
 @house_style()
-def expert_usage(
-    path: str | Path,
-    *,
-    modalities: Sequence[str],
-    structure_share: np.ndarray | None = None,
-    semantic_entropy: np.ndarray | None = None,
-    cameras: Sequence[str] = (),
-    structure_share_by_camera: np.ndarray | None = None,
-    semantic_entropy_by_camera: np.ndarray | None = None,
+def sweep_overview(
+    path: str | Path, trials: Sequence[TrialPoint], *, objective: str = "val/mAP"
 ) -> Path:
-    """Heat maps of what the experts use; a NaN is shown as n/a.
+    """The objective against each swept setting; pruned trials are grey, the best score is a star.
 
     Args:
         path: PNG to write.
-        modalities: M names.
-        structure_share: [M, E] share of each structure expert's dispatch that falls on each
-            modality, columns sum to one.
-        semantic_entropy: [M, E] entropy of each semantic expert's sampling weights over the
-            patches, from 0 (one patch) to 1 (even).
-        cameras: C names, for the lower row.
-        structure_share_by_camera: [C, M, E] the share for the samples of each camera; its mean
-            over experts is drawn.
-        semantic_entropy_by_camera: [C, M, E] likewise.
+        trials: of one sweep, in the order in which they started.
+        objective: name of the score, for the axis; larger is better.
 
     Raises:
-        ValueError: nothing to draw, a shape that does not fit, or a value outside 0 to 1.
+        ValueError: no trial has a score, or nothing was swept.
     """
-    share, evenness = "Structure dispatch by modality, %", "Semantic entropy by modality, %"
-    panels = []
-    for title, values in ((share, structure_share), (evenness, semantic_entropy)):
-        if values is not None:
-            _check_heat(title, values, (len(modalities), None))
-            experts = [f"{index + 1}" for index in range(values.shape[1])]
-            panels.append((title, values, list(modalities), experts, "expert"))
-    for title, values in (
-        ("Structure dispatch by camera, %", structure_share_by_camera),
-        ("Semantic entropy by camera, %", semantic_entropy_by_camera),
-    ):
-        if values is not None:
-            _check_heat(title, values, (len(cameras), len(modalities), None))
-            # A camera whose samples all lack a modality has no value there.
-            known = ~np.isnan(values)
-            total = np.where(known, values, 0).sum(axis=2)
-            counts = known.sum(axis=2)
-            means = np.where(counts > 0, total / np.maximum(counts, 1), np.nan)
-            panels.append(
-                (
-                    title,
-                    means,
-                    [wrap(str(c), 8, 1) for c in cameras],
-                    [wrap(str(m), 8, 1) for m in modalities],
-                    "",
-                )
+    scored = [trial for trial in trials if trial.score is not None and math.isfinite(trial.score)]
+    if not scored:
+        raise ValueError(f"there is nothing to draw: none of {len(trials)} trials has a score")
+    names = list(dict.fromkeys(name for trial in scored for name in trial.parameters))
+    if not names:
+        raise ValueError("there is nothing to draw: the trials have no swept setting")
+    best = max(scored, key=lambda trial: trial.score or 0.0)
+    columns = min(2, len(names))
+    rows = math.ceil(len(names) / columns)
+    figure = plot_figure(max(4.8, 3.2 * columns), 0.9 + 2.6 * rows)
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
+    for axes, name in zip(grid, names, strict=False):
+        drawn = [trial for trial in scored if name in trial.parameters]
+        places = _place_values(axes, [trial.parameters[name] for trial in drawn])
+        _mark_trials(axes, places, drawn, best)
+        axes.set_xlabel(wrap(name.replace(".", ". "), 20, 2).replace(". ", "."))
+    for axes in grid[len(names) :]:
+        axes.set_axis_off()
+    for axes in grid[::columns]:
+        axes.set_ylabel(f"{objective}, %")
+    scores = [float(trial.score) for trial in scored if trial.score is not None]
+    room = max(1.0, 0.08 * (max(scores) - min(scores)))
+    grid[0].set_ylim(max(0, min(scores) - room), min(100, max(scores) + room))
+    pruned = sum(trial.pruned for trial in scored)
+    figure.suptitle(
+        f"{len(trials)} trials, {pruned} pruned (x); best {best.score:.1f} (star)",
+        fontsize=14,
+        fontweight="bold",
+    )
+    return save(figure, path)
+
+
+@house_style()
+def seeds_bar(
+    path: str | Path, methods: Mapping[str, Sequence[float]], *, score: str = "test mAP"
+) -> Path:
+    """One bar a method: mean over seeds, its standard deviation, and each seed as a dot.
+
+    Args:
+        path: PNG to write.
+        methods: name -> score of each seed, in percent; drawn from top to bottom.
+        score: what the scores are, for the axis.
+
+    Raises:
+        ValueError: no method, one without scores, or a score outside 0 to 100.
+    """
+    if not methods:
+        raise ValueError("methods must hold one method at least")
+    for name, values in methods.items():
+        if not len(values) or not all(0 <= value <= 100 for value in values):
+            raise ValueError(
+                f"the scores of {name!r} must be percentages from 0 to 100, one for each seed, "
+                f"but got {list(values)}"
             )
-    if not panels:
-        raise ValueError("there is nothing to draw: give the usage of at least one kind of expert")
-    heights = [1.4 + 0.46 * len(values) for _, values, *_ in panels]
-    widest = max(values.shape[1] for _, values, *_ in panels)
-    figure = plot_figure(max(4.6, 1.6 + (0.6 if widest <= 8 else 0.42) * widest), sum(heights))
-    grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)
-    for axes, panel in zip(grid.ravel(), panels, strict=True):
-        _heat_map(axes, *panel)
+    figure = plot_figure(6.0, 1.4 + 0.55 * len(methods))
+    axes = figure.subplots()
+    for place, values in enumerate(methods.values()):
+        spread = seed_spread(list(values))
+        axes.barh(place, spread.mean, height=0.7, color=COLOURS[5], zorder=2)
+        if spread.count > 1:
+            axes.errorbar(
+                spread.mean,
+                place - 0.12,
+                xerr=spread.std,
+                color=INK,
+                capsize=5,
+                elinewidth=2,
+                capthick=2,
+                zorder=3,
+            )
+        axes.plot(
+            values,
+            [place + 0.17] * len(values),
+            "o",
+            color=COLOURS[0],
+            markersize=6,
+            zorder=4,
+            markeredgecolor="white",
+            markeredgewidth=0.8,
+        )
+        note = f"{spread.mean:.1f}" + (f" ± {spread.std:.1f}" if spread.count > 1 else "")
+        end = max([*values, spread.mean + (spread.std if spread.count > 1 else 0)])
+        axes.annotate(
+            note,
+            (end, place),
+            xytext=(8, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=12,
+            fontweight="bold",
+        )
+    axes.set(xlim=(0, 130), ylim=(len(methods) - 0.5, -0.5), xlabel=f"{score}, %")
+    axes.set_xticks(range(0, 101, 20))
+    axes.set_yticks(range(len(methods)), [wrap(name, 20) for name in methods])
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0)
+    counts = sorted({len(values) for values in methods.values()})
+    seeds = "One seed" if counts == [1] else f"Mean ± standard deviation, {counts[-1]} seeds"
+    figure.suptitle(seeds, fontsize=14, fontweight="bold")
     return save(figure, path)
 
 
@@ -246,41 +309,56 @@ def _check_some(name: str, given: Mapping[str, Any]) -> None:
         )
 
 
-def _check_heat(title: str, values: np.ndarray, shape: tuple[int | None, ...]) -> None:
-    fits = values.ndim == len(shape) and all(
-        want in (None, came) for want, came in zip(shape, values.shape, strict=True)
+def _place_values(axes: Axes, values: list[Any]) -> list[float]:
+    """Places of ``values`` on the x axis, and its ticks: a scale for numbers, else categories."""
+    numbers = all(
+        isinstance(value, int | float) and not isinstance(value, bool) for value in values
     )
-    if not fits or 0 in values.shape:
-        wanted = ", ".join("experts" if want is None else str(want) for want in shape)
-        raise ValueError(f"{title} must have shape [{wanted}], but got {list(values.shape)}")
-    if np.nanmin(values) < 0 or np.nanmax(values) > 1 + 1e-4:
-        raise ValueError(
-            f"{title} must lie between 0 and 1, but got {np.nanmin(values):.3g} to "
-            f"{np.nanmax(values):.3g}"
-        )
+    distinct = sorted(set(values), key=lambda value: value if numbers else str(value))
+    whole = all(isinstance(value, int) for value in values)
+    if not numbers or (len(distinct) <= 6 and (whole or len(distinct) < len(values))):
+        axes.set_xticks(range(len(distinct)), [_short_value(value) for value in distinct])
+        if not numbers:
+            axes.tick_params(axis="x", rotation=20)
+        axes.set_xlim(-0.6, len(distinct) - 0.4)
+        # Trials of one value are spread a little, always in the same way.
+        seen: dict[Any, int] = {}
+        places = []
+        for value in values:
+            seen[value] = seen.get(value, -1) + 1
+            places.append(distinct.index(value) + (0, -0.08, 0.08, -0.16, 0.16)[seen[value] % 5])
+        return places
+    if distinct[0] > 0 and distinct[-1] / distinct[0] >= 8:
+        axes.set_xscale("log")
+        few = distinct[-1] / distinct[0] < 300
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0) if few else (1.0,), numticks=6))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
+    axes.margins(x=0.1)
+    return [float(value) for value in values]
 
 
-def _heat_map(
-    axes: Axes, title: str, values: np.ndarray, rows: list[str], columns: list[str], xlabel: str
+def _short_value(value: Any) -> str:
+    text = f"{value:.3g}" if isinstance(value, float) else str(value)
+    return wrap(text, 10, 1)
+
+
+def _mark_trials(
+    axes: Axes, places: list[float], trials: list[TrialPoint], best: TrialPoint
 ) -> None:
-    axes.imshow(np.nan_to_num(values), cmap="viridis", vmin=0, vmax=1, aspect="auto")
-    small = values.shape[1] > 8
-    for row, column in np.ndindex(values.shape):
-        value = values[row, column]
-        axes.text(
-            column,
-            row,
-            "n/a" if np.isnan(value) else f"{100 * value:.0f}",
-            ha="center",
-            va="center",
-            color="black" if value > 0.55 else "white",
-            fontsize=10 if small else 13,
-        )
-    axes.set_xticks(range(len(columns)), columns)
-    axes.set_yticks(range(len(rows)), [wrap(row, 10) for row in rows])
-    axes.set_title(title)
-    axes.set_xlabel(xlabel)
-    axes.tick_params(length=0)
-    axes.grid(visible=False)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    """A star for the best trial, grey crosses for pruned ones, dots for the others."""
+    styles: dict[str, dict[str, Any]] = {
+        "pruned": {"marker": "x", "s": 46, "color": NEUTRAL, "linewidths": 2},
+        "finished": {"marker": "o", "s": 60, "color": COLOURS[0], "edgecolors": "white"},
+        "best": {"marker": "*", "s": 260, "color": COLOURS[1], "edgecolors": "white"},
+    }
+    for kind, style in styles.items():
+        points = [
+            (place, trial.score)
+            for place, trial in zip(places, trials, strict=True)
+            if kind == ("best" if trial is best else "pruned" if trial.pruned else "finished")
+        ]
+        if points:
+            axes.scatter(*zip(*points, strict=True), clip_on=False, zorder=3, **style)

@@ -11,10 +11,11 @@ import torch
 from next.config import RunConfig
 from next.data.loader import SampleSet, evaluation_batches
 from next.evaluation.embed import mean_usage, route
-from next.evaluation.figures import cmc_curve, expert_usage, learning_curves
+from next.evaluation.figures import cmc_curve, learning_curves
 from next.evaluation.protocol import Evaluation, retrieved
 from next.evaluation.ranklists import RankList, Shown, choose_queries, rank_lists
 from next.evaluation.routingmaps import routing_maps
+from next.evaluation.usagemaps import expert_usage
 from next.model.network import NEXT
 
 

@@ -5,7 +5,13 @@ import pytest
 from PIL import Image
 
 from next.evaluation import figures
-from next.evaluation.figures import cmc_curve, expert_usage, learning_curves
+from next.evaluation.figures import (
+    TrialPoint,
+    cmc_curve,
+    learning_curves,
+    seeds_bar,
+    sweep_overview,
+)
 
 
 def journal(epochs=12, steps=5):
@@ -22,13 +28,6 @@ def journal(epochs=12, steps=5):
 
 def cmc(first, pace=6.0):
     return 100 - (100 - first) * np.exp(-np.arange(50) / pace)
-
-
-def usage(modalities=3, experts=4, cameras=0):
-    generator = np.random.default_rng(1)
-    shape = (cameras, modalities, experts) if cameras else (modalities, experts)
-    share = generator.uniform(0.1, 1, shape)
-    return share / share.sum(axis=-2, keepdims=True), generator.uniform(0, 1, shape)
 
 
 def open_picture(path):
@@ -97,58 +96,128 @@ def test_a_cmc_that_is_none_is_an_error(tmp_path):
         cmc_curve(tmp_path / "cmc.png", {})
 
 
+def sweep(trials=24):
+    generator = np.random.default_rng(0)
+    points = []
+    for index in range(trials):
+        drawn = {
+            "model.semantic.experts": int(generator.choice([1, 2, 4, 6, 8])),
+            "model.structure.slots": int(generator.choice([1, 2, 4])),
+            "model.routing.temperature": float(np.exp(generator.uniform(-2.3, 2.3))),
+            "optim.lr": float(10 ** generator.uniform(-6, -2)),
+            "captions.sampling": str(generator.choice(["all", "subset", "split", "none"])),
+            "model.semantic.enabled": bool(index % 2),
+        }
+        if drawn["captions.sampling"] == "subset":
+            drawn["captions.keep"] = float(generator.uniform(0.3, 1))
+        pruned = index % 3 == 2
+        points.append(TrialPoint(drawn, generator.uniform(40, 60) - 20 * pruned, pruned))
+    return points
+
+
+def marks(axes):
+    return sum(len(marks.get_offsets()) for marks in axes.collections)
+
+
+def test_a_sweep_has_a_panel_for_each_setting(tmp_path, drawn):
+    saved = drawn(figures)
+    points = sweep()
+    path = sweep_overview(tmp_path / "sweep.png", points)
+    with Image.open(path) as picture:
+        picture.load()
+    panels = [axes for axes in saved[0].axes if axes.axison]
+    assert len(panels) == 7
+    for axes in panels:
+        name = axes.get_xlabel().replace("\n", "")
+        assert marks(axes) == sum(name in point.parameters for point in points)
+
+
+def test_the_axis_of_a_setting_fits_its_values(tmp_path, drawn):
+    saved = drawn(figures)
+    sweep_overview(tmp_path / "sweep.png", sweep())
+    panels = {axes.get_xlabel().replace("\n", ""): axes for axes in saved[0].axes}
+    assert panels["model.routing.temperature"].get_xscale() == "log"
+    assert panels["optim.lr"].get_xscale() == "log"
+    labels = [label.get_text() for label in panels["model.semantic.experts"].get_xticklabels()]
+    assert labels == ["1", "2", "4", "6", "8"]
+    labels = [label.get_text() for label in panels["captions.sampling"].get_xticklabels()]
+    assert labels == ["all", "none", "split", "subset"]
+
+
+@pytest.mark.parametrize("trials", [1, 2, 9])
+def test_a_small_sweep_of_one_setting(tmp_path, drawn, trials):
+    saved = drawn(figures)
+    points = [
+        TrialPoint({"optim.lr": 1e-4 * (1 + i)}, 30.0 + i, pruned=i > 5) for i in range(trials)
+    ]
+    sweep_overview(tmp_path / "sweep.png", points)
+    assert marks(saved[0].axes[0]) == trials
+
+
+def test_the_best_score_is_the_star_as_in_the_leaderboard(tmp_path, drawn):
+    saved = drawn(figures)
+    points = [TrialPoint({"a": 1}, 50.0), TrialPoint({"a": 2}, 60.0, pruned=True)]
+    sweep_overview(tmp_path / "sweep.png", points)
+    assert "1 pruned (x); best 60.0 (star)" in saved[0].get_suptitle()
+    assert [marks.get_offsets().tolist() for marks in saved[0].axes[0].collections] == [
+        [[0, 50]],
+        [[1, 60]],
+    ]
+
+
+def test_a_trial_without_a_score_is_counted_and_not_drawn(tmp_path, drawn):
+    saved = drawn(figures)
+    points = [TrialPoint({"a": 1}, 50.0), TrialPoint({"a": 2}, None), TrialPoint({"a": 3}, np.nan)]
+    sweep_overview(tmp_path / "sweep.png", points)
+    assert marks(saved[0].axes[0]) == 1
+    assert saved[0].get_suptitle().startswith("3 trials")
+
+
+def test_a_sweep_of_nothing_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="none of 1 trials has a score"):
+        sweep_overview(tmp_path / "sweep.png", [TrialPoint({"a": 1}, None)])
+    with pytest.raises(ValueError, match="no swept setting"):
+        sweep_overview(tmp_path / "sweep.png", [TrialPoint({}, 3.0)])
+
+
+METHODS = {
+    "untrained": [8.1, 8.4, 8.0],
+    "CLS baseline": [55.2, 57.1, 53.9],
+    "a long method name that will have to be wrapped over lines": [62.1, 63.1, 60.9],
+    "NEXT": [99.0, 100.0, 99.5],
+}
+
+
+def test_bars_have_the_mean_and_each_seed(tmp_path, drawn):
+    saved = drawn(figures)
+    seeds_bar(tmp_path / "seeds.png", METHODS)
+    axes = saved[0].axes[0]
+    widths = [bar.get_width() for bar in axes.patches]
+    np.testing.assert_allclose(widths, [np.mean(values) for values in METHODS.values()])
+    notes = [text.get_text() for text in axes.texts]
+    assert notes[1] == "55.4 ± 1.6"
+    assert saved[0].get_suptitle() == "Mean ± standard deviation, 3 seeds"
+
+
+def test_bars_of_one_seed_have_no_spread(tmp_path, drawn):
+    saved = drawn(figures)
+    seeds_bar(tmp_path / "seeds.png", {"NEXT": [71.0]})
+    assert saved[0].axes[0].texts[0].get_text() == "71.0"
+    assert saved[0].get_suptitle() == "One seed"
+
+
 @pytest.mark.parametrize(
-    ("experts", "modalities"),
+    ("methods", "message"),
     [
-        (1, ["RGB"]),
-        (4, ["RGB", "NI", "TI"]),
-        (4, ["visible light", "near infrared"]),
-        (16, ["RGB", "NI", "TI"]),
+        ({}, "one method at least"),
+        ({"NEXT": []}, "'NEXT' must be percentages"),
+        ({"NEXT": [0.5, 130.0]}, r"but got \[0.5, 130.0\]"),
+        ({"NEXT": [np.nan]}, "must be percentages"),
     ],
 )
-def test_expert_usage_by_modality(tmp_path, drawn, experts, modalities):
-    saved = drawn(figures)
-    share, entropy = usage(len(modalities), experts)
-    path = expert_usage(
-        tmp_path / "usage.png",
-        modalities=modalities,
-        structure_share=share,
-        semantic_entropy=entropy,
-    )
-    open_picture(path)
-    first, second = saved[0].axes
-    np.testing.assert_array_equal(first.images[0].get_array(), share)
-    np.testing.assert_array_equal(second.images[0].get_array(), entropy)
-
-
-def test_expert_usage_by_camera(tmp_path, drawn):
-    saved = drawn(figures)
-    share, entropy = usage(cameras=4)
-    entropy[1, 2] = np.nan
-    expert_usage(
-        tmp_path / "usage.png",
-        modalities=["RGB", "NI", "TI"],
-        semantic_entropy=usage()[1],
-        cameras=["camera 1", "camera 2", "camera 3", "camera 4"],
-        structure_share_by_camera=share,
-        semantic_entropy_by_camera=entropy,
-    )
-    np.testing.assert_allclose(saved[0].axes[1].images[0].get_array(), share.mean(axis=2))
-    assert [text.get_text() for text in saved[0].axes[2].texts].count("n/a") == 1
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({}, "nothing to draw"),
-        ({"structure_share": np.ones((2, 4))}, r"must have shape \[3, experts\], but got \[2, 4\]"),
-        ({"semantic_entropy": np.full((3, 4), 2.0)}, "must lie between 0 and 1, but got 2 to 2"),
-        ({"structure_share_by_camera": np.ones((2, 3, 4))}, r"must have shape \[0, 3, experts\]"),
-    ],
-)
-def test_usage_that_does_not_fit_is_an_error(tmp_path, given, message):
+def test_scores_that_cannot_be_drawn_are_errors(tmp_path, methods, message):
     with pytest.raises(ValueError, match=message):
-        expert_usage(tmp_path / "usage.png", modalities=["RGB", "NI", "TI"], **given)
+        seeds_bar(tmp_path / "seeds.png", methods)
 
 
 def draw_curves(path):
@@ -159,14 +228,15 @@ def draw_cmc(path):
     cmc_curve(path, {"NEXT": cmc(70), "baseline": cmc(50)})
 
 
-def draw_usage(path):
-    share, entropy = usage()
-    expert_usage(
-        path, modalities=["RGB", "NI", "TI"], structure_share=share, semantic_entropy=entropy
-    )
+def draw_sweep(path):
+    sweep_overview(path, sweep())
 
 
-@pytest.mark.parametrize("draw", [draw_curves, draw_cmc, draw_usage])
+def draw_seeds(path):
+    seeds_bar(path, METHODS)
+
+
+@pytest.mark.parametrize("draw", [draw_curves, draw_cmc, draw_sweep, draw_seeds])
 def test_the_same_input_gives_the_same_bytes(tmp_path, draw):
     draw(tmp_path / "one.png")
     draw(tmp_path / "two.png")

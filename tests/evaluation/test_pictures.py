@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from next.evaluation import figures, ranklists, routingmaps
+from next.evaluation import figures, ranklists, routingmaps, usagemaps
 from next.evaluation.pictures import draw_evaluation, read_rank_lists
 from next.evaluation.protocol import evaluate
 
@@ -19,7 +19,7 @@ def draw(folder, model, samples, config, rule="camera", **given):
 
 
 def test_all_pictures_of_a_run(tmp_path, make_model, samples, config, drawn):
-    for module in (figures, ranklists, routingmaps):
+    for module in (figures, ranklists, routingmaps, usagemaps):
         drawn(module)
     history = [(10, {"train/loss": 3.0}), (10, {"val/mAP": 20.0, "val/rank1": 30.0})]
     paths = draw(tmp_path / "figures", make_model(), samples, config, history=history)
@@ -56,7 +56,7 @@ def test_ablated_models_have_the_pictures_of_what_is_left(
 
 
 def test_data_without_cameras_can_be_drawn(tmp_path, make_model, samples, config, drawn):
-    drawn(figures)
+    drawn(usagemaps)
     labels = samples.labels._replace(camera=np.full(24, -1))
     assert len(draw(tmp_path, make_model(), replace(samples, labels=labels), config, "none")) == 4
 
