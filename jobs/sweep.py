@@ -7,13 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from rich.console import Console
-
 from next.cli import REQUIRED, Settings, parse, run_defaults, run_job
 from next.config import RunConfig, override
-from next.tuning.results import leaderboard
 from next.tuning.space import check_space, load_space
-from next.tuning.sweep import SweepConfig, SweepResult, prepare_sweep, run_sweep
+from next.tuning.sweep import SweepConfig, prepare_sweep, run_sweep
 
 
 @dataclass(frozen=True)
@@ -70,21 +67,8 @@ def main(argv: Sequence[str]) -> int:
             )
         )
     else:
-        show(result)
+        print("\n".join(result.lines()))
     return 0
-
-
-def show(result: SweepResult) -> None:
-    """Leaderboard, the best trial's test scores, pictures, and the link to the comparison."""
-    varied = list(dict.fromkeys(name for trial in result.trials for name in trial.settings))
-    Console(width=None if Console().is_terminal else 160).print(leaderboard(result.trials, varied))
-    best = result.trials[0]
-    scores = "  ".join(f"{name} {value:.1f}" for name, value in result.assessment.metrics.items())
-    print(f"best trial {best.name}, on the test split once: {scores}")
-    for picture in result.assessment.pictures:
-        print(f"picture     {picture}")
-    print(f"checkpoint  {result.checkpoint}")
-    print(f"compare     {result.compare}")
 
 
 if __name__ == "__main__":

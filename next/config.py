@@ -11,7 +11,7 @@ import difflib
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -21,11 +21,29 @@ Fraction = float
 
 
 class Section(BaseModel):
-    """A frozen group of settings that refuses unknown names and out-of-range values."""
+    """A frozen group of settings that refuses unknown names and out-of-range values.
+
+    TOML has no null, so the text ``"none"`` sets an optional setting to None.
+    """
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _none_is_null(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        optional = {
+            name
+            for name, field in cls.model_fields.items()
+            if type(None) in get_args(field.annotation)
+        }
+        return {
+            name: None if value == "none" and name in optional else value
+            for name, value in values.items()
+        }
 
 
 class DataConfig(Section):

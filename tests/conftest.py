@@ -38,11 +38,11 @@ def demo_raw(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def demo_shards(demo_raw) -> Path:
     from next.data.benchmark import load_card
-    from next.data.shards import write_shards
+    from next.data.ingest import prepare
 
     card = load_card(Path(__file__).resolve().parents[1] / "datasets" / "demo.toml")
     out = demo_raw.parent / "shards"
-    write_shards(card, demo_raw, out)
+    prepare(card, demo_raw, out)
     return out
 
 

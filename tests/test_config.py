@@ -55,6 +55,12 @@ def test_toml_is_the_exact_inverse_also_where_a_default_was_unset():
     assert from_toml(to_toml(config)) == config
 
 
+def test_none_as_text_unsets_an_optional_setting_because_toml_has_no_null():
+    config = override(RunConfig(), {"model.backbone.pretrained": "none"})
+    assert config.model.backbone.pretrained is None
+    assert override(config, {"captions.sampling": "none"}).captions.sampling == "none"
+
+
 def test_recipe_with_a_typo_names_file_and_near_match(tmp_path):
     recipe = tmp_path / "fast.toml"
     recipe.write_text("[optim]\nepocs = 3\n")

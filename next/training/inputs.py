@@ -108,17 +108,18 @@ def test_data(config: RunConfig, manifest: Manifest) -> TestData:
 
 
 def _samples(config: RunConfig, manifest: Manifest, split: str) -> SampleSet:
+    if not config.model.semantic.enabled:  # nothing else reads text
+        config = override(config, {"captions.sampling": "none"})
     tower = text_tower(config.model.backbone)
-    samples = open_samples(
+    return open_samples(
         manifest,
         split,
         config=config,
         text_tower_key=tower.key,
         encode=tower.encode,
         width=tower.width,
+        overflow=tower.overflow,
     )
-    assert config.data.modalities is not None, "resolve() comes first"
-    return samples.with_modalities(config.data.modalities)
 
 
 @lru_cache(maxsize=1)

@@ -8,7 +8,8 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,9 +20,9 @@ from next.config import RunConfig, differences, from_toml, to_toml
 from next.data.plan import epoch_plan, plan_hash
 from next.data.shards import Manifest, open_manifest
 from next.tracking.provenance import provenance_tags
-from next.tracking.run import Run, TrackingServer, open_run, start_server
+from next.tracking.run import check_server, open_run, start_server
 from next.training.assessment import Assessment, assess
-from next.training.inputs import resolve, training_data
+from next.training.inputs import resolve, split_train, training_data
 from next.training.loop import Outcome, Worker, train
 from next.training.report import FolderReporter, Metrics, TrainReporter
 
@@ -48,8 +49,8 @@ class RunResult(NamedTuple):
     """The best checkpoint by the selection metric."""
     assessment: Assessment
     """Test scores of that checkpoint, and the pictures."""
-    tracking_uri: str | None
-    """MLflow's address while the run was logged."""
+    url: str | None
+    """The run's page in MLflow, while its server runs."""
 
 
 def launch(config: RunConfig, *, on_report: Callable[[Metrics], None] | None = None) -> RunResult:
@@ -67,42 +68,29 @@ def launch(config: RunConfig, *, on_report: Callable[[Metrics], None] | None = N
     config = resolve(config, manifest)
     folder = claim_folder(config)
     configure_torch(config)
-    server = tracking_server(config)
-    run = open_run(
-        uri=server.uri if server else config.tracking.uri if config.tracking.enabled else None,
-        experiment=config.tracking.experiment or manifest.benchmark.name,
-        name=folder.name,
-        folder=folder,
-        params=headline(config),
-        tags=run_tags(config, manifest),
-    )
-    status = "FAILED"
-    try:
-        run.log_artifact(folder / "config.toml")
-        run.log_data(manifest.benchmark.name, manifest.digest, str(manifest.uri), "train")
+    with tracking_address(config) as uri:
+        tracked: dict[str, Any] = {
+            "uri": uri,
+            "experiment": config.tracking.experiment or manifest.benchmark.name,
+            "name": folder.name,
+            "folder": str(folder),
+            "params": headline(config),
+            "tags": run_tags(config, manifest),
+        }
         if config.scaling.num_workers == 1:
-            reporter = FolderReporter(folder / "checkpoints", on_report)
-            outcome = train(
-                config,
-                training_data(config, manifest),
-                reporter,
-                Worker(device=device(config)),
-                lambda metrics, step: run.log_metrics(metrics, step=step),
-            )
-            checkpoint = reporter.best()
+            outcome, checkpoint = _train_here(config, manifest, folder, tracked, on_report)
         else:
-            outcome, checkpoint = _train_on_ray(config, folder, run, on_report)
-        assessment = assess(checkpoint, manifest, folder, device=device(config))
-        run.log_metrics(assessment.metrics, step=outcome.step)
-        for picture in assessment.pictures:
-            run.log_artifact(picture, "figures")
-        write_result(folder, outcome, assessment)
-        status = "FINISHED"
-    finally:
-        run.close(status)
-        if server is not None:
-            server.close()
-    return RunResult(folder, outcome, checkpoint, assessment, server.uri if server else None)
+            outcome, checkpoint = _train_on_ray(config, manifest, folder, tracked, on_report)
+        with open_run(**tracked) as run:
+            run.log_artifact(folder / "config.toml")
+            run.log_data(manifest.benchmark.name, manifest.digest, str(manifest.uri), "train")
+            assessment = assess(checkpoint, manifest, folder, device=device(config))
+            run.log_metrics(assessment.metrics, step=outcome.step)
+            for picture in assessment.pictures:
+                run.log_artifact(picture, "figures")
+            write_result(folder, outcome, assessment)
+            url = run.url
+    return RunResult(folder, outcome, checkpoint, assessment, url)
 
 
 def claim_folder(config: RunConfig, *, prefix: str = "run") -> Path:
@@ -138,11 +126,24 @@ def claim_folder(config: RunConfig, *, prefix: str = "run") -> Path:
     return folder
 
 
-def tracking_server(config: RunConfig) -> TrackingServer | None:
-    """The local MLflow server of ``run.storage_path``, where no address is set."""
-    if not config.tracking.enabled or config.tracking.uri is not None:
-        return None
-    return start_server(Path(config.run.storage_path).absolute() / "mlflow")
+@contextmanager
+def tracking_address(config: RunConfig) -> Iterator[str | None]:
+    """MLflow's address while the block runs: the one set, or a local server; None: no tracking.
+
+    Raises:
+        ValueError: ``tracking.uri`` is no http(s) address.
+        ConnectionError: nobody answers there.
+        PermissionError: the server wants other credentials.
+    """
+    if not config.tracking.enabled:
+        yield None
+    elif config.tracking.uri is not None:
+        check_server(config.tracking.uri)
+        yield config.tracking.uri
+    else:
+        folder = Path(config.run.storage_path).absolute() / "mlflow"
+        with start_server(folder, wait=False) as server:
+            yield server.uri
 
 
 def run_tags(config: RunConfig, manifest: Manifest) -> dict[str, str]:
@@ -163,8 +164,6 @@ def run_tags(config: RunConfig, manifest: Manifest) -> dict[str, str]:
 
 def training_pids(config: RunConfig, manifest: Manifest) -> np.ndarray:
     """Identity of each row that is trained on."""
-    from next.training.inputs import split_train
-
     pids = manifest.labels("train").pid
     rows, _ = split_train(config, pids)
     return pids[rows]
@@ -222,45 +221,77 @@ def write_result(folder: Path, outcome: Outcome, assessment: Assessment) -> None
     os.replace(draft, folder / "result.json")
 
 
+def _train_here(
+    config: RunConfig,
+    manifest: Manifest,
+    folder: Path,
+    tracked: dict[str, Any],
+    on_report: Callable[[Metrics], None] | None,
+) -> tuple[Outcome, Path]:
+    reporter = FolderReporter(folder / "checkpoints", on_report)
+    with open_run(**tracked) as run:
+        outcome = train(
+            config,
+            training_data(config, manifest),
+            reporter,
+            Worker(device=device(config)),
+            lambda metrics, step: run.log_metrics(metrics, step=step),
+        )
+    return outcome, reporter.best()
+
+
 def _train_on_ray(
-    config: RunConfig, folder: Path, run: Run, on_report: Callable[[Metrics], None] | None
+    config: RunConfig,
+    manifest: Manifest,
+    folder: Path,
+    tracked: dict[str, Any],
+    on_report: Callable[[Metrics], None] | None,
 ) -> tuple[Outcome, Path]:
     import ray
     import ray.train
     from ray.train.torch import TorchTrainer
 
-    if not ray.is_initialized():
+    training_data(config, manifest)  # the node's cache and text bank, before workers ask for them
+    started = not ray.is_initialized()
+    if started:
         start_ray(config.scaling.num_workers * config.scaling.cpus_per_worker, dashboard=True)
-    training_data(config, open_manifest(str(config.data.uri)))  # the node's cache and text bank
-    trainer = TorchTrainer(
-        _ray_worker,
-        train_loop_config={"config": to_toml(config), "folder": str(folder), "run_id": run.run_id},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=config.scaling.num_workers,
-            use_gpu=config.scaling.use_gpu,
-            resources_per_worker={"CPU": config.scaling.cpus_per_worker}
-            | ({"GPU": 1} if config.scaling.use_gpu else {}),
-        ),
-        run_config=ray.train.RunConfig(
-            name="ray",
-            storage_path=str(folder),
-            checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=config.checkpoint.num_to_keep,
-                checkpoint_score_attribute="val/mAP",
-                checkpoint_score_order="max",
+    try:
+        result = TorchTrainer(
+            _ray_worker,
+            train_loop_config={"config": to_toml(config), "tracked": tracked},
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=config.scaling.num_workers,
+                use_gpu=config.scaling.use_gpu,
+                resources_per_worker={"CPU": config.scaling.cpus_per_worker}
+                | ({"GPU": 1} if config.scaling.use_gpu else {}),
             ),
-        ),
-    )
-    result = trainer.fit()
-    checkpoint, metrics = max(result.best_checkpoints, key=lambda pair: pair[1]["val/mAP"])
-    best = folder / "checkpoints" / "best"
-    shutil.rmtree(best, ignore_errors=True)
-    best.parent.mkdir(exist_ok=True)
-    with checkpoint.as_directory() as source:
-        shutil.copytree(source, best)
+            run_config=ray.train.RunConfig(
+                name="ray",
+                storage_path=str(folder),
+                checkpoint_config=ray.train.CheckpointConfig(
+                    num_to_keep=config.checkpoint.num_to_keep,
+                    checkpoint_score_attribute="val/mAP",
+                    checkpoint_score_order="max",
+                ),
+            ),
+        ).fit()
+        checkpoint, metrics = max(result.best_checkpoints, key=lambda pair: pair[1]["val/mAP"])
+        best = folder / "checkpoints" / "best"
+        copy_checkpoint(checkpoint, best)
+    finally:
+        if started:
+            ray.shutdown()
     if on_report is not None:
         on_report(metrics)
     return Outcome(**result.return_value), best
+
+
+def copy_checkpoint(checkpoint: Any, destination: Path) -> None:
+    """Bring a Ray checkpoint, wherever it lies, to a local folder."""
+    shutil.rmtree(destination, ignore_errors=True)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with checkpoint.as_directory() as source:
+        shutil.copytree(source, destination)
 
 
 def start_ray(cpus: float, *, dashboard: bool) -> None:
@@ -293,12 +324,18 @@ def _ray_worker(settings: dict[str, Any]) -> dict[str, Any]:
     configure_torch(config)
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    records: list[tuple[dict[str, float], int]] = []
-    outcome = train(
-        config,
-        training_data(config, open_manifest(str(config.data.uri))),
-        TrainReporter(rank),
-        Worker(rank, world, ray.train.torch.get_device()),
-        lambda metrics, step: records.append((metrics, step)),
-    )
+    with ExitStack() as stack:
+        run = stack.enter_context(open_run(**settings["tracked"])) if rank == 0 else None
+
+        def log_metrics(metrics: dict[str, float], step: int) -> None:
+            if run is not None:
+                run.log_metrics(metrics, step=step)
+
+        outcome = train(
+            config,
+            training_data(config, open_manifest(str(config.data.uri))),
+            TrainReporter(rank),
+            Worker(rank, world, ray.train.torch.get_device()),
+            log_metrics,
+        )
     return outcome._asdict()

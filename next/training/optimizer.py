@@ -16,7 +16,7 @@ def build_optimizer(network: nn.Module, config: OptimConfig) -> torch.optim.Opti
     Norms, biases, embeddings and other vectors (fewer than two axes) are not decayed. Each group
     carries its name and its peak learning rate in ``peak_lr``.
     """
-    tower = {id(parameter) for parameter in network.backbone.parameters()}
+    tower = {id(parameter) for parameter in network.get_submodule("backbone").parameters()}
     groups: dict[str, list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad:

@@ -53,8 +53,7 @@ class Rehearsal(NamedTuple):
             f"data          {self.data_digest}",
             f"plan          {self.plan_hash} (epoch 0)",
             f"train         {self.train_identities} identities, {self.train_samples} samples",
-            f"held out      {self.held_out_identities} identities, "
-            f"{self.held_out_samples} samples",
+            f"held out      {self.held_out_identities} identities, {self.held_out_samples} samples",
             f"modalities    {', '.join(self.modalities)} at {self.image_size[0]}x"
             f"{self.image_size[1]} (H x W)",
             f"batch         {self.batch} samples over {self.workers} worker(s)",

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ray import tune
+from rich import box
+from rich.console import Console
 from rich.table import Table
+
+from next.evaluation.figures import TrialPoint, sweep_overview
+from next.training.assessment import Assessment
 
 METRIC = "val/mAP"
 """What trials are compared by."""
@@ -32,6 +38,36 @@ class Trial:
     """Epoch and selection metric of each evaluation."""
     seconds: float
     error: str | None
+
+
+class SweepResult(NamedTuple):
+    """A finished sweep."""
+
+    folder: Path
+    varied: list[str]
+    """Settings that the space varied."""
+    trials: list[Trial]
+    """Best first."""
+    assessment: Assessment
+    """Test scores of the best trial's best checkpoint, and the pictures."""
+    checkpoint: Path
+    compare: str | None
+    """Address of MLflow's comparison of the trials."""
+    serve: str | None
+    """Shell command that serves that address again; None where a server of its own does."""
+
+    def lines(self) -> list[str]:
+        """Leaderboard, test scores, pictures, and how to compare; for the terminal."""
+        scores = "  ".join(f"{name} {value:.1f}" for name, value in self.assessment.metrics.items())
+        end = [
+            f"on the test split, once: {self.trials[0].name}  {scores}",
+            *(f"picture     {path}" for path in self.assessment.pictures),
+            f"checkpoint  {self.checkpoint}",
+        ]
+        if self.compare is not None:
+            opened = f"{self.serve}  then open  " if self.serve else ""
+            end.append(f"compare     {opened}{self.compare}")
+        return [*leaderboard(self.trials, self.varied), *end]
 
 
 def read_trials(grid: tune.ResultGrid, varied: list[str], epochs: int) -> list[Trial]:
@@ -67,26 +103,27 @@ def _read(result: Any, varied: list[str], epochs: int) -> Trial:
     )
 
 
-def leaderboard(trials: list[Trial], varied: list[str]) -> Table:
-    """Trials as a table for the terminal, best first."""
-    table = Table(title=f"leaderboard by {METRIC} (held-out train identities)")
-    table.add_column("#", justify="right")
+def leaderboard(trials: list[Trial], varied: list[str]) -> list[str]:
+    """Trials as a table, best first, as wide as it needs to be (a log file wraps nothing)."""
+    table = Table(title=f"leaderboard by {METRIC} on held-out train identities", box=box.SIMPLE)
+    for name in ("#", METRIC, "state", "epochs", "seconds", *varied):
+        left = name == "state"
+        table.add_column(name.removeprefix("model."), justify="left" if left else "right")
     table.add_column("trial")
-    table.add_column(METRIC, justify="right")
-    table.add_column("state")
-    table.add_column("epochs", justify="right")
-    for name in varied:
-        table.add_column(name.removeprefix("model."), justify="right")
     for place, trial in enumerate(trials, 1):
         table.add_row(
             str(place),
-            trial.name,
             "-" if trial.score is None else f"{trial.score:.1f}",
             trial.state,
             str(trial.epochs),
+            f"{trial.seconds:.0f}",
             *(_cell(trial.settings.get(name)) for name in varied),
+            trial.name,
         )
-    return table
+    console = Console(width=400, file=io.StringIO())
+    with console.capture() as captured:
+        console.print(table)
+    return [line.rstrip() for line in captured.get().splitlines()]
 
 
 def write_leaderboard(path: Path, trials: list[Trial]) -> Path:
@@ -95,6 +132,12 @@ def write_leaderboard(path: Path, trials: list[Trial]) -> Path:
     draft.write_text(json.dumps([asdict(trial) for trial in trials], indent=2))
     os.replace(draft, path)
     return path
+
+
+def draw_overview(folder: Path, trials: list[Trial]) -> Path:
+    """The objective against each swept setting."""
+    points = [TrialPoint(t.settings, t.score, pruned=t.state == "pruned") for t in trials]
+    return sweep_overview(folder / "sweep.png", points, objective=METRIC)
 
 
 def _cell(value: Any) -> str:

@@ -8,10 +8,9 @@ checkpoint meets the test split once, at the end.
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import optuna
 import ray
@@ -22,27 +21,31 @@ from ray.tune.search.optuna import OptunaSearch
 
 from next.config import RunConfig, Section, from_toml, override, to_toml
 from next.data.shards import Manifest, open_manifest
-from next.tracking.run import Run, open_run
-from next.training.assessment import Assessment, assess
+from next.tracking.run import Run, child_run_ids, compare_url, open_run, view_command
+from next.training.assessment import assess
 from next.training.inputs import resolve, training_data
 from next.training.launch import (
     claim_folder,
     configure_torch,
+    copy_checkpoint,
     device,
     run_tags,
     start_ray,
-    tracking_server,
+    tracking_address,
 )
 from next.training.loop import Worker, train
 from next.training.report import TuneReporter
 from next.tuning.progress import Progress
-from next.tuning.results import Trial, read_trials, write_leaderboard
+from next.tuning.results import (
+    METRIC,
+    SweepResult,
+    draw_overview,
+    read_trials,
+    write_leaderboard,
+)
 from next.tuning.space import Space, check_space
 
 _log = logging.getLogger(__name__)
-
-METRIC = "val/mAP"
-"""What trials are compared by."""
 
 
 class SweepConfig(Section):
@@ -64,20 +67,6 @@ class SweepConfig(Section):
     """Seed of the sampler (exact only with one trial at a time)."""
     gpus_per_trial: float = Field(default=0.0, ge=0)
     """GPUs of one trial; a fraction lets trials share one."""
-
-
-class SweepResult(NamedTuple):
-    """A finished sweep."""
-
-    folder: Path
-    trials: list[Trial]
-    """Best first."""
-    assessment: Assessment
-    """Test scores of the best trial's best checkpoint, and the pictures."""
-    checkpoint: Path
-    tracking_uri: str | None
-    experiment: str
-    parent_run_id: str | None
 
 
 def run_sweep(
@@ -102,44 +91,53 @@ def run_sweep(
     manifest, base = prepare_sweep(base, space)
     varied = check_space(space, base)
     folder = claim_folder(base, prefix=f"sweep-{space.name}")
-    say(f"sweep {folder.name}: {sweep.trials} trials over {', '.join(varied)}")
-    server = tracking_server(base)
-    uri = server.uri if server else base.tracking.uri if base.tracking.enabled else None
     experiment = base.tracking.experiment or manifest.benchmark.name
-    parent = open_run(
-        uri=uri,
-        experiment=experiment,
-        name=folder.name,
-        folder=folder,
-        params={"space": space.name, "trials": sweep.trials, "sampler": sweep.sampler},
-        tags=run_tags(base, manifest) | {"next.kind": "sweep"},
-    )
-    status = "FAILED"
-    try:
+    say(f"sweep {folder.name}: {sweep.trials} trials over {', '.join(varied)}")
+    with (
+        tracking_address(base) as uri,
+        open_run(
+            uri=uri,
+            experiment=experiment,
+            name=folder.name,
+            folder=folder,
+            params={"space": space.name, "trials": sweep.trials, "sampler": sweep.sampler},
+            tags=run_tags(base, manifest) | {"next.kind": "sweep"},
+        ) as parent,
+    ):
         parent.log_artifact(folder / "config.toml")
         parent.log_data(manifest.benchmark.name, manifest.digest, str(manifest.uri), "train")
         training_data(base, manifest)  # decoded cache and text bank, once for all trials
-        grid = _search(base, space, sweep, folder, uri, experiment, parent, say)
+        tracked = {"uri": uri, "experiment": experiment, "parent": parent.key}
+        grid = _search(base, space, sweep, folder, tracked, say)
         trials = read_trials(grid, varied, base.optim.epochs)
-        if not trials or trials[0].score is None:
+        if trials[0].score is None:
             raise RuntimeError(
-                f"none of the {sweep.trials} trials reported {METRIC}; the first error: "
-                f"{trials[0].error if trials else 'no trial started'}"
+                f"none of the {sweep.trials} trials reported {METRIC}; "
+                f"the first error: {trials[0].error}"
             )
+        say("assessing the best trial on the test split")
         checkpoint = folder / "checkpoints" / "best"
-        _copy_best(grid, trials[0], checkpoint)
+        result = next(result for result in grid if Path(result.path).name == trials[0].folder)
+        copy_checkpoint(result.get_best_checkpoint(METRIC, "max"), checkpoint)
         assessment = assess(checkpoint, manifest, folder, device=device(base))
+        pictures = [*assessment.pictures, draw_overview(folder / "figures", trials)]
         parent.log_metrics(assessment.metrics | {METRIC: trials[0].score}, step=0)
         parent.set_tags({"next.best_trial": trials[0].name})
-        for picture in assessment.pictures:
+        for picture in pictures:
             parent.log_artifact(picture, "figures")
         parent.log_artifact(write_leaderboard(folder / "leaderboard.json", trials))
-        status = "FINISHED"
-    finally:
-        parent.close(status)
-        if server is not None:
-            server.close()
-    return SweepResult(folder, trials, assessment, checkpoint, uri, experiment, parent.run_id)
+        compare = _compare_link(uri, parent)
+    assessment = assessment._replace(pictures=pictures)
+    serve = None if base.tracking.uri else view_command(folder.parent / "mlflow")
+    return SweepResult(folder, varied, trials, assessment, checkpoint, compare, serve)
+
+
+def _compare_link(uri: str | None, parent: Run) -> str | None:
+    """Address of MLflow's comparison of all trials."""
+    if uri is None or parent.run_id is None or parent.experiment_id is None:
+        return None
+    children = child_run_ids(uri, parent.experiment_id, parent.run_id)
+    return compare_url(uri, parent.experiment_id, children) if len(children) > 1 else parent.url
 
 
 def prepare_sweep(base: RunConfig, space: Space) -> tuple[Manifest, RunConfig]:
@@ -164,9 +162,7 @@ def _search(
     space: Space,
     sweep: SweepConfig,
     folder: Path,
-    uri: str | None,
-    experiment: str,
-    parent: Run,
+    tracked: dict[str, str | None],
     say: Callable[[str], None],
 ) -> tune.ResultGrid:
     started = not ray.is_initialized()
@@ -176,7 +172,7 @@ def _search(
         _run_trial,
         base=to_toml(base),
         folder=str(folder),
-        tracking={"uri": uri, "experiment": experiment, "parent": parent.run_id},
+        tracked=tracked,
     )
     progress = Progress(sweep.trials, base.optim.epochs, sweep.concurrency, say)
     tuner = tune.Tuner(
@@ -239,43 +235,31 @@ def _scheduler(sweep: SweepConfig, epochs: int) -> ASHAScheduler | FIFOScheduler
 
 
 def _run_trial(
-    settings: dict[str, Any], *, base: str, folder: str, tracking: dict[str, str | None]
+    settings: dict[str, Any], *, base: str, folder: str, tracked: dict[str, str | None]
 ) -> None:
     """One trial, in Tune's actor."""
     config = override(from_toml(base), settings)
     configure_torch(config)
     name = tune.get_context().get_trial_name() or "trial"
     run = open_run(
-        uri=tracking["uri"],
-        experiment=str(tracking["experiment"]),
+        uri=tracked["uri"],
+        experiment=str(tracked["experiment"]),
         name=name,
         folder=Path(folder) / "trials" / name,
-        parent=tracking["parent"],
+        parent=tracked["parent"],
         params=settings,
         tags={"next.kind": "trial", "next.seed": str(config.seed)},
     )
-    status = "FAILED"
-    try:
-        train(
-            config,
-            training_data(config, open_manifest(str(config.data.uri))),
-            TuneReporter(),
-            Worker(device=device(config)),
-            lambda metrics, step: run.log_metrics(metrics, step=step),
-        )
-        status = "FINISHED"
-    except SystemExit:  # how Tune stops a pruned trial
-        run.set_tags({"next.pruned": "true"})
-        status = "FINISHED"
-        raise
-    finally:
-        run.close(status)
-
-
-def _copy_best(grid: tune.ResultGrid, best: Trial, destination: Path) -> None:
-    result = next(result for result in grid if Path(result.path).name == best.folder)
-    checkpoint = result.get_best_checkpoint(METRIC, "max")
-    shutil.rmtree(destination, ignore_errors=True)
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with checkpoint.as_directory() as source:
-        shutil.copytree(source, destination)
+    with run:
+        try:
+            train(
+                config,
+                training_data(config, open_manifest(str(config.data.uri))),
+                TuneReporter(),
+                Worker(device=device(config)),
+                lambda metrics, step: run.log_metrics(metrics, step=step),
+            )
+        except SystemExit:  # how Tune stops a pruned trial
+            run.set_tags({"next.pruned": "true"})
+            run.close("FINISHED")
+            raise

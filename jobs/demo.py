@@ -1,0 +1,76 @@
+"""The main job on embedded defaults: benchmark, shards, sweep, test, pictures, comparison."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from next.cli import ProgressLine, Settings, base_config, parse, run_job
+from next.config import RunConfig, override
+from next.data.benchmark import load_card
+from next.data.demo import DemoSize, write_demo
+from next.data.ingest import prepare
+from next.tuning.space import load_space
+from next.tuning.sweep import SweepConfig, run_sweep
+
+ROOT = Path(__file__).resolve().parents[1]
+CARD = ROOT / "datasets" / "demo.toml"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DemoJob:
+    """Draw the procedural benchmark, prepare it, sweep NEXT over it, and compare in MLflow."""
+
+    folder: Path = Path("demo")
+    """Folder for everything; what an earlier demo prepared there is used again."""
+    space: Path = ROOT / "tune_spaces" / "quick.py"
+    """Search space."""
+    benchmark_seed: int = 0
+    """Seed of the procedural benchmark."""
+    sweep: SweepConfig = field(
+        default_factory=lambda: SweepConfig(trials=9, concurrency=2, grace_epochs=4)
+    )
+    """How the space is searched."""
+    config: Settings = field(default_factory=RunConfig)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parse, call, exit code."""
+    began = time.monotonic()
+    card = load_card(CARD)
+    recipe = override(
+        base_config(card.recipe, None),
+        {"threads": 1, "run.storage_path": "demo/runs", "data.cache": "demo/cache"},
+    )
+    job = parse(DemoJob, argv, default=DemoJob(config=recipe))
+    shards = job.folder / f"shards-{job.benchmark_seed}"
+    _log.info("[1/3] the procedural benchmark %s", shards)
+    if not (shards / "manifest.json").is_file():
+        raw = job.folder / f"raw-{job.benchmark_seed}"
+        if not raw.is_dir():
+            with ProgressLine("draw") as progress:
+                write_demo(raw, DemoSize(), seed=job.benchmark_seed, progress=progress)
+        with ProgressLine("prepare") as progress:
+            prepare(card, raw, shards, progress=progress)
+    config = override(
+        job.config,
+        {
+            "data.uri": str(shards.absolute()),
+            "data.cache": str((job.folder / "cache").absolute()),
+            "run.storage_path": str((job.folder / "runs").absolute()),
+        },
+    )
+    _log.info("[2/3] the sweep")
+    result = run_sweep(config, load_space(job.space), job.sweep)
+    _log.info("[3/3] done in %.0f s", time.monotonic() - began)
+    print("\n".join(result.lines()))
+    return 0
+
+
+if __name__ == "__main__":
+    run_job(main)

@@ -1,0 +1,86 @@
+"""What a checkpoint is worth: scores by the card's protocol, and the pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+
+from next.config import override
+from next.data.shards import Manifest
+from next.evaluation.pictures import draw_evaluation
+from next.evaluation.protocol import evaluate
+from next.training.checkpoint import load_network, read_progress
+from next.training.inputs import test_data, training_data
+
+
+class Assessment(NamedTuple):
+    """Scores and pictures of one checkpoint on one split."""
+
+    metrics: dict[str, float]
+    """``test/mAP``, ``test/rank1``, ... (or ``val/...``), percent."""
+    pictures: list[Path]
+    """PNG files."""
+
+
+def assess(
+    checkpoint: Path,
+    manifest: Manifest,
+    folder: Path,
+    *,
+    device: torch.device,
+    split: Literal["test", "val"] = "test",
+    history: Sequence[tuple[int, Mapping[str, float]]] = (),
+    cache: str | None = None,
+) -> Assessment:
+    """Embed and rank a split with a checkpoint's network, and draw what there is to see.
+
+    Args:
+        checkpoint: folder of the checkpoint.
+        manifest: shards; of the run's own data or of other data with the same modalities.
+        folder: the pictures go to ``figures`` below it.
+        device: where to compute.
+        split: ``test``: query and gallery of the card; ``val``: the run's held-out identities.
+        history: (step, metrics) of the training, for the learning curves.
+        cache: folder of decoded caches; None: the run's own.
+
+    Raises:
+        ValueError: the checkpoint is torn or of another model, the data lack a modality, or
+            ``val`` is asked for on data that the run was not trained on.
+    """
+    network, config = load_network(checkpoint)
+    config = override(config, {"data.uri": manifest.uri} | ({"data.cache": cache} if cache else {}))
+    missing = set(config.data.modalities or ()) - set(manifest.benchmark.modalities)
+    if missing:
+        raise ValueError(
+            f"{checkpoint} was trained on {', '.join(config.data.modalities or ())}, but "
+            f"{manifest.uri} has only {', '.join(manifest.benchmark.modalities)}; use other shards"
+        )
+    if split == "val":
+        trained_on = read_progress(checkpoint).data_digest
+        if trained_on != manifest.digest:
+            raise ValueError(
+                f"split = val needs the data that the run held identities out of "
+                f"({trained_on}), but {manifest.uri} is {manifest.digest}; use --split test"
+            )
+        _, query, gallery, rule, _ = training_data(config, manifest)
+    else:
+        query, gallery, rule = test_data(config, manifest)
+    network = network.to(device)
+    found = evaluate(network, query, gallery, rule=rule, config=config, device=device)
+    pictures = draw_evaluation(
+        folder / "figures",
+        network,
+        found,
+        query,
+        gallery,
+        rule=rule,
+        config=config,
+        device=device,
+        history=history,
+    )
+    return Assessment(
+        {f"{split}/{name}": value for name, value in found.metrics.as_dict().items()}, pictures
+    )
