@@ -1,0 +1,1 @@
+"""Captions by attribute confidence: ask, merge, write, and measure what was written."""
