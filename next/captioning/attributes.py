@@ -239,8 +239,8 @@ def load_schema(name: str | Path) -> Schema:
     for key, part in (("attributes", Attribute), ("sentences", Sentence)):
         tables = tree.get(key)
         for number, table in enumerate(tables if isinstance(tables, list) else [], start=1):
-            name = table.get("name", number) if isinstance(table, dict) else number
-            validated(part, table, f"{path}: {key} {name}")
+            label = table.get("name", number) if isinstance(table, dict) else number
+            validated(part, table, f"{path}: {key} {label}")
     return validated(Schema, tree, str(path))
 
 
@@ -338,7 +338,8 @@ _CANNOT_TELL = frozenset(
     for word in (
         "not_visible", "not visible", "invisible", "unknown", "unclear", "unknowable",
         "none visible", "cannot tell", "can't tell", "cannot be determined", "indeterminate",
-        "unidentifiable", "unsure", "uncertain", "undefined", "unspecified", "n/a", "na", "null", "?", "",
+        "unidentifiable", "unsure", "uncertain", "undefined", "unspecified", "n/a", "na", "null",
+        "?", "",
     )
 )  # fmt: skip
 """Words for *cannot tell*, of which the public captions have many."""
