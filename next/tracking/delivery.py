@@ -1,0 +1,343 @@
+"""From the journal to MLflow: at least once from here, exactly once over there.
+
+``run.json`` beside the journal says which MLflow run it belongs to and how many bytes the server
+has acknowledged. A record may therefore be sent twice after a crash, which changes nothing:
+MLflow's key of a metric value is (run, name, step, time, value) and the time is the journal's;
+parameters, tags, data sets, artifacts and the status are set to what they are. The run itself is
+found again by the tag ``next.run_key``, so that not even a lost answer to its creation makes a
+second one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from next.tracking.client import (
+    RUN_KEY,
+    NotDelivered,
+    connect,
+    experiment_by_name,
+    find_by_key,
+    http_status,
+    short_message,
+)
+from next.tracking.journal import (
+    Artifact,
+    Data,
+    Entry,
+    Metrics,
+    Opened,
+    Params,
+    Status,
+    Tags,
+    is_boundary,
+    read_records,
+)
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+_log = logging.getLogger(__name__)
+
+_BATCH = 1000
+"""Values in one request; MLflow's own limit."""
+_DIGEST_LENGTH = 36
+"""MLflow's limit for the digest of a data set."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """What ``run.json`` holds: the MLflow run of a journal, and how far it is complete."""
+
+    uri: str | None = None
+    """The server that was spoken to last."""
+    experiment_id: str | None = None
+    run_id: str | None = None
+    delivered: int = 0
+    """Bytes of the journal that the server has acknowledged."""
+    aside: list[int] = field(default_factory=list)
+    """First bytes of records before ``delivered`` that the server refused; tried again."""
+
+
+def read_address(folder: Path) -> Address:
+    """The content of ``run.json``; empty if there is none or it is damaged."""
+    try:
+        return Address(**json.loads((folder / "run.json").read_text()))
+    except (OSError, TypeError, ValueError):
+        return Address()
+
+
+class Delivery:
+    """Brings one journal to one server. Not thread-safe; one for each journal at a time."""
+
+    def __init__(self, folder: Path, uri: str) -> None:
+        self.folder = folder
+        self.uri = uri
+        self.address = read_address(folder)
+        self._client: MlflowClient | None = None
+        self._located = False
+
+    def locate(self) -> Address:
+        """The MLflow run of this journal, created if the server has none.
+
+        Raises:
+            NotDelivered: the server cannot be asked, or the run or its experiment is deleted.
+        """
+        with _as_not_delivered(self.uri):
+            if self._client is None:
+                self._client = connect(self.uri)
+            if not self._located:
+                self._locate(self._client)
+                self._located = True
+        return self.address
+
+    def deliver(self, *, retry_aside: bool = False) -> int:
+        """Send what is new in the journal.
+
+        Args:
+            retry_aside: send records again that the server refused before.
+
+        Returns:
+            Number of records that the server took.
+
+        Raises:
+            NotDelivered: the server cannot be reached or cannot take records now; what it took
+                before that is remembered.
+        """
+        self.locate()
+        taken = 0
+        if retry_aside:
+            for start in self.address.aside:
+                if self._send([next(read_records(self.folder, start))]):
+                    taken += 1
+                    kept = [other for other in self.address.aside if other != start]
+                    self._remember(replace(self.address, aside=kept))
+        for batch in _batches(read_records(self.folder, self.address.delivered)):
+            refused = [] if self._send(batch) else self._refused(batch)
+            taken += len(batch) - len(refused)
+            self._remember(
+                replace(
+                    self.address,
+                    delivered=batch[-1].end,
+                    aside=self.address.aside + [entry.start for entry in refused],
+                )
+            )
+        return taken
+
+    def undelivered(self) -> int:
+        """Number of records that the server does not have."""
+        new = sum(1 for _ in read_records(self.folder, self.address.delivered))
+        return new + len(self.address.aside)
+
+    def _refused(self, batch: list[Entry]) -> list[Entry]:
+        """The records of a refused batch that are refused alone, too."""
+        if len(batch) == 1:
+            return batch
+        return [entry for entry in batch if not self._send([entry])]
+
+    def _send(self, batch: list[Entry]) -> bool:
+        """Whether the server took it; False: it answered that it will not."""
+        assert self._client is not None
+        record = batch[0].record
+        try:
+            if isinstance(record, Artifact):
+                self._send_artifact(self._client, record)
+            elif isinstance(record, Data):
+                self._send_data(self._client, record)
+            elif isinstance(record, Status):
+                self._send_status(self._client, record)
+            elif not isinstance(record, Opened):
+                self._send_values(self._client, batch)
+        except Exception as error:
+            # An artifact may fail for itself (its file, its store), which must not hold up the
+            # metrics behind it; anything else that is no plain "bad request" is the server's.
+            if not isinstance(record, Artifact) and http_status(error) not in (400, 404):
+                raise NotDelivered(f"{self.uri}: {short_message(error)}") from error
+            self._require_active_run(self._client)
+            if len(batch) == 1:
+                _log.warning(
+                    "%s: the tracking server does not take a record, which stays in the journal: "
+                    "%s (%s)",
+                    self.folder,
+                    record,
+                    short_message(error),
+                )
+            return False
+        return True
+
+    def _send_values(self, client: MlflowClient, batch: list[Entry]) -> None:
+        from mlflow.entities import Metric, Param, RunTag
+
+        metrics: list[Metric] = []
+        params: dict[str, str] = {}
+        tags: dict[str, str] = {}
+        for record in (entry.record for entry in batch):
+            if isinstance(record, Metrics):
+                moment = _milliseconds(record.time)
+                metrics += [
+                    Metric(name, value, moment, record.step)
+                    for name, value in record.values.items()
+                ]
+            elif isinstance(record, Params):
+                params |= record.values
+            elif isinstance(record, Tags):
+                tags |= record.values
+        client.log_batch(
+            self.address.run_id,
+            metrics=metrics,
+            params=[Param(name, value) for name, value in params.items()],
+            tags=[RunTag(name, value) for name, value in tags.items()],
+        )
+
+    def _send_artifact(self, client: MlflowClient, record: Artifact) -> None:
+        path = self.folder / record.path
+        send = client.log_artifacts if path.is_dir() else client.log_artifact
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is gone")
+        send(self.address.run_id, str(path), record.folder or None)
+
+    def _send_data(self, client: MlflowClient, record: Data) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        source_type = "s3" if record.source.startswith("s3://") else "local"
+        dataset = Dataset(
+            name=record.name,
+            digest=record.digest[:_DIGEST_LENGTH],
+            source_type=source_type,
+            source=json.dumps({"uri": record.source, "digest": record.digest}),
+        )
+        tag = InputTag("mlflow.data.context", record.context)
+        client.log_inputs(self.address.run_id, datasets=[DatasetInput(dataset, [tag])])
+
+    def _send_status(self, client: MlflowClient, record: Status) -> None:
+        if record.status == "RUNNING":
+            client.update_run(self.address.run_id, status="RUNNING")
+        else:
+            moment = _milliseconds(record.time)
+            client.set_terminated(self.address.run_id, record.status, moment)
+
+    def _locate(self, client: MlflowClient) -> None:
+        opened = _opened(self.folder)
+        if not is_boundary(self.folder, self.address.delivered):
+            self._remember(replace(self.address, delivered=0, aside=[]))
+        if self.address.run_id and self._has_active_run(client):
+            self._remember(replace(self.address, uri=self.uri))
+            return
+        experiment_id = experiment_by_name(client, opened.experiment)
+        run = find_by_key(client, experiment_id, opened.key) or self._create(
+            client, experiment_id, opened
+        )
+        _require_active(run)
+        self._remember(Address(self.uri, experiment_id, run.info.run_id))
+
+    def _create(self, client: MlflowClient, experiment_id: str, opened: Opened) -> Any:
+        tags = {RUN_KEY: opened.key}
+        if opened.parent is not None:
+            tags["mlflow.parentRunId"] = self._parent_id(client, experiment_id, opened.parent)
+        client.create_run(
+            experiment_id,
+            start_time=_milliseconds(opened.time),
+            tags=tags,
+            run_name=opened.name,
+        )
+        return find_by_key(client, experiment_id, opened.key)
+
+    def _parent_id(self, client: MlflowClient, experiment_id: str, parent: str) -> str:
+        if not is_key(parent):
+            return parent
+        run = find_by_key(client, experiment_id, parent)
+        if run is None:
+            raise NotDelivered(f"the parent run (key {parent}) is not on the server yet")
+        return str(run.info.run_id)
+
+    def _has_active_run(self, client: MlflowClient) -> bool:
+        """Whether this server knows our run; another server starts from the first record."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            run = client.get_run(self.address.run_id)
+        except MlflowException as error:
+            if http_status(error) == 404:
+                return False
+            raise
+        _require_active(run)
+        return True
+
+    def _require_active_run(self, client: MlflowClient) -> None:
+        """Tell a record that is refused for itself from one whose run is gone."""
+        with _as_not_delivered(self.uri):
+            if not self._has_active_run(client):
+                self._located = False
+                raise NotDelivered("the server has lost the run; it will be created again")
+
+    def _remember(self, address: Address) -> None:
+        if address == self.address:
+            return
+        self.address = address
+        new = self.folder / "run.json.new"
+        try:
+            new.write_text(json.dumps(asdict(address)))
+            new.replace(self.folder / "run.json")
+        except OSError as error:  # a full disk; the records are then sent once more after a crash
+            _log.debug("run.json cannot be written: %s", error)
+
+
+def is_key(name: str) -> bool:
+    """Whether this is a run's key and no id of MLflow's (which has no dashes)."""
+    return "-" in name
+
+
+@contextmanager
+def _as_not_delivered(uri: str) -> Iterator[None]:
+    """Turn whatever MLflow's client raises into :class:`NotDelivered`."""
+    try:
+        yield
+    except NotDelivered:
+        raise
+    except Exception as error:
+        raise NotDelivered(f"{uri}: {short_message(error)}") from error
+
+
+def _batches(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
+    """Neighbours that fit into one request; artifacts, data and status stand alone."""
+    batch: list[Entry] = []
+    values = 0
+    for entry in entries:
+        record = entry.record
+        if isinstance(record, Metrics | Params | Tags):
+            if batch and values + len(record.values) > _BATCH:
+                yield batch
+                batch, values = [], 0
+            batch.append(entry)
+            values += len(record.values)
+        else:
+            if batch:
+                yield batch
+            yield [entry]
+            batch, values = [], 0
+    if batch:
+        yield batch
+
+
+def _opened(folder: Path) -> Opened:
+    for entry in read_records(folder):
+        if isinstance(entry.record, Opened):
+            return entry.record
+    raise ValueError(f"{folder} must hold the journal of a run, but its journal has no beginning")
+
+
+def _require_active(run: Any) -> None:
+    if run.info.lifecycle_stage != "active":
+        raise NotDelivered(
+            f"run {run.info.run_id} is deleted on the server; restore it there, and it is completed"
+        )
+
+
+def _milliseconds(seconds: float) -> int:
+    return round(seconds * 1000)

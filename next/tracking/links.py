@@ -1,0 +1,78 @@
+"""Addresses of MLflow's pages (routes of its 3.17 user interface)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from urllib.parse import quote, urlencode, urlsplit
+
+
+def check_uri(uri: str) -> str:
+    """The tracking address without a slash at its end.
+
+    Raises:
+        ValueError: it is no ``http(s)://`` address, or holds a password.
+    """
+    parts = urlsplit(uri)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(
+            f"tracking.uri must be an http:// or https:// address of an MLflow server, but got "
+            f"{uri!r}; leave it unset to get a local server (workers never open a database file)"
+        )
+    if parts.username or parts.password:
+        raise ValueError(
+            "tracking.uri must not hold a user or a password, since it is written to files; set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
+        )
+    return uri.rstrip("/")
+
+
+def experiment_url(uri: str, experiment_id: str) -> str:
+    """The table of an experiment's runs."""
+    return _page(uri, f"experiments/{experiment_id}/runs")
+
+
+def run_url(uri: str, experiment_id: str, run_id: str) -> str:
+    """The page of one run."""
+    return _page(uri, f"experiments/{experiment_id}/runs/{run_id}")
+
+
+def compare_url(uri: str, experiment_id: str, run_ids: Sequence[str]) -> str:
+    """The comparison of runs: parallel coordinates, scatter and contour plots, differences.
+
+    Raises:
+        ValueError: fewer than two runs.
+    """
+    if len(run_ids) < 2:
+        raise ValueError(f"a comparison needs two runs or more, but got {len(run_ids)}")
+    return _page(
+        uri,
+        "compare-runs",
+        runs=json.dumps(list(run_ids), separators=(",", ":")),
+        experiments=json.dumps([experiment_id]),
+    )
+
+
+def children_url(uri: str, experiment_id: str, parent_id: str, best_by: str | None = None) -> str:
+    """The children of a run with a chart of each metric over the steps, also while they run.
+
+    Args:
+        uri: the server.
+        experiment_id: MLflow's id.
+        parent_id: MLflow's id.
+        best_by: a metric whose largest value comes first.
+    """
+    order = {"orderByKey": f"metrics.`{best_by}`", "orderByAsc": "false"} if best_by else {}
+    return _page(
+        uri,
+        f"experiments/{experiment_id}/runs",
+        compareRunsMode="CHART",
+        searchFilter=f"tags.`mlflow.parentRunId` = '{parent_id}'",
+        **order,
+    )
+
+
+def _page(uri: str, route: str, **query: str) -> str:
+    """A page with the menus for training, which are not the ones that MLflow begins with."""
+    words = urlencode(query | {"workflowType": "machine_learning"}, quote_via=quote)
+    return f"{uri.rstrip('/')}/#/{route}?{words}"

@@ -1,0 +1,56 @@
+"""Completing a run on a server after its process has ended."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from next.tracking.client import NotDelivered
+from next.tracking.delivery import Delivery
+from next.tracking.journal import FILE_NAME, Journal, Status, now, read_records
+from next.tracking.links import check_uri
+
+
+class Replay(NamedTuple):
+    """What :func:`replay` did."""
+
+    delivered: int
+    """Records that the server took now."""
+    refused: int
+    """Records that it will not take; the log says why."""
+    run_id: str
+    """MLflow's id of the run."""
+
+
+def replay(folder: str | Path, uri: str) -> Replay:
+    """Bring the rest of a run to a server; a run whose process died is marked as KILLED.
+
+    A server that does not know the run (another one, or one with a new store) gets all of it.
+    Bring a parent before its children.
+
+    Raises:
+        FileNotFoundError: the folder has no journal.
+        RuntimeError: a process still writes the run.
+        ValueError: a bad address.
+        ConnectionError: the server cannot be reached or cannot take records now.
+    """
+    folder, uri = Path(folder).absolute(), check_uri(uri)
+    if not (folder / FILE_NAME).exists():
+        raise FileNotFoundError(f"{folder} must be the folder of a run, but holds no {FILE_NAME}")
+    journal = Journal(folder)
+    try:
+        records = (entry.record for entry in read_records(folder))
+        states = [record for record in records if isinstance(record, Status)]
+        if states and states[-1].status == "RUNNING":
+            journal.append(Status("KILLED", now()))
+            journal.sync()
+        delivery = Delivery(folder, uri)
+        taken = delivery.deliver(retry_aside=True)
+    except NotDelivered as error:
+        raise ConnectionError(
+            f"the run in {folder} must be completed on the server, but cannot be now: {error}"
+        ) from error
+    finally:
+        journal.close()
+    assert delivery.address.run_id is not None
+    return Replay(taken, len(delivery.address.aside), delivery.address.run_id)

@@ -1,0 +1,111 @@
+"""The thread of a run: brings its journal to the disk, and to the server if there is one."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+
+from next.tracking.client import NotDelivered
+from next.tracking.delivery import Address, Delivery
+from next.tracking.journal import FILE_NAME, Journal
+
+_log = logging.getLogger(__name__)
+
+_PAUSE = 2.0
+"""Seconds between deliveries; a request costs the server about 30 ms of a core."""
+_RETRY = 0.5
+"""Seconds between attempts while the server may only be starting; twice that each time later."""
+_LONGEST_RETRY = 15.0
+"""Seconds between attempts in the end."""
+_STARTING = 20.0
+"""Seconds after which a server that does not answer is worth a warning."""
+
+
+class Sender:
+    """Works until :meth:`finish`; owns the journal's closing."""
+
+    def __init__(self, journal: Journal, delivery: Delivery | None) -> None:
+        self._journal = journal
+        self._delivery = delivery
+        self._finishing = threading.Event()
+        self._given_up = threading.Event()
+        self._located = threading.Event()
+        self._away_since: float | None = None
+        self._warned = False
+        self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
+        self._thread.start()
+
+    def address(self, timeout: float) -> Address:
+        """The MLflow run; waits for it up to ``timeout`` seconds from when the server went away."""
+        if self._delivery is None:
+            return Address()
+        self._located.wait(max(timeout - self._away(), 0))
+        return self._delivery.address
+
+    def finish(self, timeout: float) -> None:
+        """Deliver the rest within ``timeout`` seconds, or say how to do it later."""
+        if self._away() > timeout:
+            timeout = min(timeout, 3.0)
+        self._finishing.set()
+        self._thread.join(timeout)
+        self._given_up.set()
+        left = self._delivery.undelivered() if self._delivery else 0
+        if self._delivery and left:
+            folder, uri = str(self._delivery.folder), self._delivery.uri
+            _log.warning(
+                "%d records of the run in %s are not on the tracking server; its %s has them. "
+                "Opening the run again delivers them, and so does: "
+                '%s -c "from next.tracking.run import replay; replay(%r, %r)"',
+                *(left, folder, FILE_NAME, sys.executable, folder, uri),
+            )
+
+    def _work(self) -> None:
+        pause, fresh = 0.0, True
+        try:
+            while not self._given_up.is_set():
+                last = self._finishing.wait(pause)
+                self._journal.sync()
+                if self._deliver(retry_aside=fresh or last):
+                    if last:
+                        return
+                    pause, fresh = _PAUSE, False
+                else:
+                    if last:
+                        self._given_up.wait(_RETRY)
+                    starting = self._away() < _STARTING
+                    pause = _RETRY if starting else min(2 * pause, _LONGEST_RETRY)
+        finally:
+            self._journal.close()
+
+    def _deliver(self, *, retry_aside: bool) -> bool:
+        """Whether the server (if there is one) took everything that it would take."""
+        if self._delivery is None:
+            return True
+        try:
+            self._delivery.locate()
+            self._located.set()
+            self._delivery.deliver(retry_aside=retry_aside)
+        except NotDelivered as error:
+            self._note_absence(error)
+            return False
+        except Exception:
+            _log.exception("tracking failed unexpectedly and will try again; training goes on")
+            return False
+        if self._warned:
+            _log.warning("tracking: the server is back after %.0f s", self._away())
+        self._away_since, self._warned = None, False
+        return True
+
+    def _note_absence(self, error: NotDelivered) -> None:
+        if self._away_since is None:
+            self._away_since = time.monotonic()
+            _log.info("tracking waits for its server, training goes on: %s", error)
+        elif not self._warned and self._away() > _STARTING:
+            self._warned = True
+            _log.warning("tracking waits for its server, training goes on: %s", error)
+
+    def _away(self) -> float:
+        since = self._away_since
+        return 0.0 if since is None else time.monotonic() - since

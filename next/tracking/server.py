@@ -1,0 +1,301 @@
+"""One local MLflow server for a folder, started by the driver and shared by who needs it.
+
+The server is a process group of its own (:mod:`next.tracking.serve`), so that Ctrl-C reaches the
+driver alone, which then still has a server to log its end to. It lives as long as somebody needs
+it: whoever starts or reuses it holds a shared ``flock`` on ``server.lease``, the server looks twice
+a second whether that is gone, and ends. The kernel drops the lock with the process, so a driver
+that is killed takes its server along; ``atexit`` would miss a kill, and ``PR_SET_PDEATHSIG`` fires
+when the *thread* that started the server ends and cannot serve two drivers.
+
+``python -m next.tracking.server FOLDER`` serves a folder until Ctrl-C, to look at old runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import logging
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import zlib
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+from filelock import FileLock
+
+_log = logging.getLogger(__name__)
+
+_HOST = "127.0.0.1"
+_PORTS = range(20_000, 32_000)
+"""Above Ray's own, and below those that the kernel gives to outgoing connections: one of these
+could hold our port just when the server starts again."""
+_PROGRESS_SECONDS = 5.0
+_STOP_SECONDS = 10.0
+_PORT_SECONDS = 3.0
+_TAIL_LINES = 20
+_children: list[subprocess.Popen[bytes]] = []
+"""Servers that this process started; one may outlive its share, while another process needs it."""
+
+
+class TrackingServer:
+    """A share in the local server of a folder; :func:`start_server` gives it out."""
+
+    def __init__(
+        self, folder: Path, port: int, pid: int, lease: int, child: subprocess.Popen[bytes] | None
+    ) -> None:
+        self.folder = folder
+        self.uri = f"http://{_HOST}:{port}"
+        """Address for this machine's processes."""
+        self.pid = pid
+        """The serving process, which leads its own process group."""
+        self._lease: int | None = lease
+        self._child = child
+
+    def wait(self, timeout: float = 120.0) -> TrackingServer:
+        """Return when the server answers; progress is logged.
+
+        Args:
+            timeout: seconds.
+
+        Raises:
+            RuntimeError: the server ended or did not answer in time; the message ends with the
+                last lines of its log.
+        """
+        started = reported = time.monotonic()
+        while not _answers(self.uri):
+            waited = time.monotonic() - started
+            if not _is_running(self.pid):
+                raise RuntimeError(
+                    f"the MLflow server of {self.folder} ended while it started{self._log_tail()}"
+                )
+            if waited > timeout:
+                raise RuntimeError(
+                    f"the MLflow server of {self.folder} must answer at {self.uri} within "
+                    f"{timeout:.0f} s, but it does not; end process {self.pid} and try "
+                    f"again{self._log_tail()}"
+                )
+            if time.monotonic() - reported > _PROGRESS_SECONDS:
+                reported = time.monotonic()
+                _log.info("MLflow is starting, %.0f s so far (usually 5 to 15)", waited)
+            time.sleep(0.1)
+        return self
+
+    def close(self) -> None:
+        """Give the share back; the last one ends the server and waits for its end."""
+        if self._lease is None:
+            return
+        if self._child is not None and self._child.poll() is not None:
+            _log.warning("the MLflow server of %s had ended%s", self.folder, self._log_tail())
+        with _start_lock(self.folder):
+            fcntl.flock(self._lease, fcntl.LOCK_UN)  # a forked child would else keep it
+            os.close(self._lease)
+            self._lease = None
+            last = os.open(self.folder / "server.lease", os.O_RDWR)
+            try:
+                fcntl.flock(last, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                _log.debug("another process still needs the server of %s", self.folder)
+            else:
+                _end_server(self.folder)
+            finally:
+                os.close(last)
+
+    def __enter__(self) -> TrackingServer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _log_tail(self) -> str:
+        path = self.folder / "server.log"
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        return f"; the end of {path}:\n" + "\n".join(lines[-_TAIL_LINES:])
+
+
+def start_server(folder: str | Path, *, wait: bool = True, port: int = 0) -> TrackingServer:
+    """Start the MLflow server of a folder, or share the one that already serves it.
+
+    The store is ``<folder>/mlflow.db``, artifacts are under ``<folder>/mlartifacts``, the log is
+    ``<folder>/server.log``. A lock makes the start, and with it the creation of the store, happen
+    once, however many drivers begin together.
+
+    Args:
+        folder: created if it is not there.
+        wait: return only when the server answers. Without, it starts beside the caller's other
+            work (runs may be opened meanwhile; their records wait), and
+            :meth:`TrackingServer.wait` is for later.
+        port: 0 takes the port of the last time, so that addresses stay good; the first time one
+            that follows from the folder's name; the next free one if it is taken.
+
+    Raises:
+        RuntimeError: the server does not come up; the message ends with its log.
+        ValueError: the port is taken.
+    """
+    folder = Path(folder).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    lease = os.open(folder / "server.lease", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lease, fcntl.LOCK_SH)
+        with _start_lock(folder):
+            server = _running_server(folder, lease) or _launch(folder, lease, port)
+    except BaseException:
+        os.close(lease)
+        raise
+    if wait:
+        try:
+            server.wait()
+        except BaseException:
+            server.close()
+            raise
+    return server
+
+
+def view_command(folder: str | Path) -> str:
+    """The shell command that opens a folder's runs again after the driver has ended."""
+    command = [sys.executable, "-m", "next.tracking.server", str(Path(folder).absolute())]
+    return shlex.join(command)
+
+
+def _running_server(folder: Path, lease: int) -> TrackingServer | None:
+    state = _read_state(folder)
+    pid, port = int(state.get("pid", 0)), int(state.get("port", 0))
+    if not pid or not _is_running(pid, state.get("started")):
+        return None
+    _log.info("MLflow already serves %s", folder)
+    return TrackingServer(folder, port, pid, lease, None)
+
+
+def _launch(folder: Path, lease: int, port: int) -> TrackingServer:
+    root = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    with _bind(port, int(_read_state(folder).get("port", 0)), folder) as listener:
+        with (folder / "server.log").open("wb") as output:
+            child = subprocess.Popen(
+                [
+                    *(sys.executable, "-P", "-m", "next.tracking.serve"),
+                    *(str(folder), str(listener.fileno())),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                pass_fds=[listener.fileno()],
+                start_new_session=True,
+                cwd=folder,
+                env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            )
+        port = listener.getsockname()[1]
+    _children.append(child)
+    state = {"pid": child.pid, "port": port, "started": psutil.Process(child.pid).create_time()}
+    new = folder / "server.json.new"
+    new.write_text(json.dumps(state))
+    new.replace(folder / "server.json")
+    _log.info("MLflow is starting for %s", folder)
+    return TrackingServer(folder, port, child.pid, lease, child)
+
+
+def _bind(port: int, last_time: int, folder: Path) -> socket.socket:
+    """A bound socket; a server that starts again needs its port, since workers know the address."""
+    if port:
+        listener = _try_bind(port)
+        if listener is None:
+            raise ValueError(f"port {port} must be free, but another process has it; give another")
+        return listener
+    deadline = time.monotonic() + _PORT_SECONDS
+    while last_time and time.monotonic() < deadline:
+        if (listener := _try_bind(last_time)) is not None:
+            return listener
+        time.sleep(0.05)  # a killed server's threads hold its port until the last of them is gone
+    own = zlib.crc32(str(folder).encode())
+    for number in range(len(_PORTS)):
+        if (listener := _try_bind(_PORTS[(own + number) % len(_PORTS)])) is not None:
+            return listener
+    raise RuntimeError(f"no port of {_PORTS} is free on {_HOST}; end some processes")
+
+
+def _try_bind(port: int) -> socket.socket | None:
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((_HOST, port))
+        listener.listen(128)  # the port is ours now, and who connects waits for the server
+    except OSError:
+        listener.close()
+        return None
+    return listener
+
+
+def _read_state(folder: Path) -> dict[str, float]:
+    try:
+        return dict(json.loads((folder / "server.json").read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+def _start_lock(folder: Path) -> FileLock:
+    return FileLock(folder / "server.lock", timeout=60)
+
+
+def _is_running(pid: int, started: float | None = None) -> bool:
+    """Whether the process lives, and (its number may be reused) is the one that we mean."""
+    try:
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE and (
+            started is None or abs(process.create_time() - started) < 1
+        )
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _answers(uri: str) -> bool:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f"{uri}/health", timeout=2) as answer:
+            return bool(answer.status == 200)
+    except (OSError, urllib.error.URLError):
+        return False
+
+
+def _end_server(folder: Path) -> None:
+    """End the server of a folder, which may be a later one than the caller's own."""
+    state = _read_state(folder)
+    pid, started = int(state.get("pid", 0)), state.get("started")
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        deadline = time.monotonic() + _STOP_SECONDS
+        with suppress(ProcessLookupError):
+            if pid and _is_running(pid, started):
+                os.killpg(pid, number)
+        while pid and _is_running(pid, started) and time.monotonic() < deadline:
+            time.sleep(0.02)
+    _children[:] = [child for child in _children if child.poll() is None]  # reaps, too
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(description="Serve a folder of runs until Ctrl-C.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--port", type=int, default=0, help="default: as the last time")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if not (arguments.folder / "mlflow.db").exists():
+        parser.error(f"{arguments.folder} holds no mlflow.db; give the folder that a run wrote")
+    with start_server(arguments.folder, port=arguments.port) as server, suppress(KeyboardInterrupt):
+        _log.info("open %s (Ctrl-C ends it)", server.uri)
+        signal.pause()
+
+
+if __name__ == "__main__":
+    _main()
