@@ -32,7 +32,9 @@ class StructureExperts(nn.Module):
         out = f_e(dispatch^T X), each expert on its S slots
 
     Source: arXiv 2505.20001, figure 3 d; routing after Soft MoE (arXiv 2308.00951). Differs from
-    Soft MoE in that the slots' outputs are the result, so there is no combine step.
+    Soft MoE in that the slots' outputs are the result, so there is no combine step, and in that
+    ``scale`` starts at ``sqrt(D)``, not 1 (our reading): scores of random directions then have a
+    variance of one, as TMSE's have, so that one temperature means much the same to both.
 
     Args:
         width: D.
@@ -51,7 +53,7 @@ class StructureExperts(nn.Module):
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.phi, std=len(self.phi) ** -0.5)
-        nn.init.ones_(self.scale)
+        nn.init.constant_(self.scale, len(self.phi) ** 0.5)
 
     def forward(self, patches: Tensor, present: Tensor) -> StructureTokens:
         """Route and transform.
