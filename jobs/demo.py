@@ -19,7 +19,7 @@ from next.tuning.sweep import SweepConfig, run_sweep
 ROOT = Path(__file__).resolve().parents[1]
 CARD = ROOT / "datasets" / "demo.toml"
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("next.demo")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from next.cli import USER_ERROR, parse, run_job
+from next.cli import USER_ERROR, ProgressLine, parse, run_job
 from next.data.benchmark import load_card
 from next.data.ingest import ScanOptions, check, prepare, scan
 from next.data.manifest import SplitEntry
@@ -71,32 +70,6 @@ def _check(job: PrepareJob) -> int:
     for problem in problems:
         sys.stderr.write(f"error: {problem}\n")
     return USER_ERROR if problems else 0
-
-
-class ProgressLine:
-    """A line on stderr that says how far the work is and what is left of it."""
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-        self.started = self.shown = time.monotonic()
-        self.alive = sys.stderr.isatty()
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if now - self.shown < (0.2 if self.alive else 5) and done < total:
-            return
-        self.shown = now
-        left = (now - self.started) / done * (total - done)
-        line = f"{self.what}  {done}/{total} samples  {done / total:.0%}  about {left:.0f} s left"
-        sys.stderr.write(f"\r{line:<70}" if self.alive else f"{line}\n")
-        sys.stderr.flush()
-
-    def __enter__(self) -> ProgressLine:
-        return self
-
-    def __exit__(self, *problem: object) -> None:
-        if self.alive:
-            sys.stderr.write("\n")
 
 
 def _print(

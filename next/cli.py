@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -89,15 +90,50 @@ def base_config(card_recipe: dict[str, Any], recipe: str | Path | None) -> RunCo
     return override(RunConfig(), settings)
 
 
+class ProgressLine:
+    """A line on stderr that says how far the work is and what is left of it.
+
+    On a terminal it is rewritten in place; in a log file it comes every five seconds.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.started = self.shown = time.monotonic()
+        self.alive = sys.stderr.isatty()
+
+    def __enter__(self) -> ProgressLine:
+        return self
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show that ``done`` of ``total`` samples are done, if it is time to."""
+        now = time.monotonic()
+        if now - self.shown < (0.2 if self.alive else 5) and done < total:
+            return
+        self.shown = now
+        left = (now - self.started) / done * (total - done)
+        line = f"{self.what}  {done}/{total} samples  {done / total:.0%}  about {left:.0f} s left"
+        sys.stderr.write(f"\r{line:<70}" if self.alive else f"{line}\n")
+        sys.stderr.flush()
+
+    def __exit__(self, *exception: object) -> None:
+        if self.alive:
+            sys.stderr.write("\n")
+
+
 def run_job(main: Callable[[Sequence[str]], int]) -> None:
     """Call a job's ``main`` with the command line and end the process with its exit code.
 
     What a user can mend (``ValueError``, ``OSError``) is printed as its message alone, with code 2;
     everything else is a failure of the run: code 1, with the traceback.
     """
+    # Libraries log to the root logger or their own; only what the user should act on is shown.
     logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
+        level=logging.WARNING,
+        format="%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
     )
+    logging.getLogger("next").setLevel(logging.INFO)
     try:
         code = main(sys.argv[1:])
     except (ValueError, OSError) as error:

@@ -20,7 +20,7 @@ from next.config import RunConfig, differences, from_toml, to_toml
 from next.data.plan import epoch_plan, plan_hash
 from next.data.shards import Manifest, open_manifest
 from next.tracking.provenance import provenance_tags
-from next.tracking.run import check_server, open_run, start_server
+from next.tracking.run import check_server, open_run, read_metrics, start_server
 from next.training.assessment import Assessment, assess
 from next.training.inputs import resolve, split_train, training_data
 from next.training.loop import Outcome, Worker, train
@@ -36,6 +36,7 @@ _RAY_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # else a report costs up to two seconds
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "30",  # a pruned trial may finish sending its metrics
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
 }
 
@@ -84,7 +85,9 @@ def launch(config: RunConfig, *, on_report: Callable[[Metrics], None] | None = N
         with open_run(**tracked) as run:
             run.log_artifact(folder / "config.toml")
             run.log_data(manifest.benchmark.name, manifest.digest, str(manifest.uri), "train")
-            assessment = assess(checkpoint, manifest, folder, device=device(config))
+            assessment = assess(
+                checkpoint, manifest, folder, device=device(config), history=read_history(folder)
+            )
             run.log_metrics(assessment.metrics, step=outcome.step)
             for picture in assessment.pictures:
                 run.log_artifact(picture, "figures")
@@ -144,6 +147,11 @@ def tracking_address(config: RunConfig) -> Iterator[str | None]:
         folder = Path(config.run.storage_path).absolute() / "mlflow"
         with start_server(folder, wait=False) as server:
             yield server.uri
+
+
+def read_history(folder: Path) -> list[tuple[int, dict[str, float]]]:
+    """Step and metrics of all that a run logged."""
+    return [(row["step"], row["values"]) for row in read_metrics(folder)]
 
 
 def run_tags(config: RunConfig, manifest: Manifest) -> dict[str, str]:
@@ -313,7 +321,11 @@ def start_ray(cpus: float, *, dashboard: bool) -> None:
         num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)),
         include_dashboard=dashboard,
         log_to_driver=False,
+        logging_level=logging.ERROR,
     )
+    token = Path.home() / ".ray" / "auth_token"
+    if token.exists():  # Ray writes its secret readable by everybody
+        token.chmod(0o600)
 
 
 def _ray_worker(settings: dict[str, Any]) -> dict[str, Any]:

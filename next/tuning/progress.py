@@ -46,6 +46,10 @@ class Progress(Callback):
             done.set()
             thread.join()
 
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial began, or began anew."""
+        self.seen.setdefault(trial.trial_id, 0)
+
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
@@ -91,7 +95,7 @@ class Progress(Callback):
         if self.first_result is None or epochs < 2:
             return None
         rate = epochs / (time.monotonic() - self.began)
-        lengths = [self.seen[name] for name in self.finished if name in self.seen]
+        lengths = [self.seen[name] for name in self.finished]
         typical = sum(lengths) / len(lengths) if lengths else self.epochs
         open_epochs = sum(
             max(typical - reached, 0)
@@ -101,6 +105,7 @@ class Progress(Callback):
         return (open_epochs + typical * max(self.trials - len(self.seen), 0)) / rate
 
     def _end(self, trial: Any, state: str) -> None:
+        self.seen.setdefault(trial.trial_id, 0)
         self.finished[trial.trial_id] = state
-        self.say(f"{trial}: {state} after {self.seen.get(trial.trial_id, 0)} epochs")
+        self.say(f"{trial}: {state} after {self.seen[trial.trial_id]} epochs")
         self.say(self.line())

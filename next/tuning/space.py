@@ -66,6 +66,7 @@ def check_space(space: Space, base: RunConfig, samples: int = _DRY_SAMPLES) -> l
         ValueError: a drawn setting is unknown (with the near match) or out of range, or the
             function fails or returns no settings.
     """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     names: dict[str, None] = {}
     for _ in range(samples):

@@ -8,6 +8,7 @@ checkpoint meets the test split once, at the end.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ import optuna
 import ray
 from pydantic import Field
 from ray import tune
+from ray.tune.logger import JsonLoggerCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from ray.tune.search.optuna import OptunaSearch
 
@@ -29,6 +31,7 @@ from next.training.launch import (
     configure_torch,
     copy_checkpoint,
     device,
+    read_history,
     run_tags,
     start_ray,
     tracking_address,
@@ -119,7 +122,8 @@ def run_sweep(
         checkpoint = folder / "checkpoints" / "best"
         result = next(result for result in grid if Path(result.path).name == trials[0].folder)
         copy_checkpoint(result.get_best_checkpoint(METRIC, "max"), checkpoint)
-        assessment = assess(checkpoint, manifest, folder, device=device(base))
+        history = read_history(folder / "trials" / trials[0].name)
+        assessment = assess(checkpoint, manifest, folder, device=device(base), history=history)
         pictures = [*assessment.pictures, draw_overview(folder / "figures", trials)]
         parent.log_metrics(assessment.metrics | {METRIC: trials[0].score}, step=0)
         parent.set_tags({"next.best_trial": trials[0].name})
@@ -192,6 +196,8 @@ def _search(
             num_samples=sweep.trials,
             max_concurrent_trials=sweep.concurrency,
             reuse_actors=True,
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_name,
         ),
         run_config=tune.RunConfig(
             name="tune",
@@ -201,7 +207,7 @@ def _search(
                 checkpoint_score_attribute=METRIC,
                 checkpoint_score_order="max",
             ),
-            callbacks=[progress],
+            callbacks=[progress, JsonLoggerCallback()],
             verbose=0,
         ),
     )
@@ -213,12 +219,18 @@ def _search(
             ray.shutdown()
 
 
+def _trial_name(trial: Any) -> str:
+    return f"trial-{trial.trial_id}"
+
+
 def _sampler(sweep: SweepConfig) -> optuna.samplers.BaseSampler:
     if sweep.sampler == "random":
         return optuna.samplers.RandomSampler(seed=sweep.seed)
-    return optuna.samplers.TPESampler(
-        multivariate=True, group=True, n_startup_trials=6, seed=sweep.seed
-    )
+    with warnings.catch_warnings():  # `group` has been marked experimental since Optuna 2.8
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return optuna.samplers.TPESampler(
+            multivariate=True, group=True, n_startup_trials=6, seed=sweep.seed
+        )
 
 
 def _scheduler(sweep: SweepConfig, epochs: int) -> ASHAScheduler | FIFOScheduler:
