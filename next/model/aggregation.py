@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from next.config import AggregationConfig
+from next.model.attention import attend
 from next.model.routing import at_least_float32
 
 
@@ -67,7 +68,7 @@ class Aggregation(nn.Module):
         query = self.query(self.norm_query(cls)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         pairs = self.key_value(self.norm_expert(experts)).unflatten(-1, (2, self.heads, -1))
         key, value = pairs.permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(query, key, value)
-        x = at_least_float32(cls) + self.out(attended.transpose(1, 2).flatten(2))
+        attended = attend(query, key, value).transpose(1, 2).flatten(2)
+        x = at_least_float32(cls) + self.out(attended)
         x = x + self.mlp_out(F.gelu(self.mlp_in(self.norm_mlp(x))))
         return x.masked_fill(~present[:, :, None], 0.0).flatten(1)

@@ -13,6 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from next.config import BackboneConfig
+from next.model.attention import attend
+
+_CUSTOM_BLOCKS = {
+    "block_type", "qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn",
+    "scale_fc",
+}  # fmt: skip
+"""Settings of an open_clip vision tower that change its blocks from CLIP's."""
 
 open_clip.add_model_config(Path(__file__).with_name("next-tiny.json"))
 
@@ -68,8 +75,19 @@ class ClipTower(nn.Module):
         if shift is not None:
             cls = cls + shift
         x = torch.cat([cls[:, None], patches], dim=1) + vit.positional_embedding
-        x = vit.transformer(vit.ln_pre(vit.patch_dropout(x)))
+        x = vit.ln_pre(vit.patch_dropout(x))
+        for block in vit.transformer.resblocks:
+            x = x + block.ls_1(self_attention(block.attn, block.ln_1(x)))
+            x = x + block.ls_2(block.mlp(block.ln_2(x)))
         return vit.ln_post(x) @ vit.proj
+
+
+def self_attention(attention: nn.MultiheadAttention, x: Tensor) -> Tensor:
+    """What ``attention`` computes on ``x [n, T, width]``, without its transposed copies."""
+    packed = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)
+    query, key, value = packed.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    mixed: Tensor = attention.out_proj(attend(query, key, value).transpose(1, 2).flatten(2))
+    return mixed
 
 
 class Backbone(nn.Module):
@@ -220,7 +238,9 @@ def _check_supported(name: str, settings: dict[str, Any]) -> None:
         or not isinstance(vision["layers"], int)
         or vision.get("attentional_pool")
         or vision.get("pool_type", "tok") != "tok"
+        or _CUSTOM_BLOCKS & vision.keys()
         or "hf_model_name" in text
+        or "multimodal_cfg" in settings
     ):
         raise ValueError(
             f"model.backbone.name must be a CLIP with a plain ViT (class token, no attention "

@@ -203,7 +203,9 @@ def test_an_unknown_name_is_refused_with_the_near_match():
         load_clip(BackboneConfig(name="ViT-B16", pretrained=None))
 
 
-@pytest.mark.parametrize("name", ["RN50", "coca_ViT-B-32", "ViT-B-16-SigLIP", "roberta-ViT-B-32"])
+@pytest.mark.parametrize(
+    "name", ["RN50", "coca_base", "coca_ViT-B-32", "ViT-B-16-SigLIP", "roberta-ViT-B-32"]
+)
 def test_a_model_without_a_plain_vit_and_text_tower_is_refused(name):
     with pytest.raises(ValueError, match=r"must be a CLIP with a plain ViT"):
         load_clip(BackboneConfig(name=name, pretrained=None))

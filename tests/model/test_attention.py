@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from next.model.attention import attend
+from next.model.backbone import self_attention
+
+
+def test_equals_the_naive_loops_and_the_fused_kernel(agree):
+    torch.manual_seed(0)
+    query, key, value = (
+        torch.randn(2, 3, t, 4, dtype=torch.float64, requires_grad=True) for t in (2, 5, 5)
+    )
+    naive = torch.stack(
+        [
+            torch.stack(
+                [
+                    torch.stack(
+                        [
+                            torch.softmax(
+                                torch.stack([query[b, h, t] @ k for k in key[b, h]]) / 2.0, dim=0
+                            )
+                            @ value[b, h]
+                            for t in range(2)
+                        ]
+                    )
+                    for h in range(3)
+                ]
+            )
+            for b in range(2)
+        ]
+    )
+    agree(attend(query, key, value), naive, [query, key, value], 1e-10)
+    fused = F.scaled_dot_product_attention(query, key, value)
+    agree(attend(query, key, value), fused, [query, key, value], 1e-10)
+
+
+def test_self_attention_equals_torchs_module(agree):
+    torch.manual_seed(0)
+    module = nn.MultiheadAttention(8, 2, batch_first=True).double()
+    nn.init.normal_(module.in_proj_bias)
+    x = torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True)
+    expected, _ = module(x, x, x, need_weights=False)
+    agree(self_attention(module, x), expected, [x, *module.parameters()], 1e-10)
+
+
+def test_half_precision_weights_are_computed_in_float32():
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 3, 5, 4) for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = attend(query, key, value)
+    assert mixed.dtype == torch.bfloat16
+    torch.testing.assert_close(mixed.float(), attend(query, key, value), atol=0.03, rtol=0.03)
