@@ -17,6 +17,7 @@ LEVEL = {
     "data": 1,
     "tracking": 1,
     "evaluation": 2,
+    "captioning": 2,
     "training": 3,
     "tuning": 4,
     "cli": 5,
@@ -24,7 +25,12 @@ LEVEL = {
 HOMES = {
     "pyarrow": ("next/data/shards.py",),
     "mlflow": ("next/tracking/",),
-    "ray": ("next/training/launch.py", "next/training/report.py", "next/tuning/"),
+    "ray": (
+        "next/training/launch.py",
+        "next/training/report.py",
+        "next/tuning/",
+        "next/captioning/pipeline.py",
+    ),
     "optuna": ("next/tuning/", "tune_spaces/"),
 }
 

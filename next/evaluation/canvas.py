@@ -25,7 +25,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 """Told apart by colour-blind readers too (Okabe and Ito)."""
 DASHES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
 """Line styles, so that colour is never the only difference."""
-RIGHT, WRONG, NEUTRAL = "#009E73", "#D55E00", "#8A8A8A"
+RIGHT, WRONG, NEUTRAL = "#009E73", "#CC2936", "#8A8A8A"
 """A match, a mistake, and what is neither."""
 INK, FAINT = "#222222", "#D9D9D9"
 """Text and lines; grids."""

@@ -100,7 +100,7 @@ def choose_queries(
 def rank_lists(path: str | Path, lists: Sequence[RankList], *, modalities: Sequence[str]) -> Path:
     """Each query with its nearest gallery samples; a stack of modalities a sample.
 
-    A green frame and a tick mean the query's identity, an orange frame and a cross another one.
+    A green frame and a tick mean the query's identity, a red frame and a cross another one.
 
     Args:
         path: PNG to write.

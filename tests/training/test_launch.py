@@ -1,0 +1,133 @@
+"""Whole runs, in this process and on two workers of Ray Train, logged to a real MLflow."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from next.config import override
+from next.data.shards import open_manifest
+from next.training.checkpoint import load_network
+from next.training.inputs import resolve
+from next.training.launch import claim_folder, launch
+
+ROOT = Path(__file__).resolve().parents[2]
+RAY_WARNINGS = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+
+
+def test_a_run_leaves_scores_pictures_checkpoints_and_its_configuration(tiny_config):
+    result = launch(tiny_config)
+    files = {path.relative_to(result.folder).as_posix() for path in result.folder.rglob("*.*")}
+    assert {
+        "config.toml",
+        "result.json",
+        "journal.jsonl",
+        "checkpoints/best/model.safetensors",
+        "checkpoints/last/state.json",
+        "figures/learning_curves.png",
+        "figures/cmc.png",
+        "figures/rank_lists.png",
+        "figures/expert_usage.png",
+        "figures/routing_maps.png",
+    } <= files
+    stored = json.loads((result.folder / "result.json").read_text())
+    assert stored["test"] == result.assessment.metrics
+    assert 0 < stored["test"]["test/mAP"] < 100
+    assert stored["losses"] == result.outcome.losses
+
+
+def test_the_same_name_continues_and_other_settings_are_refused_with_a_list(tiny_config):
+    first = launch(tiny_config)
+    again = launch(tiny_config)
+    assert again.outcome.losses == []
+    assert again.assessment.metrics == first.assessment.metrics
+    changed = override(tiny_config, {"optim.lr": 5e-4, "model.semantic.experts": 4})
+    with pytest.raises(
+        ValueError, match=r"(?s)run 'tiny'.*experts: 2 -> 4.*optim.lr: 0.001 -> 0.0005"
+    ):
+        launch(changed)
+    fresh = launch(override(changed, {"run.fresh": True}))
+    assert fresh.outcome.step == len(fresh.outcome.losses)
+    assert len(list(first.folder.parent.glob("tiny.*"))) == 1, "the earlier run is kept"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data.uri": None}, r"data.uri is not set; give the folder that jobs/prepare.py wrote"),
+        ({"data.uri": "/no/where"}, r"/no/where/manifest.json: there is no manifest"),
+        ({"batch.identities": 50}, r"must not exceed the \d+ train identities .*, but got 50"),
+        ({"data.modalities": ("RGB", "TIR")}, r"names 'TIR', which demo lacks; it has RGB, NI, TI"),
+        ({"model.identities": 3}, r"model.identities is taken from the data and must be"),
+        ({"scaling.use_gpu": True}, r"torch sees no GPU here"),
+        (
+            {"tracking.enabled": True, "tracking.uri": "sqlite:///x.db"},
+            r"must be an http:// or https:// address",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_said_before_anything_is_written(tiny_config, settings, message):
+    if "scaling.use_gpu" in settings and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises((ValueError, OSError), match=message):
+        launch(override(tiny_config, settings))
+    assert not Path(tiny_config.run.storage_path, "tiny", "checkpoints").exists()
+
+
+def test_a_new_run_is_named_by_its_time(tiny_config):
+    config = resolve(tiny_config, open_manifest(tiny_config.data.uri))
+    assert claim_folder(override(config, {"run.name": None})).name.startswith("run-")
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from next.config import from_toml
+from next.training.launch import launch
+if __name__ == "__main__":
+    result = launch(from_toml(Path(sys.argv[1]).read_text()))
+    print("URL", result.url)
+"""
+
+
+def run_script(folder: Path, config, **environment: str) -> subprocess.CompletedProcess:
+    """Launch in a process of its own: a Ray of its own, which ends with it."""
+    from next.config import to_toml
+
+    script, settings = folder / "run.py", folder / "settings.toml"
+    script.write_text(SCRIPT)
+    settings.write_text(to_toml(config))
+    return subprocess.run(
+        [sys.executable, str(script), str(settings)],
+        env=os.environ | {"HOME": str(folder), "RAY_TMPDIR": "/tmp", **environment},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_two_workers_of_ray_train_come_to_what_one_process_comes_to(tiny_config, tmp_path):
+    alone = launch(tiny_config)
+    settings = {
+        "run.name": "two",
+        "scaling.num_workers": 2,
+        "scaling.cpus_per_worker": 0.5,
+        "tracking.enabled": True,
+    }
+    done = run_script(tmp_path, override(tiny_config, settings))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "URL http://127.0.0.1:" in done.stdout
+    folder = Path(tiny_config.run.storage_path) / "two"
+    stored = json.loads((folder / "result.json").read_text())
+    torch.testing.assert_close(
+        torch.tensor(stored["losses"]), torch.tensor(alone.outcome.losses), rtol=2e-3, atol=2e-3
+    )
+    assert abs(stored["test"]["test/mAP"] - alone.assessment.metrics["test/mAP"]) < 3
+    load_network(folder / "checkpoints" / "best")
