@@ -47,8 +47,8 @@ class DemoSize:
         ValueError: a number is out of range; the message names it.
     """
 
-    train_identities: int = 64
-    train_samples: int = 12
+    train_identities: int = 96
+    train_samples: int = 8
     """Samples of each train identity."""
     test_identities: int = 40
     test_samples: int = 8

@@ -22,9 +22,9 @@ _ERRORS = {"RGB": 0.03, "NI": 0.08, "TI": 0.13}
 """Probability of a wrong word for each attribute, by modality, in a good image."""
 _ERRORS_BLIND = {"RGB": 0.16, "NI": 0.16, "TI": 0.26}
 """The same where the modality fails: in the dark, under glare, at thermal crossover."""
-_UNREADABLE = {"RGB": 0.02, "NI": 0.012, "TI": 0.006}
+_UNREADABLE = {"RGB": 0.03, "NI": 0.012, "TI": 0.006}
 """Probability that footwear or hair is called unknowable, in a good image."""
-_UNREADABLE_BLIND = {"RGB": 0.13, "NI": 0.03, "TI": 0.012}
+_UNREADABLE_BLIND = {"RGB": 0.18, "NI": 0.03, "TI": 0.012}
 """The same where the modality fails."""
 
 _UPPERS = ("t-shirt", "shirt", "sweater", "hoodie", "jacket", "coat")

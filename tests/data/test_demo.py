@@ -168,6 +168,41 @@ def test_what_one_modality_sees_leaves_the_others_unchanged_to_the_byte(field, v
     assert set(counts.values()) == {0}
 
 
+def contrast(m: str, fails: str) -> tuple[float, float]:
+    """Mean difference of the torso's pixels between light and dark cloth, well seen and not."""
+    difficulty = Difficulty(rgb_noise=0, nir_noise=0, tir_noise=0)
+    plain = {"upper": "jacket", "upper_print": "plain", "upper_weave": "plain", "carries": "phone"}
+    one = dataclasses.replace(
+        person(0, "train", 5, difficulty), **plain, upper_colour="white", upper_albedo=0.86,
+        upper_leak=0.2,
+    )  # fmt: skip
+    other = dataclasses.replace(one, upper_colour="black", upper_albedo=0.14, upper_leak=-0.2)
+    clear = {"dark": False, "glare": False, "crossover": False, "occlusion": "none"}
+    differences = []
+    for failing in (False, True):
+        total = 0.0
+        for sample in range(6):
+            where = dataclasses.replace(
+                shot(0, "train", 5, sample, 1, difficulty), view="front", lighting="normal",
+                **{**clear, fails: failing},
+            )  # fmt: skip
+            pictures = [draw(who, where, (128, 64), difficulty) for who in (one, other)]
+            first, second = (picture[MODALITIES.index(m)].astype(float) for picture in pictures)
+            total += float(np.abs(first - second)[32:60, 24:40].mean()) / 6
+        differences.append(total)
+    return differences[0], differences[1]
+
+
+@pytest.mark.parametrize(("m", "fails"), [("RGB", "dark"), ("NI", "glare"), ("TI", "crossover")])
+def test_each_modality_shows_cloth_well_and_fails_in_its_own_way(m, fails):
+    well, badly = contrast(m, fails)
+    assert well > 20
+    assert badly < 0.75 * well
+    for other in {"dark", "glare", "crossover"} - {fails}:
+        well, same = contrast(m, other)
+        assert same == well
+
+
 def test_all_modalities_see_the_shape():
     counts = changes_seen("carries", "suitcase", carries="nothing")
     assert min(counts.values()) >= 9
@@ -254,6 +289,20 @@ def test_most_caption_words_are_words_of_the_real_captions(small, modality):
 def test_an_impossible_size_is_refused_by_name(changes, message):
     with pytest.raises(ValueError, match=message):
         DemoSize(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"family_size": 0}, "family_size must lie in 1..12, but got 0"),
+        ({"dark_share": 1.5}, "dark_share must lie in 0..1, but got 1.5"),
+        ({"backdrop": -0.1}, "backdrop must lie in 0..1, but got -0.1"),
+        ({"nir_noise": -1.0}, "nir_noise must lie in 0..inf, but got -1.0"),
+    ],
+)
+def test_an_impossible_difficulty_is_refused_by_name(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Difficulty(**changes)
 
 
 def test_a_folder_that_holds_something_is_refused_and_left_alone(tmp_path):
