@@ -282,6 +282,14 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     ]
 
 
+def read_status(folder: str | Path) -> str | None:
+    """How the run of a folder stands by its journal: the last status, None without any."""
+    statuses = [
+        entry.record.status for entry in read_records(folder) if isinstance(entry.record, Status)
+    ]
+    return statuses[-1] if statuses else None
+
+
 def now() -> float:
     """Seconds since 1970, with milliseconds, as MLflow keeps them."""
     return round(time.time(), 3)

@@ -32,6 +32,7 @@ from next.tracking.journal import (
     now,
     read_metrics,
     read_records,
+    read_status,
     text_values,
 )
 from next.tracking.links import check_uri, children_url, compare_url, experiment_url, run_url
@@ -50,6 +51,7 @@ __all__ = [
     "experiment_url",
     "open_run",
     "read_metrics",
+    "read_status",
     "replay",
     "run_url",
     "start_server",

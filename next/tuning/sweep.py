@@ -23,7 +23,15 @@ from ray.tune.search.optuna import OptunaSearch
 
 from next.config import RunConfig, Section, from_toml, override, to_toml
 from next.data.shards import Manifest, open_manifest
-from next.tracking.run import Run, child_run_ids, compare_url, open_run, view_command
+from next.tracking.run import (
+    Run,
+    child_run_ids,
+    compare_url,
+    open_run,
+    read_status,
+    replay,
+    view_command,
+)
 from next.training.assessment import assess
 from next.training.inputs import resolve, training_data
 from next.training.launch import (
@@ -42,6 +50,7 @@ from next.tuning.progress import Progress
 from next.tuning.results import (
     METRIC,
     SweepResult,
+    Trial,
     draw_overview,
     read_trials,
     write_leaderboard,
@@ -113,6 +122,7 @@ def run_sweep(
         tracked = {"uri": uri, "experiment": experiment, "parent": parent.key}
         grid = _search(base, space, sweep, folder, tracked, say)
         trials = read_trials(grid, varied, base.optim.epochs)
+        _complete_children(folder, trials, tracked)
         if trials[0].score is None:
             raise RuntimeError(
                 f"none of the {sweep.trials} trials reported {METRIC}; "
@@ -134,6 +144,27 @@ def run_sweep(
     assessment = assessment._replace(pictures=pictures)
     serve = None if base.tracking.uri else view_command(folder.parent / "mlflow")
     return SweepResult(folder, varied, trials, assessment, checkpoint, compare, serve)
+
+
+def _complete_children(folder: Path, trials: list[Trial], tracked: dict[str, str | None]) -> None:
+    """Mark the pruned trials, and bring what an actor could not before Tune ended it."""
+    for trial in trials:
+        child = folder / "trials" / trial.name
+        if not child.is_dir():
+            continue
+        pruned = trial.state == "pruned"
+        if pruned or read_status(child) == "RUNNING":
+            run = open_run(
+                uri=tracked["uri"],
+                experiment=str(tracked["experiment"]),
+                name=trial.name,
+                folder=child,
+                parent=tracked["parent"],
+                tags={"next.pruned": "true"} if pruned else {},
+            )
+            run.close("FAILED" if trial.state == "failed" else "FINISHED")
+        elif tracked["uri"] is not None:
+            replay(child, tracked["uri"])
 
 
 def _compare_link(uri: str | None, parent: Run) -> str | None:
@@ -271,7 +302,6 @@ def _run_trial(
                 Worker(device=device(config)),
                 lambda metrics, step: run.log_metrics(metrics, step=step),
             )
-        except SystemExit:  # how Tune stops a pruned trial
-            run.set_tags({"next.pruned": "true"})
+        except SystemExit:  # how Tune ends a trial, pruned or at its last epoch
             run.close("FINISHED")
             raise
