@@ -9,22 +9,80 @@ Examples::
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from next.captioning.attributes import SCHEMAS, load_schema
+from next.captioning.endpoint import ModelConfig, load_models
+from next.captioning.engine import Totals
 from next.captioning.figures import draw_report
+from next.captioning.labels import load_labels
+from next.captioning.ledger import Ledger
+from next.captioning.merge import Calibration
 from next.captioning.quality import QualityReport, guess_schema, measure, read_caption_files
-from next.cli import USER_ERROR, parse, run_job
+from next.captioning.run import CaptionConfig, Captioner, CaptionResult, Plan
+from next.captioning.source import FolderSource, ShardSource, Source
+from next.cli import REQUIRED, USER_ERROR, parse, run_job
 from next.config import near_matches
+from next.data.benchmark import load_card
+from next.data.ingest import ScanOptions
+from next.data.shards import open_manifest
 
 WIDTH = 160
 """Columns of a table that goes to a file or a pipe."""
+
+
+@dataclass(frozen=True)
+class RunJob:
+    """Caption images by attribute confidence: ask models, merge what they say, write sentences.
+
+    Every answer is kept in a ledger, so a second run asks nothing and a killed one goes on.
+    """
+
+    models: Path
+    """TOML file of [[models]]: name, base_url, api_key_env, concurrency, prices, ..."""
+    out: Path | None = None
+    """Folder of the caption files, beliefs.jsonl, report.json and the ledger."""
+    card: Path | None = None
+    """Card of the benchmark, such as datasets/rgbnt201.toml; with --source."""
+    source: str | None = None
+    """Raw folders that the card's paths start from."""
+    data: str | None = None
+    """Instead of --card and --source: folder of shards that jobs/prepare.py wrote."""
+    schema: str | None = None
+    """person, vehicle or a TOML file; None: by the card's object."""
+    only: tuple[str, ...] = ()
+    """Names of the models to ask about images; all of them where it is left out."""
+    rewrite: str | None = None
+    """Name of a model of the file that rewrites sentences; checked, one by one."""
+    ledger: Path | None = None
+    """Folder of the ledger, which all machines must see; None: ledger/ in --out."""
+    shards: Path | None = None
+    """Folder of new shards with the new captions."""
+    labels: Path | None = None
+    """JSON {split: {sample: {attribute: value}}}: confidences are calibrated with it, and what is
+    written is scored against it."""
+    calibration: Path | None = None
+    """calibration.json of another run."""
+    options: Annotated[ScanOptions, tyro.conf.arg(name="")] = ScanOptions()  # noqa: RUF009 (frozen)
+    """What to do where source and card do not agree."""
+    config: Annotated[CaptionConfig, tyro.conf.arg(name="")] = CaptionConfig()  # noqa: RUF009
+    """How captions are made of answers."""
+    dry_run: bool = False
+    """Count what would be asked, and what it is expected to cost; ask nothing."""
+    json: bool = False
+    """Print the answer as one JSON object."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +102,7 @@ class QualityJob:
 
 def main(argv: Sequence[str]) -> int:
     """Find the subcommand and call it."""
-    commands: dict[str, Callable[[Sequence[str]], int]] = {"quality": quality}
+    commands: dict[str, Callable[[Sequence[str]], int]] = {"run": run, "quality": quality}
     name = argv[0] if argv else "--help"
     if name in commands:
         return commands[name](argv[1:])
@@ -55,6 +113,153 @@ def main(argv: Sequence[str]) -> int:
     close = near_matches(name, list(commands)) or list(commands)
     print(f"\nerror: there is no command {name!r}; did you mean {' or '.join(close)}?")
     return USER_ERROR
+
+
+def run(argv: Sequence[str]) -> int:
+    """Ask, merge and write."""
+    job = parse(RunJob, argv, default=RunJob(models=REQUIRED))
+    if job.out is None and not (job.dry_run and job.ledger is not None):
+        raise ValueError("--out is needed: the folder of captions and ledger")
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    source = _source(job)
+    models = load_models(job.models)
+    captioner = Captioner(
+        source=source,
+        schema=load_schema(job.schema or source.benchmark.object),
+        models=[_named(models, name) for name in job.only] or models,
+        config=job.config,
+        rewriter=None if job.rewrite is None else _named(models, job.rewrite),
+    )
+    if not job.dry_run:
+        for model in models:
+            model.key()  # before anything is read, let alone asked
+    labels = None if job.labels is None else load_labels(job.labels, captioner.schema)
+    calibration = None if job.calibration is None else Calibration.load(job.calibration)
+    out = job.out or Path()
+    with Ledger(job.ledger or out / "ledger") as ledger:
+        if job.dry_run:
+            show_plan(captioner.plan(ledger), as_json=job.json)
+            return 0
+        questions = source.count() * len(captioner.models)
+        with progress_line(questions) as progress:
+            totals, images = captioner.ask(ledger, progress)
+        result = captioner.write(
+            ledger,
+            images,
+            out,
+            totals,
+            labels=labels,
+            calibration=calibration,
+            shards=job.shards,
+        )
+    if job.json:
+        print(json.dumps(result.as_dict()))
+    else:
+        show_result(result)
+    return 0
+
+
+def _source(job: RunJob) -> Source:
+    if job.data is not None:
+        if job.card is not None or job.source is not None:
+            raise ValueError("--data takes no --card or --source: shards hold their card")
+        return ShardSource(open_manifest(job.data))
+    if job.card is None or job.source is None:
+        raise ValueError("--card and --source are needed, or --data with a folder of shards")
+    return FolderSource.open(load_card(job.card), job.source, job.options)
+
+
+def _named(models: Sequence[ModelConfig], name: str) -> ModelConfig:
+    names = [model.name for model in models]
+    if name not in names:
+        close = near_matches(name, names) or names
+        raise ValueError(
+            f"there is no model {name!r} in the file of models; did you mean {' or '.join(close)}?"
+        )
+    return models[names.index(name)]
+
+
+@contextmanager
+def progress_line(questions: int) -> Iterator[Callable[[Totals], None]]:
+    """Rate, cost and time left: a bar on a terminal, a line every few seconds elsewhere."""
+    if not sys.stderr.isatty():
+        shown = time.monotonic()
+
+        def line(totals: Totals) -> None:
+            nonlocal shown
+            if time.monotonic() - shown > 5:
+                shown = time.monotonic()
+                sys.stderr.write(f"caption  {_state(totals, questions)}\n")
+                sys.stderr.flush()
+
+        yield line
+        return
+    with Progress(
+        TextColumn("caption"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[state]}"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    ) as bar:
+        task = bar.add_task("caption", total=questions, state="")
+        yield lambda totals: bar.update(
+            task, completed=totals.known + totals.calls, state=_cost(totals)
+        )
+
+
+def _state(totals: Totals, questions: int) -> str:
+    done = totals.known + totals.calls
+    rate = totals.calls / totals.seconds if totals.seconds else 0.0
+    left = f"about {(questions - done) / rate:.0f} s left" if rate else ""
+    return f"{done}/{questions} answers  {_cost(totals)}  {left}"
+
+
+def _cost(totals: Totals) -> str:
+    rate = totals.calls / totals.seconds if totals.seconds else 0.0
+    return f"{rate:.1f}/s  {totals.spent.tokens} tokens  cost {totals.spent.money:.2f}"
+
+
+def show_plan(plan: Plan, *, as_json: bool) -> None:
+    """What a run would ask and cost."""
+    if as_json:
+        costs = {name: one._asdict() for name, one in plan.cost.items()}
+        print(json.dumps(plan._asdict() | {"cost": costs, "total": plan.total._asdict()}))
+        return
+    table = Table(title=f"{plan.images} images; nothing was asked (--dry-run)")
+    for name in ("model", "answered", "to ask", "expected tokens", "expected cost"):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    for name, cost in plan.cost.items():
+        numbers = (plan.known[name], plan.open[name], cost.tokens)
+        table.add_row(name, *map(str, numbers), f"{cost.money:.2f}")
+    table.add_section()
+    known, open_ = sum(plan.known.values()), sum(plan.open.values())
+    table.add_row("all", f"{known}", f"{open_}", f"{plan.total.tokens}", f"{plan.total.money:.2f}")
+    Console(width=None if Console().is_terminal else WIDTH, highlight=False).print(table)
+
+
+def show_result(result: CaptionResult) -> None:
+    """What was asked, what became of it, and what was written."""
+    totals = result.totals
+    statuses = ", ".join(f"{count} {status}" for status, count in totals.statuses.items())
+    spent = f"{totals.spent.tokens} tokens, cost {totals.spent.money:.2f}"
+    rate = totals.calls / totals.seconds if totals.seconds else 0.0
+    print(f"images    {totals.images}, of which {result.captions} have a caption")
+    for reason, count in result.without.items():
+        print(f"          {count} without: {reason}")
+    print(f"asked     {totals.calls} ({statuses or 'nothing'}), {totals.known} known before")
+    print(f"          {spent}; {totals.seconds:.1f} s, {rate:.1f}/s")
+    if totals.left:
+        print(f"LEFT      {totals.left} questions, as the budget is spent; run again with more")
+    written = ", ".join(f"{count} {source}" for source, count in sorted(result.sources.items()))
+    print(f"written   attributes: {written or 'none'}; {result.left_out} left out")
+    if result.rewritten or result.kept:
+        print(f"rewritten {result.rewritten} sentences, {result.kept} refused by the check")
+    if result.score is not None:
+        score = result.score
+        print(f"labels    unknown {score.unknown:.2f} %, accuracy {score.accuracy:.2f} %")
+    for file in result.files:
+        print(f"file      {file}")
 
 
 def quality(argv: Sequence[str]) -> int:

@@ -270,6 +270,8 @@ class Prompt(NamedTuple):
     """JSON schema of the answer."""
     hash: str
     """sha256 of all that is sent beside the image."""
+    of: Literal["image", "text"] = "image"
+    """What the question is about; of a text, the answer is a text too."""
 
 
 def prompt_for(schema: Schema, spectrum: str) -> Prompt:

@@ -45,6 +45,9 @@ def parse_answer(text: str, attributes: Sequence[Attribute]) -> Parsed:
     ``..._confidence`` beside them, percent and words for confidences, and values in other spelling.
     It does not take values that are in no vocabulary, such as the prompt's own list of choices.
     """
+    exact = _exact(text, attributes)
+    if exact is not None:
+        return exact
     problems: list[str] = []
     tree = _load(text, problems)
     if tree is None:
@@ -60,6 +63,26 @@ def parse_answer(text: str, attributes: Sequence[Attribute]) -> Parsed:
         if reading is not None:
             readings[attribute.name] = reading
     return Parsed(readings, tuple(problems))
+
+
+def _exact(text: str, attributes: Sequence[Attribute]) -> Parsed | None:
+    """The readings of an answer that is just as asked, which nearly all are; else None."""
+    try:
+        tree = json.loads(text)
+        readings = {}
+        for attribute in attributes:
+            answer = tree[attribute.name]
+            value, confidence = answer["value"], answer["confidence"]
+            if attribute.other and value == OTHER:
+                return None
+            if value not in attribute.values and value != NOT_VISIBLE:
+                return None
+            if type(confidence) not in (int, float) or not 0 <= confidence <= 1:
+                return None
+            readings[attribute.name] = Reading(value, float(confidence))
+        return Parsed(readings, ())
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return None
 
 
 def _load(text: str, problems: list[str]) -> Any:

@@ -1,0 +1,545 @@
+"""Any OpenAI-compatible chat endpoint that takes images: asked politely, and never paid twice."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import email.utils
+import io
+import json
+import logging
+import os
+import random
+import re
+import time
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+from urllib.parse import urlsplit
+
+import openai
+from PIL import Image
+from pydantic import Field, field_validator
+
+from next.captioning.attributes import Attribute, Prompt, answer_schema, validated
+from next.captioning.ledger import Status
+from next.captioning.parsing import parse_answer
+from next.captioning.spending import Spending
+from next.config import Section, near_matches
+
+_log = logging.getLogger(__name__)
+
+Structured = Literal["json_schema", "json_object", "none"]
+"""How the form of the answer is demanded: by a JSON schema, as any JSON, or in words alone."""
+
+LONGEST_WAIT_S = 120.0
+"""Most seconds before one retry, whatever the endpoint asks for."""
+_PROBE_TRIES = 3
+_SUBJECT = "@@@subject@@@"
+"""Stands for the image's URL (or the text) where a request is encoded beforehand."""
+_REASK = "Your last answer was not the JSON object that was asked for. Answer with it alone."
+_REFUSAL = re.compile(
+    r"\b(?:can(?:no|')t|unable to|won't|will not|not able to|decline)\b[^.]*"
+    r"\b(?:assist|help|comply|describe|identify|analy[sz]e|provide)\b",
+    re.IGNORECASE,
+)
+_OVERLOADED = (408, 409, 425, 429)
+_NO_QUOTA = "insufficient_quota"
+
+
+class ModelConfig(Section):
+    """One model behind one URL."""
+
+    name: str = Field(min_length=1)
+    """As the endpoint calls it."""
+    base_url: str
+    """Such as ``http://localhost:8000/v1``."""
+    api_key_env: str | None = None
+    """Environment variable that holds the key; None: the endpoint wants none."""
+    concurrency: int = Field(default=16, ge=1)
+    """Calls under way at a time."""
+    requests_per_minute: float | None = Field(default=None, gt=0)
+    """None: no limit of ours."""
+    tokens_per_minute: float | None = Field(default=None, gt=0)
+    """None: no limit of ours."""
+    timeout_s: float = Field(default=120, gt=0)
+    """Seconds until a call counts as lost."""
+    retries: int = Field(default=6, ge=0)
+    """Times that a call is sent again after 408, 409, 425, 429, 5xx, a time-out or a cut line."""
+    backoff_s: float = Field(default=0.5, gt=0)
+    """Seconds before the first retry, doubled for each further one, with jitter."""
+    reasks: int = Field(default=1, ge=0)
+    """Times that a model is asked again after an answer that cannot be read; these cost."""
+    structured: Literal["auto", "json_schema", "json_object", "none"] = "auto"
+    """How the form of the answer is demanded; auto: the strictest way that the endpoint takes."""
+    max_tokens: int = Field(default=1500, ge=16)
+    """Longest answer."""
+    temperature: float | None = Field(default=0.0, ge=0)
+    """None: not sent, as some models refuse it."""
+    seed: int | None = None
+    """None: not sent."""
+    extra: dict[str, Any] = Field(default_factory=dict)
+    """Further fields of the request's body."""
+    price_in: float = Field(default=0.0, ge=0)
+    """Price of a million tokens of prompts, images included."""
+    price_out: float = Field(default=0.0, ge=0)
+    """Price of a million tokens of answers."""
+    expected_tokens_in: int = Field(default=1500, ge=1)
+    """Tokens of one prompt with its image, until there is experience."""
+    expected_tokens_out: int = Field(default=600, ge=1)
+    """Tokens of one answer, until there is experience."""
+
+    @field_validator("base_url")
+    @classmethod
+    def _is_a_url(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("must be an http:// or https:// URL")
+        return url.rstrip("/")
+
+    def settings(self) -> dict[str, Any]:
+        """What decides an answer beside image, prompt and model."""
+        fields: dict[str, Any] = {"max_tokens": self.max_tokens}
+        fields |= {
+            name: value
+            for name, value in (("temperature", self.temperature), ("seed", self.seed))
+            if value is not None
+        }
+        return fields | self.extra
+
+    def cost(self, tokens_in: int, tokens_out: int) -> Spending:
+        """Tokens and their price."""
+        money = (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
+        return Spending(tokens_in + tokens_out, money)
+
+    def key(self) -> str | None:
+        """The key, from the environment.
+
+        Raises:
+            ValueError: the variable is not set or empty.
+        """
+        if self.api_key_env is None:
+            return None
+        key = os.environ.get(self.api_key_env, "").strip()
+        if not key:
+            raise ValueError(
+                f"model {self.name}: the environment variable {self.api_key_env} must hold the "
+                f"key of {self.base_url}, but it is not set; export it, or remove api_key_env if "
+                f"the endpoint wants no key"
+            )
+        return key
+
+
+class ModelsFile(Section):
+    """A TOML file of ``[[models]]``."""
+
+    models: tuple[ModelConfig, ...] = Field(min_length=1)
+    """Asked all; their names differ."""
+
+    @field_validator("models")
+    @classmethod
+    def _names_differ(cls, models: tuple[ModelConfig, ...]) -> tuple[ModelConfig, ...]:
+        names = [model.name for model in models]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"names must differ, but {name!r} stands twice; remove one")
+        return models
+
+
+def load_models(path: str | Path) -> tuple[ModelConfig, ...]:
+    """Read the models to ask.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not TOML, or a key or value is wrong; the message names file, model and key.
+    """
+    path = Path(path)
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        beside = [other.name for other in path.parent.glob("*.toml")]
+        close = near_matches(path.name, beside)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise FileNotFoundError(f"{path}: there is no such file of models{hint}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from None
+    tables = tree.get("models")
+    for number, table in enumerate(tables if isinstance(tables, list) else [], start=1):
+        label = table.get("name", number) if isinstance(table, dict) else number
+        _refuse_secrets(table, f"{path}: model {label}")
+        validated(ModelConfig, table, f"{path}: model {label}")
+    return validated(ModelsFile, tree, str(path)).models
+
+
+def _refuse_secrets(table: Any, where: str) -> None:
+    """A key does not belong into the file; the message does not repeat it."""
+    if not isinstance(table, dict):
+        return
+    url = urlsplit(str(table.get("base_url", "")))
+    if url.username or url.password or url.query:
+        raise ValueError(
+            f"{where}: base_url must hold no user, password or query, as it is written to logs; "
+            f"give a key through the environment variable that api_key_env names"
+        )
+    name = table.get("api_key_env")
+    if name is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", str(name)):
+        raise ValueError(
+            f"{where}: api_key_env must name an environment variable (capital letters), and not "
+            f"hold the key itself"
+        )
+
+
+class Outcome(NamedTuple):
+    """What became of one question."""
+
+    status: Status
+    answer: str = ""
+    reason: str = ""
+    tokens_in: int = 0
+    tokens_out: int = 0
+    requests: int = 0
+
+
+class Endpoint:
+    """Asks one model. One of these belongs to one event loop.
+
+    Args:
+        model: what to ask, and how fast.
+        share: the part of the rate limits that is this one's, where several processes ask.
+
+    Raises:
+        ValueError: the key is missing in the environment.
+    """
+
+    def __init__(self, model: ModelConfig, share: float = 1.0) -> None:
+        self.model = model
+        self.structured: Structured | None = (
+            None if model.structured == "auto" else model.structured
+        )
+        self._key = model.key()
+        self._gate = _Gate(model, share)
+        self._frames: dict[tuple[str, bool, Structured | None], tuple[bytes, bytes]] = {}
+        self._random = random.Random()  # jitter only: nothing that is written depends on it
+        self._client = openai.AsyncOpenAI(
+            base_url=model.base_url,
+            api_key=self._key or "none",
+            max_retries=0,
+            timeout=model.timeout_s,
+            # aiohttp's transport takes a third of the time of the default one.
+            http_client=openai.DefaultAioHttpClient(timeout=model.timeout_s),
+        )
+
+    async def __aenter__(self) -> Endpoint:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._client.close()
+
+    async def probe(self) -> None:
+        """Find out with one small picture whether the endpoint is there, and how it answers.
+
+        Raises:
+            ConnectionError: it cannot be reached.
+            PermissionError: it does not take the key.
+            ValueError: it does not know the model, or the model takes no image.
+        """
+        for attempt in range(1, _PROBE_TRIES + 1):
+            try:
+                await self._negotiate()
+                return
+            except openai.APIConnectionError as error:
+                if attempt == _PROBE_TRIES:
+                    raise ConnectionError(
+                        f"{self.model.base_url}: the endpoint of {self.model.name} cannot be "
+                        f"reached ({self._clean(error.__cause__ or error)}); start it, or mend "
+                        f"base_url"
+                    ) from None
+            except openai.APIStatusError as error:
+                self._raise_if_hopeless(error)
+                if attempt == _PROBE_TRIES:
+                    raise ConnectionError(
+                        f"{self.model.base_url}: the endpoint of {self.model.name} answers with "
+                        f"an error ({self._clean(error)}); look at its log"
+                    ) from None
+            await asyncio.sleep(self._jittered(attempt))
+
+    async def ask(self, subject: bytes, prompt: Prompt) -> Outcome:
+        """Ask about an image (or a text); every trouble of the line or answer is an outcome.
+
+        Raises:
+            PermissionError: the key is no longer taken, or the quota is used up.
+            ValueError: the model is gone.
+        """
+        so_far = Outcome("failed")
+        for reask in range(self.model.reasks + 1):
+            reply, sent = await self._send_until_answered(subject, prompt, reask > 0)
+            so_far = so_far._replace(requests=so_far.requests + sent)
+            if isinstance(reply, Outcome):  # a re-ask that fails leaves the first answer's status
+                return so_far if reask else reply._replace(requests=sent)
+            used = reply.get("usage") or {}
+            tokens_in = _count(used.get("prompt_tokens"), self.model.expected_tokens_in)
+            tokens_out = _count(used.get("completion_tokens"), self.model.expected_tokens_out)
+            status, answer, reason = _judge(reply, prompt)
+            so_far = Outcome(
+                status,
+                answer,
+                self._clean(reason) if reason else "",
+                so_far.tokens_in + tokens_in,
+                so_far.tokens_out + tokens_out,
+                so_far.requests,
+            )
+            if status != "garbled":
+                break
+        return so_far
+
+    async def _send_until_answered(
+        self, subject: bytes, prompt: Prompt, again: bool
+    ) -> tuple[dict[str, Any] | Outcome, int]:
+        reason = ""
+        for attempt in range(1, self.model.retries + 2):
+            await self._gate.enter()
+            try:
+                reply = await self._post(self._body(subject, prompt, again))
+                if isinstance(reply, dict) and reply.get("choices"):
+                    self._gate.used(reply)
+                    return reply, attempt
+                reason = f"not a chat completion: {str(reply)[:100]}"
+            except openai.APIStatusError as error:
+                self._raise_if_hopeless(error)
+                reason = self._clean(error)
+                if error.status_code not in _OVERLOADED and error.status_code < 500:
+                    return Outcome("refused", reason=reason), attempt
+                if error.status_code == 429 or "retry-after" in error.response.headers:
+                    self._gate.pause(_retry_after(error) or self._jittered(attempt))
+            except (openai.APIError, ValueError) as error:
+                reason = self._clean(error.__cause__ or error)
+            if attempt <= self.model.retries:
+                await asyncio.sleep(self._jittered(attempt))
+        return Outcome("failed", reason=reason), self.model.retries + 1
+
+    async def _post(self, body: bytes) -> Any:
+        # Not chat.completions.create: its walk over the body and its types of answers take four
+        # times as long as all the rest of a call, and are not needed.
+        return await self._client.post("/chat/completions", content=body, cast_to=object)
+
+    def _body(self, subject: bytes, prompt: Prompt, again: bool = False) -> bytes:
+        """The request's JSON; all of it but the subject is encoded once."""
+        key = (prompt.hash, again, self.structured)
+        if key not in self._frames:
+            body = json.dumps(self._request(prompt, again), ensure_ascii=False).encode()
+            head, _, tail = body.partition(_SUBJECT.encode())
+            self._frames[key] = head, tail
+        head, tail = self._frames[key]
+        filling = data_url(subject) if prompt.of == "image" else json.dumps(subject.decode())[1:-1]
+        return b"".join((head, filling.encode(), tail))
+
+    def _request(self, prompt: Prompt, again: bool = False) -> dict[str, Any]:
+        text = f"{prompt.user}\n{_REASK}" if again else prompt.user
+        content: Any = [
+            {"type": "text", "text": text},
+            {"type": "image_url", "image_url": {"url": _SUBJECT}},
+        ]
+        if prompt.of == "text":
+            content = f"{text}\n{_SUBJECT}"
+        body: dict[str, Any] = {
+            "model": self.model.name,
+            "messages": [
+                {"role": "system", "content": prompt.system},
+                {"role": "user", "content": content},
+            ],
+            **self.model.settings(),
+        }
+        if prompt.of == "text":
+            return body
+        if self.structured == "json_schema":
+            form = {"name": "attributes", "strict": True, "schema": prompt.answer}
+            body["response_format"] = {"type": "json_schema", "json_schema": form}
+        elif self.structured == "json_object":
+            body["response_format"] = {"type": "json_object"}
+        return body
+
+    async def _negotiate(self) -> None:
+        """Settle how answers are demanded, or find that images are not taken."""
+        wanted = self.structured
+        modes: tuple[Structured, ...] = ("json_schema", "json_object", "none")
+        refused: openai.APIStatusError | None = None
+        for mode in (wanted,) if wanted is not None else modes:
+            self.structured = mode
+            try:
+                reply = await self._post(self._body(_PROBE_IMAGE, _PROBE))
+            except openai.APIStatusError as error:
+                self.structured = wanted
+                if error.status_code not in (400, 404, 415, 422, 501):
+                    raise
+                refused = error
+                continue
+            self._check_sight(reply)
+            if mode != "json_schema":
+                _log.info("%s: answers are demanded as %s", self.model.name, mode)
+            return
+        assert refused is not None
+        await self._explain(refused)
+
+    async def _explain(self, refused: openai.APIStatusError) -> None:
+        """The picture was refused: is it the model, its name, or the picture?"""
+        body = self._request(_PROBE)
+        body.pop("response_format", None)
+        body["messages"][1]["content"] = _PROBE.user
+        try:
+            await self._post(json.dumps(body).encode())
+        except openai.APIStatusError as error:
+            self._raise_if_hopeless(error)
+            if error.status_code == 404:
+                raise ValueError(
+                    f"{self.model.base_url}: there is no model {self.model.name!r} "
+                    f"({self._clean(error)}){await self._served()}"
+                ) from None
+            raise ValueError(
+                f"{self.model.base_url}: {self.model.name} refuses a plain question "
+                f"({self._clean(error)}); mend its settings in the file of models"
+            ) from None
+        raise ValueError(
+            f"model {self.model.name} at {self.model.base_url} answers questions but takes no "
+            f"image ({self._clean(refused)}); choose a model with image input"
+        )
+
+    async def _served(self) -> str:
+        try:
+            names = [model.id async for model in self._client.models.list()]
+        except (openai.APIError, ValueError):
+            return ""
+        close = near_matches(self.model.name, names) or names[:5]
+        return f"; it serves {', '.join(close)}" if close else ""
+
+    def _check_sight(self, reply: Any) -> None:
+        _, answer, _ = _judge(reply, _PROBE) if isinstance(reply, dict) else ("", "", "")
+        reading = parse_answer(answer, _PROBE.attributes).readings.get("colour")
+        if reading is None or reading.value != "red":
+            _log.warning(
+                "%s calls a red picture %r: it may not look at images at all",
+                self.model.name,
+                reading.value if reading else answer[:40],
+            )
+
+    def _raise_if_hopeless(self, error: openai.APIStatusError) -> None:
+        if error.status_code in (401, 403):
+            how = f"the key in {self.model.api_key_env}" if self._key else "a call without a key"
+            raise PermissionError(
+                f"{self.model.base_url}: {how} was not accepted ({self._clean(error)}); "
+                f"mend api_key_env of model {self.model.name}, or the key"
+            ) from None
+        if error.code == _NO_QUOTA:
+            raise PermissionError(
+                f"{self.model.base_url}: the account's quota is used up ({self._clean(error)}); "
+                f"what was answered is in the ledger, so run again when there is more"
+            ) from None
+
+    def _jittered(self, attempt: int) -> float:
+        """Seconds before a retry: between half and all of a wait that doubles each time."""
+        wait = min(self.model.backoff_s * 2 ** (attempt - 1), LONGEST_WAIT_S)
+        return wait * self._random.uniform(0.5, 1)
+
+    def _clean(self, message: object) -> str:
+        """A message without the key, in one short line."""
+        text = " ".join(str(message).split()) or type(message).__name__
+        if self._key:
+            text = text.replace(self._key, "***")
+        return re.sub(r"\b(sk-|Bearer )[\w*-]{4,}", r"\1***", text)[:300]
+
+
+class _Gate:
+    """Spaces calls evenly to the limits of a model, and holds all of them back after a 429."""
+
+    def __init__(self, model: ModelConfig, share: float) -> None:
+        calls, tokens = model.requests_per_minute, model.tokens_per_minute
+        self._per_call = 60 / (calls * share) if calls else 0.0
+        self._per_token = 60 / (tokens * share) if tokens else 0.0
+        self._tokens = float(model.expected_tokens_in + model.expected_tokens_out)
+        self._turn = 0.0
+        self._paused = 0.0
+
+    async def enter(self) -> None:
+        """Wait for one's turn."""
+        turn = max(time.monotonic(), self._turn)
+        self._turn = turn + max(self._per_call, self._per_token * self._tokens)
+        while (wait := max(turn, self._paused) - time.monotonic()) > 0:
+            await asyncio.sleep(wait)
+
+    def used(self, reply: dict[str, Any]) -> None:
+        """Learn what a call takes."""
+        used = (reply.get("usage") or {}).get("total_tokens")
+        if isinstance(used, int):
+            self._tokens += 0.1 * (used - self._tokens)
+
+    def pause(self, seconds: float) -> None:
+        """Nobody enters before so many seconds have passed."""
+        self._paused = max(self._paused, time.monotonic() + min(seconds, LONGEST_WAIT_S))
+
+
+def data_url(image: bytes) -> str:
+    """The image as a URL that holds it."""
+    kinds = [kind for start, kind in _KINDS.items() if image.startswith(start)]
+    kind = kinds[0] if kinds else "webp" if image[8:12] == b"WEBP" else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
+
+
+_KINDS = {
+    b"\xff\xd8": "jpeg", b"\x89PNG": "png", b"GIF8": "gif", b"BM": "bmp",
+    b"II*\x00": "tiff", b"MM\x00*": "tiff",
+}  # fmt: skip
+
+
+def _judge(reply: dict[str, Any], prompt: Prompt) -> tuple[Status, str, str]:
+    """Status, answer and reason of a chat completion."""
+    choice = reply["choices"][0] if isinstance(reply.get("choices"), list) else {}
+    message = choice.get("message") or {}
+    answer = message.get("content")
+    if isinstance(answer, list):
+        answer = "".join(str(part.get("text", "")) for part in answer if isinstance(part, dict))
+    answer = answer if isinstance(answer, str) else ""
+    if message.get("refusal"):
+        return "refused", answer, str(message["refusal"])
+    if choice.get("finish_reason") == "content_filter":
+        return "refused", answer, "content filter"
+    if prompt.of == "text":
+        return ("answered", answer, "") if answer.strip() else ("garbled", answer, "no text")
+    parsed = parse_answer(answer, prompt.attributes)
+    if parsed.usable(prompt.attributes):
+        return "answered", answer, ""
+    if not parsed.readings and "{" not in answer and _REFUSAL.search(answer):
+        return "refused", answer, answer[:200]
+    return "garbled", answer, "; ".join(parsed.problems[:4])
+
+
+def _count(given: Any, otherwise: int) -> int:
+    return given if isinstance(given, int) and given >= 0 else otherwise
+
+
+def _red_picture() -> bytes:
+    picture = io.BytesIO()
+    Image.new("RGB", (64, 64), (220, 20, 20)).save(picture, "JPEG")
+    return picture.getvalue()
+
+
+def _probe() -> Prompt:
+    colour = Attribute(name="colour", question="", values=("red", "green", "blue"))
+    user = 'Answer with JSON only: {"colour": {"value": "red", "green" or "blue", "confidence": 1}}'
+    system = "You name the colour that fills the image."
+    return Prompt((colour,), system, user, answer_schema((colour,)), "probe")
+
+
+_PROBE_IMAGE, _PROBE = _red_picture(), _probe()
+
+
+def _retry_after(error: openai.APIStatusError) -> float | None:
+    given = error.response.headers.get("retry-after")
+    if given is None:
+        return None
+    try:
+        return max(float(given), 0.0)
+    except ValueError:
+        try:
+            when = email.utils.parsedate_to_datetime(given)
+        except ValueError:
+            return None
+        return max(when.timestamp() - time.time(), 0.0)

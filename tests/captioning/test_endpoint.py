@@ -1,0 +1,250 @@
+import asyncio
+import hashlib
+import itertools
+import logging
+import socket
+import time
+
+import pytest
+
+from next.captioning.attributes import prompt_for
+from next.captioning.endpoint import Endpoint, ModelConfig, data_url, load_models
+from next.captioning.parsing import parse_answer
+from tests.captioning.scripted_endpoint import PERSONAS, Persona, Script, scripted
+
+LARGE = "scripted-large"
+
+
+@pytest.fixture(scope="module")
+def pictures(demo_source):
+    return list(itertools.islice(demo_source.pictures(), 12))
+
+
+def model(url, **settings):
+    defaults = {"name": LARGE, "backoff_s": 0.01, "timeout_s": 5.0}
+    return ModelConfig(base_url=url, **(defaults | settings))
+
+
+def ask(config, schema, pictures, *, probe=False):
+    """What becomes of a question about each picture."""
+
+    async def run():
+        async with Endpoint(config) as endpoint:
+            if probe:
+                await endpoint.probe()
+            prompts = [prompt_for(schema, schema.spectrum(one.modality)) for one in pictures]
+            calls = [
+                endpoint.ask(picture.image, prompt)
+                for picture, prompt in zip(pictures, prompts, strict=True)
+            ]
+            return await asyncio.gather(*calls)
+
+    return asyncio.run(run())
+
+
+def probe(config):
+    async def run():
+        async with Endpoint(config) as endpoint:
+            await endpoint.probe()
+            return endpoint.structured
+
+    return asyncio.run(run())
+
+
+def test_answers_come_with_their_tokens(demo_raw, person, pictures):
+    with scripted(demo_raw) as server:
+        outcomes = ask(model(server.url), person, pictures, probe=True)
+    assert {one.status for one in outcomes} == {"answered"}
+    assert {(one.tokens_in, one.tokens_out, one.requests) for one in outcomes} == {(900, 300, 1)}
+    parsed = parse_answer(outcomes[0].answer, prompt_for(person, "visible").attributes)
+    assert len(parsed.readings) == 16
+    assert parsed.problems == ()
+
+
+@pytest.mark.parametrize("trouble", ["429", "500", "cut_before", "cut_within", "not_a_completion"])
+def test_a_lost_call_is_sent_again(demo_raw, person, pictures, trouble):
+    with scripted(demo_raw, Script(trouble={trouble: 0.5})) as server:
+        outcomes = ask(model(server.url, retries=12), person, pictures)
+        assert server.stats.troubles[trouble] > 0
+    assert {one.status for one in outcomes} == {"answered"}
+    assert sum(one.requests for one in outcomes) == 12 + server.stats.troubles[trouble]
+    assert {one.tokens_in for one in outcomes} == {900}
+
+
+def test_a_call_that_takes_too_long_is_sent_again(demo_raw, person, pictures):
+    with scripted(demo_raw, Script(trouble={"slow": 0.4})) as server:
+        outcomes = ask(model(server.url, timeout_s=0.5), person, pictures)
+        assert server.stats.troubles["slow"] > 0
+    assert {one.status for one in outcomes} == {"answered"}
+
+
+def test_a_call_that_never_succeeds_has_failed_and_cost_nothing(demo_raw, person, pictures):
+    with scripted(demo_raw, Script(always="500")) as server:
+        (outcome,) = ask(model(server.url, retries=2), person, pictures[:1])
+    assert outcome.status == "failed"
+    assert outcome.requests == 3
+    assert outcome.tokens_in == 0
+    assert "The server had an error" in outcome.reason
+
+
+@pytest.mark.parametrize("trouble", ["broken_json", "wrong_schema", "copied_prompt"])
+def test_an_answer_that_cannot_be_read_is_asked_for_once_more(demo_raw, person, pictures, trouble):
+    with scripted(demo_raw, Script(always=trouble)) as server:
+        (outcome,) = ask(model(server.url), person, pictures[:1])
+    assert outcome.status == "garbled"
+    assert outcome.requests == 2
+    assert (outcome.tokens_in, outcome.tokens_out) == (1800, 600)
+
+
+def test_an_answer_in_a_fence_is_read(demo_raw, person, pictures):
+    with scripted(demo_raw, Script(always="fenced")) as server:
+        outcomes = ask(model(server.url), person, pictures)
+    assert {(one.status, one.requests) for one in outcomes} == {("answered", 1)}
+
+
+def test_an_image_that_is_refused_is_not_sent_again(demo_raw, person, pictures):
+    refused, declined = (hashlib.sha256(one.image).hexdigest() for one in pictures[:2])
+    script = Script(refused=frozenset([refused]), declined=frozenset([declined]))
+    with scripted(demo_raw, script) as server:
+        outcomes = ask(model(server.url), person, pictures[:3])
+    assert [one.status for one in outcomes] == ["refused", "refused", "answered"]
+    assert [one.requests for one in outcomes] == [1, 1, 1]
+    assert "content policy" in outcomes[0].reason
+    assert "can't help" in outcomes[1].reason
+
+
+def test_the_key_comes_from_the_environment_and_is_written_nowhere(
+    demo_raw, person, pictures, monkeypatch, caplog
+):
+    monkeypatch.setenv("CAPTION_KEY", "sk-secret-123")
+    caplog.set_level(logging.DEBUG)
+    with scripted(demo_raw, Script(key="sk-secret-123")) as server:
+        config = model(server.url, api_key_env="CAPTION_KEY")
+        assert {one.status for one in ask(config, person, pictures)} == {"answered"}
+        assert server.stats.keys == {"sk-secret-123"}
+        monkeypatch.setenv("CAPTION_KEY", "sk-wrong-456")
+        with pytest.raises(PermissionError, match="key in CAPTION_KEY was not accepted") as error:
+            ask(config, person, pictures)
+    written = caplog.text + str(error.value) + repr(config) + str(config.settings())
+    assert "sk-secret" not in written
+    assert "sk-wrong" not in written
+
+
+def test_a_missing_key_is_an_error_before_anything_is_sent(monkeypatch):
+    monkeypatch.delenv("CAPTION_KEY", raising=False)
+    with pytest.raises(ValueError, match="environment variable CAPTION_KEY must hold the key"):
+        Endpoint(model("http://127.0.0.1:1/v1", api_key_env="CAPTION_KEY"))
+
+
+def test_an_endpoint_that_is_down_is_an_error_at_the_start():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    with pytest.raises(ConnectionError, match=r"cannot be reached .*; start it, or mend base_url"):
+        probe(model(url))
+
+
+def test_a_model_without_image_input_is_an_error_at_the_start():
+    message = r"answers questions but takes no image .*choose a model with image input"
+    with (
+        scripted(None, Script(personas={LARGE: Persona(images=False)})) as server,
+        pytest.raises(ValueError, match=message),
+    ):
+        probe(model(server.url))
+
+
+def test_a_model_that_is_not_there_is_an_error_at_the_start():
+    message = r"no model 'scripted-larg' .*it serves scripted-large"
+    with scripted(None) as server, pytest.raises(ValueError, match=message):
+        probe(model(server.url, name="scripted-larg"))
+
+
+def test_a_model_that_does_not_look_at_images_is_warned_of(caplog):
+    with scripted(None, Script(personas={LARGE: Persona(sees=False)})) as server:
+        probe(model(server.url))
+    assert "calls a red picture 'green'" in caplog.text
+
+
+def test_the_strictest_form_that_the_endpoint_takes_is_demanded(demo_raw, person, pictures):
+    personas = {LARGE: Persona(structured=False), "scripted-small": PERSONAS["scripted-small"]}
+    with scripted(demo_raw, Script(personas=personas)) as server:
+        assert probe(model(server.url, name="scripted-small")) == "json_schema"
+        assert probe(model(server.url)) == "json_object"
+        assert probe(model(server.url, structured="none")) == "none"
+        outcomes = ask(model(server.url), person, pictures, probe=True)
+    assert {one.status for one in outcomes} == {"answered"}
+
+
+@pytest.mark.parametrize(
+    "limit", [{"requests_per_minute": 1200}, {"tokens_per_minute": 1200 * 1200}]
+)
+def test_calls_are_spaced_to_the_limits(demo_raw, person, pictures, limit):
+    with scripted(demo_raw) as server:
+        config = model(server.url, expected_tokens_in=900, expected_tokens_out=300, **limit)
+        began = time.monotonic()
+        ask(config, person, pictures)
+    assert time.monotonic() - began > 11 * 0.05
+
+
+def test_all_calls_wait_when_one_is_told_to(demo_raw, person, pictures):
+    with scripted(demo_raw, Script(trouble={"429": 0.3}, retry_after="0.4")) as server:
+        began = time.monotonic()
+        outcomes = ask(model(server.url, retries=12), person, pictures)
+        assert server.stats.troubles["429"] > 0
+    assert time.monotonic() - began > 0.4
+    assert {one.status for one in outcomes} == {"answered"}
+
+
+def test_an_image_is_sent_as_what_it_is():
+    assert data_url(b"\xff\xd8\xff").startswith("data:image/jpeg;base64,")
+    assert data_url(b"\x89PNG\r\n").startswith("data:image/png;base64,")
+    assert data_url(b"RIFF\0\0\0\0WEBPVP8").startswith("data:image/webp;base64,")
+
+
+MODELS = """
+[[models]]
+name = "one"
+base_url = "http://localhost:8000/v1"
+
+[[models]]
+name = "two"
+base_url = "https://host.invalid/v1/"
+api_key_env = "SOME_KEY"
+temperature = 0.5
+extra = { top_p = 0.9 }
+"""
+
+
+def test_models_are_read_from_a_file(tmp_path):
+    (tmp_path / "models.toml").write_text(MODELS)
+    one, two = load_models(tmp_path / "models.toml")
+    assert one.settings() == {"max_tokens": 1500, "temperature": 0.0}
+    assert two.settings() == {"max_tokens": 1500, "temperature": 0.5, "top_p": 0.9}
+    assert two.base_url == "https://host.invalid/v1"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"two"', '"one"', "'one' stands twice"),
+        ("temperature", "temprature", "model two: temprature.*did you mean temperature"),
+        ("https://", "https://me:pass@", "must hold no user, password or query"),
+        ("v1/", "v1?key=1", "must hold no user, password or query"),
+        ("https://", "ftp://", "must be an http:// or https:// URL"),
+        ("[[models]]", "[[model]]", "did you mean models|models is required"),
+        ('"one"', "one", "is not valid TOML"),
+    ],
+)
+def test_a_file_of_models_that_is_wrong_is_refused(tmp_path, old, new, message):
+    (tmp_path / "models.toml").write_text(MODELS.replace(old, new))
+    with pytest.raises(ValueError, match=message):
+        load_models(tmp_path / "models.toml")
+    with pytest.raises(FileNotFoundError, match=r"did you mean models\.toml"):
+        load_models(tmp_path / "model.toml")
+
+
+def test_a_key_in_the_file_of_models_is_refused_and_not_repeated(tmp_path):
+    (tmp_path / "models.toml").write_text(MODELS.replace("SOME_KEY", "sk-secret-123"))
+    with pytest.raises(ValueError, match="must name an environment variable") as error:
+        load_models(tmp_path / "models.toml")
+    assert "secret" not in str(error.value)
