@@ -15,7 +15,9 @@ from next.data.demo_people import CHANGES, Difficulty, Person, family, person, s
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
 GRAMMAR = re.compile(r"(?P<pid>\d{6})_cam(?P<camera>\d)_\d_\d{2}\.jpg")
-SMALL = DemoSize(train_identities=5, train_samples=4, test_identities=3, test_samples=4)
+SMALL = DemoSize(
+    train_identities=5, train_samples=4, test_identities=3, test_samples=4, image_size=(64, 32)
+)
 MODALITIES = ("RGB", "NI", "TI")
 
 
@@ -72,6 +74,8 @@ def test_every_modality_has_the_same_names_and_they_follow_the_grammar_of_rgbnt2
             captions = json.loads((small / "text" / f"{split}_{m}.json").read_text())
             assert {entry["item"] for entry in captions} == names[m]
             assert len(captions) == len(names[m])
+            items = [entry["item"] for entry in captions]
+            assert items != sorted(items)  # a reader that joins by position is found out
 
 
 def test_every_test_identity_is_seen_by_two_cameras(small):
