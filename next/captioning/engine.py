@@ -344,7 +344,7 @@ def run_here(
         Questions that were not asked, as the budget was spent.
     """
     remaining = iter(pictures)
-    first = _first_open(remaining, questions, report)
+    first = first_open(remaining, questions, report)
     if first is None:
         return 0
 
@@ -365,7 +365,7 @@ def run_here(
         raise first_cause(group) from None
 
 
-def _first_open(
+def first_open(
     pictures: Iterator[Picture], questions: Questions, report: Callable[[Asked], None]
 ) -> Picture | None:
     """The first picture with an open question; those before it are reported as done."""

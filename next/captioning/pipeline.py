@@ -9,22 +9,22 @@ died with it) first reads what has been answered since.
 from __future__ import annotations
 
 import asyncio
-import builtins
 import contextlib
+import itertools
 import json
 import logging
 import os
 import threading
+import warnings
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import ray
 import ray.data
-import ray.exceptions
 
 from next.captioning.endpoint import Endpoint, ModelConfig
-from next.captioning.engine import Asked, AsyncPurse, Questions, ask_all, first_cause
+from next.captioning.engine import Asked, AsyncPurse, Questions, ask_all, first_cause, first_open
 from next.captioning.ledger import LedgerPart, LedgerTail, Row
 from next.captioning.source import FolderSource, Picture, ShardSource, Source
 from next.captioning.spending import BudgetConfig, Grant, Purse, Spending
@@ -33,6 +33,13 @@ from next.data.layout import Sample
 _T = TypeVar("_T")
 _Columns = Mapping[str, Any]
 
+_ERRORS: dict[str, type[Exception]] = {
+    "connection": ConnectionError,
+    "permission": PermissionError,
+    "os": OSError,
+    "value": ValueError,
+}
+"""What a user can mend; the first that fits."""
 CPUS = 0.25
 """Of a worker, which mostly waits; so the tasks that read find room even on a small machine."""
 IMAGES_A_CALL = 16
@@ -81,7 +88,9 @@ def run_on_ray(
     )
     most = max(model.concurrency for model in questions.models) / workers
     images = max(1, round(IMAGES_A_CALL * most))
-    dataset, reader, images_a_row = _dataset(source, images)
+    images_a_row = len(source.benchmark.modalities)
+    blocks = max(2 * workers, source.count() // images)
+    dataset, reader = _dataset(source, blocks)
     asked = dataset.map_batches(
         _Worker,
         fn_constructor_kwargs={"job": job, "read": reader},
@@ -90,15 +99,18 @@ def run_on_ray(
         num_cpus=CPUS,
     )
     left = 0
+    # Data of one small file keeps one worker busy; that is as it should be.
+    warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")
     try:
         for batch in asked.iter_batches(batch_size=None, prefetch_batches=0):
             for text in batch["asked"]:
-                split, sample, modality, image, rows, unasked = json.loads(text)
-                left += unasked
-                answered = tuple(Row(**row) for row in rows)
-                report(Asked(split, sample, modality, image, answered))
-    except ray.exceptions.RayError as error:
-        raise _cause(error) from None
+                said = json.loads(text)
+                if "error" in said:
+                    raise _ERRORS[said["error"]](said["message"])
+                left += said["left"]
+                answered = tuple(Row(**row) for row in said["rows"])
+                split, sample, modality, image_hash = said["image"]
+                report(Asked(split, sample, modality, image_hash, answered))
     finally:
         if started:
             ray.shutdown()
@@ -148,19 +160,28 @@ class _Worker:
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
 
     def __call__(self, batch: _Columns) -> dict[str, list[str]]:
-        """Ask about a batch; one JSON text for each image."""
+        """Ask about a batch; one JSON text for each image, or one for an error."""
         self._questions.finished.update(self._tail.keys())
         asked: list[Asked] = []
-        left = self._wait_for(self._ask(self._read(batch), asked.append))
+        try:
+            left = self._wait_for(self._ask(self._read(batch), asked.append))
+        except tuple(_ERRORS.values()) as error:
+            # Raised here, it would reach the driver as one of Ray's errors, without its type.
+            kind = next(name for name, one in _ERRORS.items() if isinstance(error, one))
+            return {"asked": [json.dumps({"error": kind, "message": str(error)})]}
         lines = []
         for number, one in enumerate(asked):
             rows = [row._asdict() | {"answer": ""} for row in one.rows]  # the ledger has it
             unasked = left if number == 0 else 0
-            lines.append(json.dumps([*one[:4], rows, unasked]))
+            lines.append(json.dumps({"image": one[:4], "rows": rows, "left": unasked}))
         return {"asked": lines}
 
     async def _ask(self, pictures: Iterator[Picture], report: Callable[[Asked], None]) -> int:
         if self._part is None:
+            first = first_open(pictures, self._questions, report)
+            if first is None:  # so nothing is sent, not even a probe
+                return 0
+            pictures = itertools.chain([first], pictures)
             for model in self._job.models:
                 concurrency = max(1, round(model.concurrency * self._job.share))
                 fair = model.model_copy(update={"concurrency": concurrency})
@@ -206,9 +227,8 @@ class _FromShards:
                     yield Picture(split, str(batch["sample_id"][row]), modality, bytes(image))
 
 
-def _dataset(source: Source, images: int) -> tuple[Any, Callable[[_Columns], Any], int]:
-    """The samples as a dataset, what takes images out of its batches, and images in a row."""
-    modalities = len(source.benchmark.modalities)
+def _dataset(source: Source, blocks: int) -> tuple[Any, Callable[[_Columns], Iterator[Picture]]]:
+    """The samples as a dataset, and what takes the images out of its batches."""
     if isinstance(source, ShardSource):
         manifest = source.manifest
         paths = [
@@ -217,15 +237,16 @@ def _dataset(source: Source, images: int) -> tuple[Any, Callable[[_Columns], Any
             for shard in entry.shards
         ]
         columns = ["sample_id", *(f"image_{name}" for name in source.benchmark.modalities)]
-        dataset = ray.data.read_parquet(paths, columns=columns, include_paths=True)
-        return dataset, _FromShards(source), modalities
+        dataset = ray.data.read_parquet(
+            paths, columns=columns, include_paths=True, override_num_blocks=blocks
+        )
+        return dataset, _FromShards(source)
     samples = [
         {"split": split, "sample": json.dumps(sample._asdict())}
         for split, some in source.samples.items()
         for sample in some
     ]
-    blocks = max(1, len(samples) * modalities // images)
-    return ray.data.from_items(samples, override_num_blocks=blocks), _FromFiles(source), modalities
+    return ray.data.from_items(samples, override_num_blocks=blocks), _FromFiles(source)
 
 
 def _start_ray(workers: int) -> bool:
@@ -249,15 +270,3 @@ def _start_ray(workers: int) -> bool:
     with contextlib.suppress(OSError):  # Ray writes its secret readable by everybody
         (Path.home() / ".ray" / "auth_token").chmod(0o600)
     return True
-
-
-def _cause(error: BaseException) -> BaseException:
-    """What went wrong in the worker, as the error that it was there."""
-    while (inner := getattr(error, "cause", None) or error.__cause__) is not None:
-        error = inner
-        if not isinstance(error, ray.exceptions.RayError):
-            break
-    for kind in type(error).__mro__:  # Ray's errors are subclasses that print a whole traceback
-        if kind.__module__ == "builtins" and hasattr(builtins, kind.__name__):
-            return kind(str(error.args[0]) if error.args else str(error))
-    return error

@@ -1,0 +1,117 @@
+"""Ray Data with two workers; slow, as Ray takes its time to start."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import ray
+
+from next.captioning.endpoint import ModelConfig
+from next.captioning.ledger import Ledger
+from next.captioning.run import CaptionConfig, Captioner
+from next.captioning.source import ShardSource
+from next.captioning.spending import BudgetConfig
+from next.data.shards import open_manifest
+from tests.captioning.conftest import ROOT
+from tests.captioning.scripted_endpoint import Script, scripted
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+TWO = CaptionConfig(workers=2)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray.init(
+        address="local", num_cpus=4, include_dashboard=False, log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
+    )  # fmt: skip
+    yield
+    ray.shutdown()
+
+
+def models(url, **settings):
+    defaults = {"name": "scripted-large", "base_url": url, "concurrency": 8, "backoff_s": 0.01}
+    return [ModelConfig(**(defaults | settings))]
+
+
+@pytest.mark.usefixtures("cluster")
+def test_many_processes_ask_what_one_would(demo_raw, demo_source, demo_shards, person, tmp_path):
+    with scripted(demo_raw, Script(trouble={"500": 0.05, "broken_json": 0.05})) as server:
+        with Ledger(tmp_path / "ledger") as ledger:
+            many = Captioner(demo_source, person, models(server.url), TWO)
+            totals, images = many.ask(ledger)
+            assert totals.images == totals.calls == 396
+            assert set(server.stats.answers.values()) <= {1, 2, 3}, "re-asks apart, once"
+            before = server.stats.requests
+            again, same = many.ask(ledger)
+            assert (again.calls, again.known) == (0, 396)
+            shards = Captioner(
+                ShardSource(open_manifest(demo_shards)), person, models(server.url), TWO
+            )
+            rows, _ = shards.ask(ledger)
+            assert (rows.calls, rows.known) == (0, 396)
+            assert server.stats.requests == before
+            assert same == images
+            many.write(ledger, images, tmp_path / "many", totals)
+        with Ledger(tmp_path / "other") as ledger:
+            one = Captioner(demo_source, person, models(server.url))
+            totals, images = one.ask(ledger)
+            one.write(ledger, images, tmp_path / "one", totals)
+    for path in sorted((tmp_path / "one" / "text").glob("*.json")):
+        assert len(json.loads(path.read_text())) in (36, 96)
+    assert len(list((tmp_path / "many").rglob("*_*.json"))) == 6
+
+
+@pytest.mark.usefixtures("cluster")
+def test_workers_share_one_budget(demo_raw, demo_source, person, tmp_path):
+    config = CaptionConfig(workers=2, budget=BudgetConfig(tokens=50 * 1200))
+    with scripted(demo_raw) as server, Ledger(tmp_path / "ledger") as ledger:
+        totals, _ = Captioner(demo_source, person, models(server.url), config).ask(ledger)
+        assert sum(server.stats.answers.values()) == 50
+    assert totals.calls == 50
+    assert totals.left == 346
+    assert totals.known == 0
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_workers_trouble_is_told_as_what_it_is(demo_source, person, tmp_path):
+    with Ledger(tmp_path / "ledger") as ledger:
+        captioner = Captioner(demo_source, person, models("http://127.0.0.1:1/v1"), TWO)
+        with pytest.raises(ConnectionError, match="cannot be reached"):
+            captioner.ask(ledger)
+
+
+def test_a_killed_driver_loses_no_more_than_was_under_way(demo_raw, demo_source, person, tmp_path):
+    """kill -9 of the driver; its workers may end their calls, and a new run waits for them."""
+    file = tmp_path / "models.toml"
+    with scripted(demo_raw, Script(latency=0.1)) as server:
+        file.write_text(
+            f'[[models]]\nname = "scripted-large"\nbase_url = "{server.url}"\nconcurrency = 8\n'
+        )
+        words = [sys.executable, str(ROOT / "jobs" / "caption.py"), "run", "--workers", "2"]
+        words += ["--card", str(ROOT / "datasets" / "demo.toml"), "--source", str(demo_raw)]
+        words += ["--models", str(file), "--out", str(tmp_path / "out")]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        process = subprocess.Popen(words, cwd=ROOT, env=environment)
+        deadline = time.monotonic() + 120
+        while len(server.stats.answers) < 60 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        with Ledger(tmp_path / "out" / "ledger") as ledger:
+            paid = sum(server.stats.answers.values())
+            assert paid >= 60
+            assert paid - len(ledger) <= 8
+            totals, _ = Captioner(demo_source, person, models(server.url)).ask(ledger)
+        assert totals.images == 396
+        assert sum(server.stats.answers.values()) - 396 <= 8
