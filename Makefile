@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test test-fast lint format bench clean help
+.PHONY: demo test test-fast browser lint format bench clean help
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -24,6 +24,10 @@ test: lint ## lint, types and every test
 
 test-fast: $(VENV)/.ready ## the tests that take less than ten seconds each
 	$(BIN)/python -m pytest -m "not slow"
+
+browser: ## Chromium for the tests that look at pages (Debian's package; needs root), else they are skipped
+	command -v chromium || (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null) \
+	  || echo "no Chromium: the tests of MLflow's pages will be skipped"
 
 lint: $(VENV)/.ready ## ruff and mypy
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """NEXT and its parts on the procedural benchmark: test mAP and Rank-1 over seeds.
 
-    python benchmarks/ablation.py --data demo/shards
+    python benchmarks/ablation.py
 
 Prints one table and writes JSON and a picture. Every method is trained by the card's recipe, its
 best epoch chosen on held-out train identities, and assessed on the test split once.
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from next.cli import REQUIRED, Settings, parse, run_defaults, run_job
+from next.cli import Settings, demo_shards, named_options, parse, run_defaults, run_job
 from next.config import RunConfig, from_toml, override, to_toml
 from next.data.shards import open_manifest
 from next.evaluation.figures import seeds_bar
@@ -48,8 +48,12 @@ METHODS: dict[str, dict[str, Any]] = {
 class AblationJob:
     """Train NEXT, its ablations and each single modality over seeds, and compare test scores."""
 
-    data: str
-    """Folder of shards that jobs/prepare.py wrote."""
+    data: str | None = None
+    """Folder of shards; the procedural benchmark in demo/ where it is left out."""
+    card: Path | None = None
+    """Card whose recipe gives the defaults; the shards' own card where it is left out."""
+    recipe: Path | None = None
+    """TOML file of settings that replace the card's recipe; flags replace both."""
     seeds: int = 3
     """Seeds of each method, from 0."""
     methods: tuple[str, ...] = ()
@@ -63,7 +67,10 @@ class AblationJob:
 
 def main(argv: Sequence[str]) -> int:
     """Parse, run, print."""
-    job = parse(AblationJob, argv, default=AblationJob(data=REQUIRED, config=run_defaults(argv)))
+    if "data" not in named_options(argv, "data"):
+        argv = [*argv, "--data", str(demo_shards(Path("demo")))]
+    job = parse(AblationJob, argv, default=AblationJob(config=run_defaults(argv)))
+    assert job.data is not None
     base = override(job.config, {"data.uri": job.data, "threads": 1})
     manifest = open_manifest(job.data)
     resolved = resolve(base, manifest)

@@ -8,16 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from next.cli import ProgressLine, Settings, base_config, parse, run_job
+from next.cli import DEMO_CARD, Settings, base_config, demo_shards, parse, run_job
 from next.config import RunConfig, override
 from next.data.benchmark import load_card
-from next.data.demo import DemoSize, write_demo
-from next.data.ingest import prepare
 from next.tuning.space import load_space
 from next.tuning.sweep import SweepConfig, run_sweep
 
 ROOT = Path(__file__).resolve().parents[1]
-CARD = ROOT / "datasets" / "demo.toml"
 
 _log = logging.getLogger("next.demo")
 
@@ -33,7 +30,7 @@ class DemoJob:
     benchmark_seed: int = 0
     """Seed of the procedural benchmark."""
     sweep: SweepConfig = field(
-        default_factory=lambda: SweepConfig(trials=9, concurrency=2, grace_epochs=4)
+        default_factory=lambda: SweepConfig(trials=10, concurrency=2, grace_epochs=4)
     )
     """How the space is searched."""
     config: Settings = field(default_factory=RunConfig)
@@ -42,25 +39,18 @@ class DemoJob:
 def main(argv: Sequence[str]) -> int:
     """Parse, call, exit code."""
     began = time.monotonic()
-    card = load_card(CARD)
+    card = load_card(DEMO_CARD)
     recipe = override(
         base_config(card.recipe, None),
         {"threads": 1, "run.storage_path": "demo/runs", "data.cache": "demo/cache"},
     )
     job = parse(DemoJob, argv, default=DemoJob(config=recipe))
-    shards = job.folder / f"shards-{job.benchmark_seed}"
-    _log.info("[1/3] the procedural benchmark %s", shards)
-    if not (shards / "manifest.json").is_file():
-        raw = job.folder / f"raw-{job.benchmark_seed}"
-        if not raw.is_dir():
-            with ProgressLine("draw") as progress:
-                write_demo(raw, DemoSize(), seed=job.benchmark_seed, progress=progress)
-        with ProgressLine("prepare") as progress:
-            prepare(card, raw, shards, progress=progress)
+    _log.info("[1/3] the procedural benchmark, drawn and prepared in %s", job.folder)
+    shards = demo_shards(job.folder, job.benchmark_seed)
     config = override(
         job.config,
         {
-            "data.uri": str(shards.absolute()),
+            "data.uri": str(shards),
             "data.cache": str((job.folder / "cache").absolute()),
             "run.storage_path": str((job.folder / "runs").absolute()),
         },

@@ -15,6 +15,8 @@ import tyro
 
 from next.config import RunConfig, load_recipe, override
 from next.data.benchmark import load_card
+from next.data.demo import DemoSize, write_demo
+from next.data.ingest import prepare
 from next.data.shards import open_manifest
 
 USER_ERROR = 2
@@ -24,6 +26,9 @@ FAILURE = 1
 
 REQUIRED: Any = tyro.MISSING
 """Default of a flag that has to be given."""
+
+DEMO_CARD = Path(__file__).resolve().parents[1] / "datasets" / "demo.toml"
+"""Card of the procedural benchmark, in a checkout of the project."""
 
 Job = TypeVar("Job")
 
@@ -118,6 +123,22 @@ class ProgressLine:
     def __exit__(self, *exception: object) -> None:
         if self.alive:
             sys.stderr.write("\n")
+
+
+def demo_shards(folder: Path, seed: int = 0) -> Path:
+    """Shards of the procedural benchmark below ``folder``, drawn and prepared if they are missing.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    shards = folder / f"shards-{seed}"
+    raw = folder / f"raw-{seed}"
+    if not raw.is_dir():
+        with ProgressLine("draw") as progress:
+            write_demo(raw, DemoSize(), seed=seed, progress=progress)
+    with ProgressLine("prepare") as progress:  # the same content again keeps the shards
+        prepare(load_card(DEMO_CARD), raw, shards, progress=progress)
+    return shards.absolute()
 
 
 def run_job(main: Callable[[Sequence[str]], int]) -> None:

@@ -14,7 +14,10 @@ _SECONDS = 8.0
 
 
 class Progress(Callback):
-    """Counts what Tune tells it, and says so each time a trial ends and every eight seconds."""
+    """Counts what Tune tells it, and says so each time a trial ends and every eight seconds.
+
+    ``phase`` is what the sweep does when no trial runs; it is said in place of the counts.
+    """
 
     def __init__(
         self, trials: int, epochs: int, concurrency: int, say: Callable[[str], None]
@@ -23,6 +26,7 @@ class Progress(Callback):
         self.epochs = epochs
         self.concurrency = concurrency
         self.say = say
+        self.phase: str | None = None
         self.began = time.monotonic()
         self.first_result: float | None = None
         self.seen: dict[str, int] = {}
@@ -36,7 +40,7 @@ class Progress(Callback):
 
         def tick() -> None:
             while not done.wait(_SECONDS):
-                self.say(self.line())
+                self.say(self.line() if self.phase is None else f"... {self.phase}")
 
         thread = threading.Thread(target=tick, daemon=True, name="sweep-progress")
         thread.start()
@@ -46,8 +50,17 @@ class Progress(Callback):
             done.set()
             thread.join()
 
+    def enter(self, phase: str | None) -> None:
+        """Say what begins now; None: trials run, and their counts tell the story."""
+        self.phase = phase
+        if phase is not None:
+            self.say(phase)
+
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial began, or began anew."""
+        if self.phase is not None:
+            self.phase = None
+            self.began = time.monotonic()
         self.seen.setdefault(trial.trial_id, 0)
 
     def on_trial_result(

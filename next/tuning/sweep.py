@@ -105,7 +105,9 @@ def run_sweep(
     folder = claim_folder(base, prefix=f"sweep-{space.name}")
     experiment = base.tracking.experiment or manifest.benchmark.name
     say(f"sweep {folder.name}: {sweep.trials} trials over {', '.join(varied)}")
+    progress = Progress(sweep.trials, base.optim.epochs, sweep.concurrency, say)
     with (
+        progress.ticking(),
         tracking_address(base) as uri,
         open_run(
             uri=uri,
@@ -118,9 +120,10 @@ def run_sweep(
     ):
         parent.log_artifact(folder / "config.toml")
         parent.log_data(manifest.benchmark.name, manifest.digest, str(manifest.uri), "train")
-        training_data(base, manifest)  # decoded cache and text bank, once for all trials
+        progress.enter("opening the decoded cache and the text bank, once for all trials")
+        training_data(base, manifest)
         tracked = {"uri": uri, "experiment": experiment, "parent": parent.key}
-        grid = _search(base, space, sweep, folder, tracked, say)
+        grid = _search(base, space, sweep, folder, tracked, progress)
         trials = read_trials(grid, varied, base.optim.epochs)
         _complete_children(folder, trials, tracked)
         if trials[0].score is None:
@@ -128,7 +131,7 @@ def run_sweep(
                 f"none of the {sweep.trials} trials reported {METRIC}; "
                 f"the first error: {trials[0].error}"
             )
-        say("assessing the best trial on the test split")
+        progress.enter("assessing the best trial on the test split, drawing pictures")
         checkpoint = folder / "checkpoints" / "best"
         result = next(result for result in grid if Path(result.path).name == trials[0].folder)
         copy_checkpoint(result.get_best_checkpoint(METRIC, "max"), checkpoint)
@@ -198,10 +201,11 @@ def _search(
     sweep: SweepConfig,
     folder: Path,
     tracked: dict[str, str | None],
-    say: Callable[[str], None],
+    progress: Progress,
 ) -> tune.ResultGrid:
     started = not ray.is_initialized()
     if started:
+        progress.enter("starting Ray and its workers")
         start_ray(sweep.concurrency * base.scaling.cpus_per_worker, dashboard=False)
     trainable = tune.with_parameters(
         _run_trial,
@@ -209,7 +213,6 @@ def _search(
         folder=str(folder),
         tracked=tracked,
     )
-    progress = Progress(sweep.trials, base.optim.epochs, sweep.concurrency, say)
     tuner = tune.Tuner(
         tune.with_resources(
             trainable, {"CPU": base.scaling.cpus_per_worker, "GPU": sweep.gpus_per_trial}
@@ -243,9 +246,9 @@ def _search(
         ),
     )
     try:
-        with progress.ticking():
-            return tuner.fit()
+        return tuner.fit()
     finally:
+        progress.enter("ending Ray, completing the runs in MLflow")
         if started:
             ray.shutdown()
 

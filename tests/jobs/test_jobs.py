@@ -1,0 +1,99 @@
+"""The jobs as a user calls them: a process each, its output and its exit code."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from next.config import to_toml
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def job(name: str, *flags: str, home: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, f"jobs/{name}.py", *flags],
+        cwd=ROOT,
+        env=os.environ | {"HOME": str(home), "COLUMNS": "100"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+
+
+@pytest.fixture
+def recipe(tiny_config, tmp_path) -> str:
+    path = tmp_path / "tiny.toml"
+    path.write_text(to_toml(tiny_config))
+    return str(path)
+
+
+@pytest.mark.slow
+def test_dry_run_train_and_evaluate_agree(demo_shards, recipe, tmp_path):
+    flags = ["--data", str(demo_shards), "--recipe", recipe]
+    dry = job("train", *flags, "--dry-run", "--json", home=tmp_path)
+    assert dry.returncode == 0, dry.stderr
+    plan = json.loads(dry.stdout)
+    assert plan["train_identities"] + plan["held_out_identities"] == 12
+    assert plan["batch"] == 16
+    assert plan["seconds_estimated"] > 0
+    assert not (tmp_path / "runs").exists(), "a dry run leaves no run"
+
+    trained = job("train", *flags, home=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    assert "test/mAP" in trained.stdout
+    scores = json.loads((tmp_path / "runs" / "tiny" / "result.json").read_text())["test"]
+
+    best = tmp_path / "runs" / "tiny" / "checkpoints" / "best"
+    evaluate = ["--checkpoint", str(best), "--data", str(demo_shards), "--json"]
+    again = job("evaluate", *evaluate, "--threads", "1", home=tmp_path)
+    assert again.returncode == 0, again.stderr
+    found = json.loads(again.stdout)
+    assert found["metrics"] == pytest.approx(scores)
+    assert all(Path(picture).exists() for picture in found["pictures"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "flags", "words"),
+    [
+        ("train", ["--data", "nowhere"], "error: .*nowhere/manifest.json: there is no manifest"),
+        ("sweep", ["--data", "nowhere"], "error: .*nowhere/manifest.json: there is no manifest"),
+        ("evaluate", ["--checkpoint", "x", "--data", "SHARDS"], "error: x holds no checkpoint"),
+        (
+            "sweep",
+            ["--space", "tune_spaces/expert.py", "--data", "SHARDS"],
+            "error: there is no search space .*experts.py",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_and_code_2(name, flags, words, demo_shards, tmp_path):
+    done = job(name, *[flag.replace("SHARDS", str(demo_shards)) for flag in flags], home=tmp_path)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    import re
+
+    assert re.search(words, done.stderr), done.stderr
+
+
+@pytest.mark.slow
+def test_a_sweep_dry_run_checks_the_space_and_says_what_it_varies(demo_shards, recipe, tmp_path):
+    flags = ["--space", "tune_spaces/experts.py", "--data", str(demo_shards), "--trials", "5"]
+    done = job("sweep", *flags, "--recipe", recipe, "--dry-run", "--json", home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["trials"] == 5
+    assert "captions.keep" in plan["varied"]
+
+
+@pytest.mark.parametrize("name", ["train", "sweep", "evaluate", "prepare", "demo"])
+@pytest.mark.slow
+def test_help_names_every_flag_with_a_sentence(name, tmp_path):
+    done = job(name, "--help", home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout
+    assert "--json" in done.stdout or name == "demo"

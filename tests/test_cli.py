@@ -1,0 +1,105 @@
+import logging
+import sys
+from dataclasses import dataclass, field
+
+import pytest
+
+from next.cli import (
+    ProgressLine,
+    Settings,
+    base_config,
+    named_options,
+    parse,
+    run_defaults,
+    run_job,
+)
+from next.config import RunConfig
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job."""
+
+    dry_run: bool = False
+    """Start nothing."""
+    config: Settings = field(default_factory=RunConfig)
+
+
+def test_settings_are_flags_under_their_own_names_with_hyphens_or_underscores():
+    for flag in ("--optim.warmup_epochs", "--optim.warmup-epochs"):
+        job = parse(Job, [flag, "2", "--dry-run", "--model.semantic.enabled", "False"])
+        assert job.dry_run
+        assert job.config.optim.warmup_epochs == 2
+        assert not job.config.model.semantic.enabled
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--optim.lrr", "1"], ["Perhaps you meant", "--optim.lr"]),
+        (["--optim.lr", "-1"], ["optim", "greater than 0", "-1"]),
+        (["--captions.sampling", "some"], ["some", "subset"]),
+    ],
+)
+def test_a_wrong_flag_ends_with_code_2_and_says_why(argv, words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(Job, argv)
+    assert ended.value.code == 2
+    said = capsys.readouterr()
+    assert all(word in said.out + said.err for word in words)
+
+
+def test_named_options_are_found_among_others():
+    argv = ["--optim.lr", "1", "--card", "a.toml", "--data=b"]
+    assert named_options(argv, "card", "data", "recipe") == {"card": "a.toml", "data": "b"}
+
+
+def test_a_recipe_replaces_the_card_and_flags_replace_both(tmp_path, demo_shards):
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text("[optim]\nepochs = 7\nwarmup_epochs = 1\n")
+    argv = ["--data", str(demo_shards), "--recipe", str(recipe)]
+    config = run_defaults(argv)
+    assert config.optim.epochs == 7
+    assert config.model.backbone.name == "next-tiny", "from the card within the shards"
+    assert config.data.uri == str(demo_shards)
+    assert base_config({"optim.epochs": 20}, None).optim.epochs == 20
+
+
+def test_card_and_shards_of_two_benchmarks_are_refused(demo_shards):
+    with pytest.raises(ValueError, match=r"--card is of RGBNT201, but the shards .* are of demo"):
+        run_defaults(["--card", "datasets/rgbnt201.toml", "--data", str(demo_shards)])
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (ValueError("optim.lr must be positive"), 2, "error: optim.lr must be positive\n"),
+        (FileNotFoundError("no such card"), 2, "error: no such card\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_message_and_code_2(error, code, words, capsys, monkeypatch):
+    def main(argv):
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["job"])
+    with pytest.raises(SystemExit) as ended:
+        run_job(main)
+    assert ended.value.code == code
+    assert capsys.readouterr().err == words
+
+
+def test_a_failure_is_code_1_with_its_traceback(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["job"])
+    with pytest.raises(SystemExit) as ended:
+        run_job(lambda argv: 1 // len(argv))
+    assert ended.value.code == 1
+    assert "ZeroDivisionError" in capsys.readouterr().err
+    logging.getLogger("next").setLevel(logging.NOTSET)
+
+
+def test_progress_in_a_log_says_the_last_sample_and_what_is_left(capsys):
+    with ProgressLine("draw") as progress:
+        for done in range(1, 11):
+            progress(done, 10)
+    assert capsys.readouterr().err.splitlines() == ["draw  10/10 samples  100%  about 0 s left"]
