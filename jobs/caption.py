@@ -24,14 +24,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from next.captioning.attributes import SCHEMAS, load_schema
-from next.captioning.endpoint import ModelConfig, load_models
 from next.captioning.engine import Totals
 from next.captioning.figures import draw_report
 from next.captioning.labels import load_labels
 from next.captioning.ledger import Ledger
 from next.captioning.merge import Calibration
+from next.captioning.models import ModelConfig, load_models
+from next.captioning.output import CaptionResult, write_captions
 from next.captioning.quality import QualityReport, guess_schema, measure, read_caption_files
-from next.captioning.run import CaptionConfig, Captioner, CaptionResult, Plan
+from next.captioning.run import CaptionConfig, Captioner, Plan
 from next.captioning.source import FolderSource, ShardSource, Source
 from next.cli import REQUIRED, USER_ERROR, parse, run_job
 from next.config import near_matches
@@ -143,7 +144,8 @@ def run(argv: Sequence[str]) -> int:
         questions = source.count() * len(captioner.models)
         with progress_line(questions) as progress:
             totals, images = captioner.ask(ledger, progress)
-        result = captioner.write(
+        result = write_captions(
+            captioner,
             ledger,
             images,
             out,

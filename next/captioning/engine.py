@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from next.captioning.attributes import Prompt
-from next.captioning.endpoint import Endpoint, ModelConfig
+from next.captioning.endpoint import Endpoint
 from next.captioning.ledger import LedgerPart, Row, Status, row_key
+from next.captioning.models import ModelConfig
+from next.captioning.prompt import Prompt
 from next.captioning.source import Picture
 from next.captioning.spending import Grant, Purse, Spending
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,6 +44,11 @@ class Score(NamedTuple):
     right: int
     """Of these, pairs for which it was the true one."""
 
+    def __add__(self, other: object) -> Score:
+        if not isinstance(other, Score):
+            return NotImplemented
+        return Score(*(one + another for one, another in zip(self, other, strict=True)))
+
     @property
     def unknown(self) -> float:
         """Percent of the pairs without a value."""
@@ -78,10 +83,10 @@ def score(
 
 
 def judge(
-    readings: Mapping[Image, Readings], labels: AttributeLabels, schema: Schema
-) -> Iterable[Judged]:
+    readings: Iterable[tuple[Image, Readings]], labels: AttributeLabels, schema: Schema
+) -> Iterator[Judged]:
     """The readings whose truth is known, for :func:`next.captioning.merge.calibrate`."""
-    for image, by_model in readings.items():
+    for image, by_model in readings:
         truth = labels.of(image)
         spectrum = schema.spectrum(image[2])
         for model, answers in by_model.items():

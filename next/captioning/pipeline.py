@@ -23,9 +23,10 @@ from typing import Any, NamedTuple, TypeVar
 import ray
 import ray.data
 
-from next.captioning.endpoint import Endpoint, ModelConfig
+from next.captioning.endpoint import Endpoint
 from next.captioning.engine import Asked, AsyncPurse, Questions, ask_all, first_cause, first_open
 from next.captioning.ledger import LedgerPart, LedgerTail, Row
+from next.captioning.models import ModelConfig
 from next.captioning.source import FolderSource, Picture, ShardSource, Source
 from next.captioning.spending import BudgetConfig, Grant, Purse, Spending
 from next.data.layout import Sample

@@ -6,8 +6,9 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping
 
-from next.captioning.attributes import Prompt, Schema
+from next.captioning.attributes import Schema
 from next.captioning.mentions import MentionReader
+from next.captioning.prompt import Prompt
 from next.data.captions import is_reliable, split_sentences
 
 _SYSTEM = "You improve the style of short descriptions of images."

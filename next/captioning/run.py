@@ -1,38 +1,31 @@
-"""From images to captions: ask, merge, write; every step can be repeated without a new call."""
+"""From images to beliefs: plan, ask, hear, merge; what was asked once is never asked again."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import logging
+import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 from pydantic import Field
 
-from next.captioning.attributes import Prompt, Reading, Schema, prompt_for
-from next.captioning.endpoint import ModelConfig
+from next.captioning.attributes import Reading, Schema
 from next.captioning.engine import Asked, Questions, Totals, run_here
-from next.captioning.labels import AttributeLabels, Image, Score, judge, score
+from next.captioning.labels import Image
 from next.captioning.ledger import Ledger, Status
-from next.captioning.merge import Belief, Calibration, MergeConfig, calibrate, facts, merge
+from next.captioning.merge import Belief, Calibration, MergeConfig, merge
+from next.captioning.models import ModelConfig
 from next.captioning.parsing import parse_answer
-from next.captioning.rewriting import RewriteCheck, rewriting_prompt
-from next.captioning.source import Picture, Source, Texts
+from next.captioning.prompt import Prompt, prompt_for
+from next.captioning.source import Source
 from next.captioning.spending import BudgetConfig, Purse, Spending
 from next.captioning.template import CaptionWriter
 from next.config import Section
-from next.data.benchmark import Benchmark
-
-_log = logging.getLogger(__name__)
 
 Again = Literal["refused", "garbled"]
-TEXT = "text"
-"""The modality of questions about texts."""
 
 
 class CaptionConfig(Section):
@@ -64,38 +57,6 @@ class Plan(NamedTuple):
     def total(self) -> Spending:
         """Of all models."""
         return sum(self.cost.values(), Spending())
-
-
-@dataclass
-class CaptionResult:
-    """What a run made."""
-
-    totals: Totals
-    captions: int = 0
-    """Images with a caption."""
-    without: Counter[str] = field(default_factory=Counter)
-    """Images without, by the reason."""
-    sources: Counter[str] = field(default_factory=Counter)
-    """Attributes that were written, by where the belief comes from."""
-    left_out: int = 0
-    """Attributes that an image can show and its caption does not tell."""
-    rewritten: int = 0
-    """Distinct sentences that were taken in the words of the rewriting model."""
-    kept: int = 0
-    """Distinct sentences whose rewriting failed the check, so that they stand as they were."""
-    score: Score | None = None
-    """Against the labels, where there are any."""
-    files: list[Path] = field(default_factory=list)
-    """What was written."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        totals = vars(self.totals) | {"spent": self.totals.spent._asdict()}
-        fields = vars(self) | {"totals": totals, "files": [str(path) for path in self.files]}
-        if self.score is not None:
-            rates = {"unknown": self.score.unknown, "accuracy": self.score.accuracy}
-            fields["score"] = self.score._asdict() | rates
-        return fields
 
 
 @dataclass(frozen=True)
@@ -179,17 +140,16 @@ class Captioner:
             )
         else:
             totals.left = run_here(
-                self.source.pictures(), questions, ledger.folder, self._purse(), report
+                self.source.pictures(), questions, ledger.folder, self.purse(), report
             )
         totals.known -= totals.left
         totals.seconds = time.monotonic() - began
         ledger.refresh()
         return totals, dict(sorted(images.items()))
 
-    def readings(self, ledger: Ledger, images: Mapping[Image, str]) -> dict[Image, Heard]:
-        """What the models said of each image, read from the ledger."""
+    def hear(self, ledger: Ledger, images: Mapping[Image, str]) -> Iterator[tuple[Image, Heard]]:
+        """What the models said of each image, read from the ledger one by one."""
         questions = self._questions(ledger)
-        found = {}
         for image, image_hash in images.items():
             attributes = questions.prompts[image[2]].attributes
             by_model: dict[str, dict[str, Reading]] = {}
@@ -199,149 +159,18 @@ class Captioner:
                 if row is not None and row.status == "answered":
                     by_model[model.name] = parse_answer(row.answer, attributes).readings
                 reasons.append(row.status if row is not None else "not asked")
-            found[image] = Heard(image_hash, by_model, "" if by_model else reasons[0])
-        return found
+            yield image, Heard(image_hash, by_model, "" if by_model else reasons[0])
 
-    def write(
-        self,
-        ledger: Ledger,
-        images: Mapping[Image, str],
-        out: str | Path,
-        totals: Totals,
-        *,
-        labels: AttributeLabels | None = None,
-        calibration: Calibration | None = None,
-        shards: str | Path | None = None,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> CaptionResult:
-        """Merge, and write caption files, beliefs and, if wanted, new shards.
-
-        Args:
-            ledger: answers.
-            images: as :meth:`ask` gives them.
-            out: folder; files of an earlier run are replaced.
-            totals: as :meth:`ask` gives them.
-            labels: fit a calibration to them, and score what is written against them.
-            calibration: instead of fitting one.
-            shards: folder of new shards with these captions.
-            progress: of the shards.
-        """
-        out = Path(out)
-        out.mkdir(parents=True, exist_ok=True)
-        result = CaptionResult(totals)
-        readings = self.readings(ledger, images)
-        if labels is not None and calibration is None:
-            by_model = {image: one.by_model for image, one in readings.items()}
-            calibration = calibrate(judge(by_model, labels, self.schema))
-        if calibration is not None:
-            calibration.save(out / "calibration.json")
-            result.files.append(out / "calibration.json")
-        beliefs = self.merge(readings, calibration)
-        said = {
-            image: facts(beliefs[image], self.config.merge.threshold) if image in beliefs else {}
-            for image in images
-        }
-        texts = self._texts(ledger, said, result)
-        self._count(readings, beliefs, said, texts, result)
-        if labels is not None:
-            result.score = score(said, labels, self.schema)
-        result.files.append(_write_beliefs(out / "beliefs.jsonl", readings, beliefs, texts))
-        result.files += write_caption_files(self.source, texts, out)
-        if shards is not None:
-            manifest = self.source.write_shards(shards, texts, progress)
-            result.files.append(Path(manifest.uri))
-        (out / "report.json").write_text(json.dumps(result.as_dict(), indent=1, default=str) + "\n")
-        return result
-
-    def merge(
-        self, readings: Mapping[Image, Heard], calibration: Calibration | None = None
-    ) -> dict[Image, dict[str, Belief]]:
-        """The beliefs about each image that anything was said of."""
-        samples: dict[tuple[str, str], dict[str, dict[str, dict[str, Reading]]]] = {}
-        for (split, sample, modality), one in readings.items():
-            samples.setdefault((split, sample), {})[modality] = one.by_model
-        return {
-            (split, sample, modality): beliefs
-            for (split, sample), by_modality in samples.items()
-            for modality, beliefs in merge(
-                self.schema, by_modality, self.config.merge, calibration
-            ).items()
-        }
-
-    def _texts(
-        self, ledger: Ledger, said: Mapping[Image, Mapping[str, str]], result: CaptionResult
-    ) -> dict[Image, str]:
-        writer = CaptionWriter(self.schema)
-        written = {image: writer.sentences(values) for image, values in said.items() if values}
-        other = self._rewritten(ledger, written, said, result) if self.rewriter else {}
-        return {
-            image: " ".join(other.get(sentence, sentence) for sentence in sentences)
-            for image, sentences in written.items()
-            if sentences
-        }
-
-    def _rewritten(
-        self,
-        ledger: Ledger,
-        written: Mapping[Image, Sequence[str]],
-        said: Mapping[Image, Mapping[str, str]],
-        result: CaptionResult,
-    ) -> dict[str, str]:
-        """Sentences in other words, by the sentence, where the check takes them."""
-        assert self.rewriter is not None
-        sentences = sorted({sentence for some in written.values() for sentence in some})
-        finished = ledger.finished(self._final)
-        questions = Questions({TEXT: rewriting_prompt()}, [self.rewriter], finished)
-        hashes: dict[str, str] = {}
-
-        def report(asked: Asked) -> None:
-            hashes[asked.sample] = asked.image
-            for row in asked.rows:
-                result.totals.spent += Spending(row.tokens_in + row.tokens_out, row.money)
-
-        pictures = (Picture("", one, TEXT, one.encode()) for one in sentences)
-        purse = self._purse(result.totals.spent)
-        run_here(pictures, questions, ledger.folder, purse, report)
-        ledger.refresh()
-        check = RewriteCheck(self.schema, self._free_texts(said))
-        taken = {}
-        for sentence in sentences:
-            row = ledger.get(questions.key(hashes[sentence], TEXT, self.rewriter))
-            if row is None or row.status != "answered":
-                continue
-            answer = " ".join(row.answer.split()).strip('"')
-            problem = check.problem(sentence, answer)
-            if problem is None:
-                taken[sentence] = answer
-            else:
-                result.kept += 1
-                _log.debug("%r stays as it is: %r %s", sentence, answer, problem)
-        result.rewritten = len(taken)
-        return taken
-
-    def _free_texts(self, said: Mapping[Image, Mapping[str, str]]) -> dict[str, set[str]]:
-        free: dict[str, set[str]] = {}
-        for values in said.values():
-            for name, value in values.items():
-                if value not in self.schema.by_name[name].values:
-                    free.setdefault(name, set()).add(value)
-        return free
-
-    def _count(
-        self,
-        readings: Mapping[Image, Heard],
-        beliefs: Mapping[Image, Mapping[str, Belief]],
-        said: Mapping[Image, Mapping[str, str]],
-        texts: Mapping[Image, str],
-        result: CaptionResult,
-    ) -> None:
-        result.captions = len(texts)
-        for image, one in readings.items():
-            if image not in texts:
-                result.without[one.reason or "nothing sure enough"] += 1
-            result.sources.update(beliefs[image][name].source for name in said[image])
-            shown = {attribute.name for attribute in self.schema.shown(image[2])}
-            result.left_out += len(shown - said[image].keys())
+    def believe(
+        self, heard: Iterable[tuple[Image, Heard]], calibration: Calibration | None = None
+    ) -> Iterator[tuple[Image, Heard, dict[str, Belief]]]:
+        """The merged beliefs about each image; the images of a sample stand together."""
+        for _, group in itertools.groupby(heard, lambda pair: pair[0][:2]):
+            sample = list(group)
+            by_modality = {image[2]: one.by_model for image, one in sample}
+            beliefs = merge(self.schema, by_modality, self.config.merge, calibration)
+            for image, one in sample:
+                yield image, one, beliefs.get(image[2], {})
 
     def _prompts(self) -> dict[str, Prompt]:
         spectra = {name: self.schema.spectrum(name) for name in self.source.benchmark.modalities}
@@ -349,12 +178,14 @@ class Captioner:
         return {modality: prompts[spectrum] for modality, spectrum in spectra.items()}
 
     def _questions(self, ledger: Ledger) -> Questions:
-        return Questions(self._prompts(), self.models, ledger.finished(self._final))
+        return Questions(self._prompts(), self.models, ledger.finished(self.final))
 
-    def _final(self, status: Status) -> bool:
+    def final(self, status: Status) -> bool:
+        """Whether a row of this status is not asked again."""
         return status != "failed" and status not in self.config.again
 
-    def _purse(self, spent: Spending | None = None) -> Purse | None:
+    def purse(self, spent: Spending | None = None) -> Purse | None:
+        """The budget, of which some may be spent already; None: there is no limit."""
         budget = self.config.budget
         if budget.tokens is None and budget.money is None:
             return None
@@ -370,61 +201,6 @@ class Heard(NamedTuple):
     """Of the models that answered."""
     reason: str
     """Why there is none."""
-
-
-def write_caption_files(source: Source, texts: Texts, out: str | Path) -> list[Path]:
-    """Caption files in the public format, where the card looks for them below ``out``."""
-    entries: dict[Path, dict[str, str]] = {}
-    for split, samples in source.samples.items():
-        for number, modality in enumerate(source.benchmark.modalities):
-            path = Path(out) / caption_path(source.benchmark, split, modality)
-            of_file = entries.setdefault(path, {})
-            for sample in samples:
-                text = texts.get((split, sample.sample_id, modality))
-                if text is not None:
-                    of_file[source.item(split, sample, number)] = text
-    for path, of_file in entries.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        items = [{"item": item, "description": text} for item, text in of_file.items()]
-        path.write_text(json.dumps(items, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return list(entries)
-
-
-def caption_path(benchmark: Benchmark, split: str, modality: str) -> str:
-    """Where the card looks for a caption file; a place of the same kind where it does not say."""
-    pattern = getattr(benchmark.captions, split) if benchmark.captions else None
-    return (pattern or f"text/{split}_{{modality}}.json").format(modality=modality)
-
-
-def _write_beliefs(
-    path: Path,
-    readings: Mapping[Image, Heard],
-    beliefs: Mapping[Image, Mapping[str, Belief]],
-    texts: Mapping[Image, str],
-) -> Path:
-    """One line for each image: all that is held of it, so that thresholds can be moved later."""
-    with open(path, "w", encoding="utf-8") as file:
-        for image, one in readings.items():
-            split, sample, modality = image
-            line = {
-                "split": split,
-                "sample": sample,
-                "modality": modality,
-                "image": one.image,
-                "caption": texts.get(image),
-                "reason": one.reason or None,
-                "attributes": {
-                    name: {
-                        "value": belief.value,
-                        "confidence": round(belief.confidence, 4),
-                        "source": belief.source,
-                        "candidates": {v: round(p, 4) for v, p in belief.candidates.items()},
-                    }
-                    for name, belief in beliefs.get(image, {}).items()
-                },
-            }
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    return path
 
 
 def _mean_tokens(ledger: Ledger, models: Iterable[ModelConfig]) -> dict[str, tuple[float, float]]:

@@ -28,8 +28,9 @@ from typing import Any
 
 from PIL import Image
 
-from next.captioning.attributes import NOT_VISIBLE, load_schema, prompt_for
+from next.captioning.attributes import NOT_VISIBLE, load_schema
 from next.captioning.labels import demo_labels
+from next.captioning.prompt import prompt_for
 
 SPECTRA = {"RGB": "visible", "NI": "near_infrared", "TI": "thermal"}
 REASONS = {

@@ -3,14 +3,8 @@ import tomllib
 import pytest
 import tomli_w
 
-from next.captioning.attributes import (
-    NOT_VISIBLE,
-    SCHEMAS,
-    Attribute,
-    choices,
-    load_schema,
-    prompt_for,
-)
+from next.captioning.attributes import NOT_VISIBLE, SCHEMAS, Attribute, load_schema
+from next.captioning.prompt import choices, prompt_for
 from next.data.benchmark import load_card
 
 

@@ -7,9 +7,10 @@ import time
 
 import pytest
 
-from next.captioning.attributes import prompt_for
-from next.captioning.endpoint import Endpoint, ModelConfig, data_url, load_models
+from next.captioning.endpoint import Endpoint, data_url
+from next.captioning.models import ModelConfig, load_models
 from next.captioning.parsing import parse_answer
+from next.captioning.prompt import prompt_for
 from tests.captioning.scripted_endpoint import PERSONAS, Persona, Script, scripted
 
 LARGE = "scripted-large"

@@ -4,10 +4,10 @@ from collections import Counter
 
 import pytest
 
-from next.captioning.attributes import prompt_for
-from next.captioning.endpoint import ModelConfig
 from next.captioning.engine import LOST_CALLS, READ_AHEAD, Questions, Totals, run_here
 from next.captioning.ledger import Ledger
+from next.captioning.models import ModelConfig
+from next.captioning.prompt import prompt_for
 from next.captioning.source import Picture
 from next.captioning.spending import BudgetConfig, Purse
 from tests.captioning.scripted_endpoint import PERSONAS, TROUBLES, Script, scripted

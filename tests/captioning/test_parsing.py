@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from next.captioning.attributes import NOT_VISIBLE, Attribute, Reading, load_schema, prompt_for
+from next.captioning.attributes import NOT_VISIBLE, Attribute, Reading, load_schema
 from next.captioning.parsing import UNSTATED, parse_answer
+from next.captioning.prompt import prompt_for
 
 GENDER = Attribute(name="gender", question="", values=("male", "female"), aliases={"man": "male"})
 UPPER = Attribute(

@@ -9,8 +9,9 @@ import time
 import pytest
 import ray
 
-from next.captioning.endpoint import ModelConfig
 from next.captioning.ledger import Ledger
+from next.captioning.models import ModelConfig
+from next.captioning.output import write_captions
 from next.captioning.run import CaptionConfig, Captioner
 from next.captioning.source import ShardSource
 from next.captioning.spending import BudgetConfig
@@ -61,11 +62,11 @@ def test_many_processes_ask_what_one_would(demo_raw, demo_source, demo_shards, p
             assert (rows.calls, rows.known) == (0, 396)
             assert server.stats.requests == before
             assert same == images
-            many.write(ledger, images, tmp_path / "many", totals)
+            write_captions(many, ledger, images, tmp_path / "many", totals)
         with Ledger(tmp_path / "other") as ledger:
             one = Captioner(demo_source, person, models(server.url))
             totals, images = one.ask(ledger)
-            one.write(ledger, images, tmp_path / "one", totals)
+            write_captions(one, ledger, images, tmp_path / "one", totals)
     paths = sorted((tmp_path / "one" / "text").glob("*.json"))
     assert len(paths) == 6
     for path in paths:

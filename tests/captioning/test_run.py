@@ -4,12 +4,13 @@ import json
 import pytest
 
 from next.captioning.attributes import load_schema
-from next.captioning.endpoint import ModelConfig
 from next.captioning.labels import demo_labels, judge, load_labels, score
 from next.captioning.ledger import Ledger
 from next.captioning.merge import MergeConfig, calibrate, facts
+from next.captioning.models import ModelConfig
+from next.captioning.output import caption_path, write_captions
 from next.captioning.quality import measure, read_caption_files
-from next.captioning.run import CaptionConfig, Captioner, caption_path
+from next.captioning.run import CaptionConfig, Captioner
 from next.captioning.source import ShardSource
 from next.data.captions import is_reliable
 from next.data.ingest import scan
@@ -41,8 +42,8 @@ def asked(demo_raw, demo_source, person, tmp_path_factory):
 def test_captions_are_written_where_the_card_finds_them(asked, demo_source, person, tmp_path):
     folder, asked_models, images, totals = asked
     with Ledger(folder) as ledger:
-        result = Captioner(demo_source, person, asked_models).write(
-            ledger, images, tmp_path, totals
+        result = write_captions(
+            Captioner(demo_source, person, asked_models), ledger, images, tmp_path, totals
         )
     assert result.captions == len(images) == demo_source.count()
     benchmark = demo_source.benchmark
@@ -66,7 +67,9 @@ def test_the_caption_files_make_a_source_that_can_be_prepared(
     for name in ("train", "test"):
         (tmp_path / name).symlink_to(demo_raw / name)
     with Ledger(folder) as ledger:
-        Captioner(demo_source, person, asked_models).write(ledger, images, tmp_path, totals)
+        write_captions(
+            Captioner(demo_source, person, asked_models), ledger, images, tmp_path, totals
+        )
     found = scan(demo_source.benchmark, tmp_path)
     captions = [text for one in found.samples["train"] for text in one.sentences]
     assert all(captions)
@@ -83,14 +86,16 @@ def test_new_thresholds_need_no_new_call(asked, demo_source, person, tmp_path):
             again, same = captioner.ask(ledger)
             assert again.calls == 0
             assert same == images
-            told.append(captioner.write(ledger, images, tmp_path, again).sources.total())
+            told.append(write_captions(captioner, ledger, images, tmp_path, again).sources.total())
     assert told[0] > told[1] > told[2]
 
 
 def test_everything_that_is_held_of_an_image_is_kept(asked, demo_source, person, tmp_path):
     folder, asked_models, images, totals = asked
     with Ledger(folder) as ledger:
-        Captioner(demo_source, person, asked_models).write(ledger, images, tmp_path, totals)
+        write_captions(
+            Captioner(demo_source, person, asked_models), ledger, images, tmp_path, totals
+        )
     lines = [json.loads(line) for line in (tmp_path / "beliefs.jsonl").read_text().splitlines()]
     assert len(lines) == len(images)
     assert {line["modality"] for line in lines} == {"RGB", "NI", "TI"}
@@ -107,8 +112,8 @@ def test_new_shards_hold_the_captions_under_a_new_digest(asked, demo_shards, per
         captioner = Captioner(ShardSource(old), person, asked_models)
         totals, images = captioner.ask(ledger)
         assert totals.calls == 0, "an image is known by its bytes, wherever it lies"
-        result = captioner.write(
-            ledger, images, tmp_path / "out", totals, shards=tmp_path / "shards"
+        result = write_captions(
+            captioner, ledger, images, tmp_path / "out", totals, shards=tmp_path / "shards"
         )
     new = open_manifest(tmp_path / "shards")
     assert new.digest != old.digest
@@ -130,18 +135,18 @@ def test_merging_leaves_a_quarter_unknown_at_no_lower_accuracy(
     Confidences are calibrated on the train split's labels; all scores are of the other split.
     """
     folder, asked_models, images, _ = asked
-    test = [image for image in images if image[0] == "gallery"]
     threshold = 0.6
 
     def scored(chosen, across):
         config = CaptionConfig(merge=MergeConfig(across=across, threshold=threshold))
         captioner = Captioner(demo_source, person, chosen, config)
         with Ledger(folder) as ledger:
-            readings = captioner.readings(ledger, images)
-        train = {i: one.by_model for i, one in readings.items() if i[0] == "train"}
+            heard = list(captioner.hear(ledger, images))
+        train = [(image, one.by_model) for image, one in heard if image[0] == "train"]
         calibration = calibrate(judge(train, labels, person))
-        beliefs = captioner.merge({image: readings[image] for image in test}, calibration)
-        said = {image: facts(beliefs.get(image, {}), threshold) for image in test}
+        test = [pair for pair in heard if pair[0][0] == "gallery"]
+        believed = captioner.believe(test, calibration)
+        said = {image: facts(beliefs, threshold) for image, _, beliefs in believed}
         return score(said, labels, person)
 
     singles = [scored([model], across=False) for model in asked_models]
@@ -163,7 +168,7 @@ def test_a_refused_image_has_no_caption_and_the_others_of_its_sample_have(
     with scripted(demo_raw, script) as server, Ledger(tmp_path / "ledger") as ledger:
         captioner = Captioner(demo_source, person, models(server.url)[:1])
         totals, images = captioner.ask(ledger)
-        result = captioner.write(ledger, images, tmp_path, totals)
+        result = write_captions(captioner, ledger, images, tmp_path, totals)
     assert totals.statuses["refused"] == 1
     assert result.without == {"refused": 1}
     assert result.captions == len(images) - 1
@@ -198,7 +203,7 @@ def test_sentences_are_rewritten_where_the_check_takes_them(
         for _ in range(2):
             with Ledger(folder) as ledger:
                 captioner = Captioner(demo_source, person, asked_models, rewriter=rewriter)
-                result = captioner.write(ledger, images, tmp_path, totals)
+                result = write_captions(captioner, ledger, images, tmp_path, totals)
         assert set(server.stats.answers.values()) == {1}
         assert server.stats.requests == len(server.stats.answers) + 1, "and one probe"
     assert result.rewritten > 10

@@ -3,7 +3,7 @@ import io
 import pytest
 from PIL import Image
 
-from next.captioning.run import caption_path, write_caption_files
+from next.captioning.output import caption_path, write_caption_files
 from next.captioning.source import FolderSource, ShardSource
 from next.data.benchmark import load_card
 from next.data.ingest import ScanOptions, scan

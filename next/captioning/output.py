@@ -1,0 +1,242 @@
+"""From beliefs to files: sentences, other words for them, caption files, beliefs, new shards."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from next.captioning.engine import Asked, Questions, Totals, run_here
+from next.captioning.labels import AttributeLabels, Image, Score, judge, score
+from next.captioning.ledger import Ledger
+from next.captioning.merge import Belief, Calibration, calibrate, facts
+from next.captioning.rewriting import RewriteCheck, rewriting_prompt
+from next.captioning.run import Captioner, Heard
+from next.captioning.source import Picture, Source, Texts
+from next.captioning.spending import Spending
+from next.captioning.template import CaptionWriter
+from next.data.benchmark import Benchmark
+
+_log = logging.getLogger(__name__)
+
+TEXT = "text"
+"""The modality of questions about texts."""
+
+
+@dataclass
+class CaptionResult:
+    """What a run made."""
+
+    totals: Totals
+    captions: int = 0
+    """Images with a caption."""
+    without: Counter[str] = field(default_factory=Counter)
+    """Images without, by the reason."""
+    sources: Counter[str] = field(default_factory=Counter)
+    """Attributes that were written, by where the belief comes from."""
+    left_out: int = 0
+    """Attributes that an image can show and its caption does not tell."""
+    rewritten: int = 0
+    """Distinct sentences that were taken in the words of the rewriting model."""
+    kept: int = 0
+    """Distinct sentences whose rewriting failed the check, so that they stand as they were."""
+    score: Score | None = None
+    """Against the labels, where there are any."""
+    files: list[Path] = field(default_factory=list)
+    """What was written."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        totals = vars(self.totals) | {"spent": self.totals.spent._asdict()}
+        fields = vars(self) | {"totals": totals, "files": [str(path) for path in self.files]}
+        if self.score is not None:
+            rates = {"unknown": self.score.unknown, "accuracy": self.score.accuracy}
+            fields["score"] = self.score._asdict() | rates
+        return fields
+
+
+def write_captions(
+    captioner: Captioner,
+    ledger: Ledger,
+    images: Mapping[Image, str],
+    out: str | Path,
+    totals: Totals,
+    *,
+    labels: AttributeLabels | None = None,
+    calibration: Calibration | None = None,
+    shards: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> CaptionResult:
+    """Merge what was heard, and write caption files, beliefs and, if wanted, new shards.
+
+    Args:
+        captioner: whose models and settings.
+        ledger: answers.
+        images: as :meth:`Captioner.ask` gives them.
+        out: folder; files of an earlier run are replaced.
+        totals: as :meth:`Captioner.ask` gives them.
+        labels: fit a calibration to them, and score what is written against them.
+        calibration: instead of fitting one.
+        shards: folder of new shards with these captions.
+        progress: of the shards.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    result = CaptionResult(totals)
+    if labels is not None:
+        result.score = Score(0, 0, 0)
+        if calibration is None:
+            heard = ((image, one.by_model) for image, one in captioner.hear(ledger, images))
+            calibration = calibrate(judge(heard, labels, captioner.schema))
+    if calibration is not None:
+        calibration.save(out / "calibration.json")
+        result.files.append(out / "calibration.json")
+    book = _Book(captioner, labels, result)
+    with open(out / "beliefs.jsonl", "w", encoding="utf-8") as file:
+        for image, one, beliefs in captioner.believe(captioner.hear(ledger, images), calibration):
+            caption = book.write(image, one, beliefs)
+            file.write(json.dumps(_line(image, one, beliefs, caption), ensure_ascii=False) + "\n")
+    result.files.append(out / "beliefs.jsonl")
+    if captioner.rewriter is not None:
+        book.put_into_other_words(ledger)
+    result.files += write_caption_files(captioner.source, book, out)
+    if shards is not None:
+        manifest = captioner.source.write_shards(shards, book, progress)
+        result.files.append(Path(manifest.uri))
+    (out / "report.json").write_text(json.dumps(result.as_dict(), indent=1, default=str) + "\n")
+    return result
+
+
+class _Book(Mapping[Image, str]):
+    """The captions: each a few numbers, of sentences that many share."""
+
+    def __init__(
+        self, captioner: Captioner, labels: AttributeLabels | None, result: CaptionResult
+    ) -> None:
+        self._captioner = captioner
+        self._labels = labels
+        self._result = result
+        self._writer = CaptionWriter(captioner.schema)
+        self._numbers: dict[str, int] = {}
+        self._words: list[str] = []
+        self._captions: dict[Image, tuple[int, ...]] = {}
+        self._free: dict[str, set[str]] = {}
+
+    def __getitem__(self, image: Image) -> str:
+        return " ".join(self._words[number] for number in self._captions[image])
+
+    def __iter__(self) -> Iterator[Image]:
+        return iter(self._captions)
+
+    def __len__(self) -> int:
+        return len(self._captions)
+
+    def write(self, image: Image, heard: Heard, beliefs: Mapping[str, Belief]) -> str | None:
+        """Write an image's caption, and count it; None: there is nothing sure enough."""
+        schema, result = self._captioner.schema, self._result
+        said = facts(beliefs, self._captioner.config.merge.threshold)
+        shown = {attribute.name for attribute in schema.shown(image[2])}
+        result.left_out += len(shown - said.keys())
+        result.sources.update(beliefs[name].source for name in said)
+        if self._labels is not None and result.score is not None:
+            result.score += score({image: said}, self._labels, schema)
+        for name, value in said.items():
+            if value not in schema.by_name[name].values:
+                self._free.setdefault(name, set()).add(value)
+        sentences = self._writer.sentences(said)
+        if not sentences:
+            result.without[heard.reason or "nothing sure enough"] += 1
+            return None
+        result.captions += 1
+        self._captions[image] = tuple(map(self._number, sentences))
+        return " ".join(sentences)
+
+    def put_into_other_words(self, ledger: Ledger) -> None:
+        """Ask the rewriting model about each distinct sentence; take what passes the check."""
+        rewriter = self._captioner.rewriter
+        assert rewriter is not None
+        finished = ledger.finished(self._captioner.final)
+        questions = Questions({TEXT: rewriting_prompt()}, [rewriter], finished)
+        hashes: dict[str, str] = {}
+
+        def report(asked: Asked) -> None:
+            hashes[asked.sample] = asked.image
+            for row in asked.rows:
+                spent = Spending(row.tokens_in + row.tokens_out, row.money)
+                self._result.totals.spent += spent
+
+        pictures = (Picture("", one, TEXT, one.encode()) for one in self._numbers)
+        purse = self._captioner.purse(self._result.totals.spent)
+        run_here(pictures, questions, ledger.folder, purse, report)
+        ledger.refresh()
+        check = RewriteCheck(self._captioner.schema, self._free)
+        for sentence, number in self._numbers.items():
+            row = ledger.get(questions.key(hashes[sentence], TEXT, rewriter))
+            if row is None or row.status != "answered":
+                continue
+            answer = " ".join(row.answer.split()).strip('"')
+            problem = check.problem(sentence, answer)
+            if problem is None:
+                self._words[number] = answer
+                self._result.rewritten += 1
+            else:
+                self._result.kept += 1
+                _log.debug("%r stays as it is: %r %s", sentence, answer, problem)
+
+    def _number(self, sentence: str) -> int:
+        number = self._numbers.setdefault(sentence, len(self._words))
+        if number == len(self._words):
+            self._words.append(sentence)
+        return number
+
+
+def write_caption_files(source: Source, texts: Texts, out: str | Path) -> list[Path]:
+    """Caption files in the public format, where the card looks for them below ``out``."""
+    entries: dict[Path, dict[str, str]] = {}
+    for split, samples in source.samples.items():
+        for number, modality in enumerate(source.benchmark.modalities):
+            path = Path(out) / caption_path(source.benchmark, split, modality)
+            of_file = entries.setdefault(path, {})
+            for sample in samples:
+                text = texts.get((split, sample.sample_id, modality))
+                if text is not None:
+                    of_file[source.item(split, sample, number)] = text
+    for path, of_file in entries.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        items = [{"item": item, "description": text} for item, text in of_file.items()]
+        path.write_text(json.dumps(items, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return list(entries)
+
+
+def caption_path(benchmark: Benchmark, split: str, modality: str) -> str:
+    """Where the card looks for a caption file; a place of the same kind where it does not say."""
+    pattern = getattr(benchmark.captions, split) if benchmark.captions else None
+    return (pattern or f"text/{split}_{{modality}}.json").format(modality=modality)
+
+
+def _line(
+    image: Image, heard: Heard, beliefs: Mapping[str, Belief], caption: str | None
+) -> dict[str, Any]:
+    """All that is held of an image, so that thresholds can be moved later."""
+    split, sample, modality = image
+    return {
+        "split": split,
+        "sample": sample,
+        "modality": modality,
+        "image": heard.image,
+        "caption": caption,
+        "reason": heard.reason or None,
+        "attributes": {
+            name: {
+                "value": belief.value,
+                "confidence": round(belief.confidence, 4),
+                "source": belief.source,
+                "candidates": {value: round(p, 4) for value, p in belief.candidates.items()},
+            }
+            for name, belief in beliefs.items()
+        },
+    }
