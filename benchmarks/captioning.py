@@ -167,13 +167,13 @@ def speed(job: CaptioningBenchmark) -> dict[str, Any]:
     with server(raw, job.latency_s) as url:
         killed = killed_run(job, raw, url, images)
     table = Table(title=f"{images} images, {job.latency_s * 1000:.0f} ms, {job.concurrency} calls")
-    for name in ("run", "s", "of ideal", "CPU s", "load", "MB at 10 %", "at 50 %", "at the end"):
+    for name in ("run", "s", "of ideal", "CPU s", "idle %", "MB at 10 %", "at 50 %", "at the end"):
         table.add_column(name, justify="right")
     for number, run in enumerate(runs):
         memory = [f"{value:.0f}" for value in run["memory_mb"]]
         table.add_row(
             f"{number}", f"{run['seconds']:.2f}", f"{run['seconds'] / ideal:.2f}",
-            f"{run['cpu_s']:.1f}", f"{run['load']:.1f}", *memory,
+            f"{run['cpu_s']:.1f}", f"{run['idle']:.0f}", *memory,
         )  # fmt: skip
     show(table)
     print(f"ideal {ideal:.2f} s; killed at {killed['paid_before']} answers, of which")
@@ -273,6 +273,8 @@ def scored(asked: Asked, models: list[ModelConfig], threshold: float, *, across:
 def server(raw: Path, latency_s: float) -> Iterator[str]:
     """The scripted endpoint in a process of its own; gives its URL."""
     words = [sys.executable, str(SERVER), "--source", str(raw), "--latency", str(latency_s)]
+    if latency_s:
+        words += ["--warm", FASTEST]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         assert process.stdout is not None
         try:
@@ -307,7 +309,7 @@ def words_of(job: CaptioningBenchmark, raw: Path, url: str, out: Path) -> list[s
 def one_run(job: CaptioningBenchmark, raw: Path, url: str, out: Path) -> dict[str, Any]:
     """Seconds of asking, CPU seconds, and resident memory on the way, of a fresh run."""
     shutil.rmtree(out, ignore_errors=True)
-    load = os.getloadavg()[0]
+    before, began = psutil.cpu_times(), time.monotonic()
     process = subprocess.Popen(
         words_of(job, raw, url, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT
     )
@@ -325,6 +327,8 @@ def one_run(job: CaptioningBenchmark, raw: Path, url: str, out: Path) -> dict[st
         time.sleep(0.1)
     if process.wait() != 0:
         raise RuntimeError(f"the run ended with code {process.returncode}")
+    cores = os.cpu_count() or 1
+    idle = (psutil.cpu_times().idle - before.idle) / (cores * (time.monotonic() - began))
     report = json.loads((out / "report.json").read_text())
     full = max(size for size, _ in rows)
     memory = [
@@ -334,7 +338,7 @@ def one_run(job: CaptioningBenchmark, raw: Path, url: str, out: Path) -> dict[st
         "seconds": report["totals"]["seconds"],
         "captions": report["captions"],
         "cpu_s": cpu,
-        "load": load,
+        "idle": 100 * idle,
         "memory_mb": memory,
     }
 

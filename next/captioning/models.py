@@ -41,8 +41,9 @@ class ModelConfig(Section):
     """Times that a model is asked again after an answer that cannot be read; these cost."""
     structured: Literal["auto", "json_schema", "json_object", "none"] = "auto"
     """How the form of the answer is demanded; auto: the strictest way that the endpoint takes."""
-    max_tokens: int = Field(default=1500, ge=16)
-    """Longest answer."""
+    max_tokens: int | None = Field(default=1500, ge=16)
+    """Longest answer; None: not sent (a model may want ``extra = { max_completion_tokens = ... }``
+    instead)."""
     temperature: float | None = Field(default=0.0, ge=0)
     """None: not sent, as some models refuse it."""
     seed: int | None = None
@@ -68,13 +69,8 @@ class ModelConfig(Section):
 
     def settings(self) -> dict[str, Any]:
         """What decides an answer beside image, prompt and model."""
-        fields: dict[str, Any] = {"max_tokens": self.max_tokens}
-        fields |= {
-            name: value
-            for name, value in (("temperature", self.temperature), ("seed", self.seed))
-            if value is not None
-        }
-        return fields | self.extra
+        fields = {name: getattr(self, name) for name in ("max_tokens", "temperature", "seed")}
+        return {name: value for name, value in fields.items() if value is not None} | self.extra
 
     def cost(self, tokens_in: int, tokens_out: int) -> Spending:
         """Tokens and their price."""

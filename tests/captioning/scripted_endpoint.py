@@ -160,6 +160,11 @@ class ScriptedEndpoint:
                     state = "blind" if shot[cause] else "good"
                     self._truth[hashlib.sha256(data).hexdigest()] = (modality, state, values)
 
+    def warm(self, model: str) -> None:
+        """Draw all answers of a model, so that a measurement of speed does not wait for it."""
+        for digest in self._truth:
+            self._answer(model, self.script.personas[model], digest, {}, None)
+
     async def serve(self, port: int = 0) -> asyncio.Server:
         server = await asyncio.start_server(self._connection, "127.0.0.1", port, limit=2**24)
         self.port = server.sockets[0].getsockname()[1]
@@ -471,8 +476,11 @@ def main() -> None:
     parser.add_argument("--source", type=Path, required=True)
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--latency", type=float, default=0.0)
+    parser.add_argument("--warm", help="model whose answers are drawn beforehand")
     options = parser.parse_args()
     endpoint = ScriptedEndpoint(options.source, Script(latency=options.latency))
+    if options.warm is not None:
+        endpoint.warm(options.warm)
 
     async def run() -> None:
         server = await endpoint.serve(options.port)

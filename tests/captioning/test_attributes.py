@@ -4,7 +4,7 @@ import pytest
 import tomli_w
 
 from next.captioning.attributes import NOT_VISIBLE, SCHEMAS, Attribute, load_schema
-from next.captioning.prompt import choices, prompt_for
+from next.captioning.prompt import choices
 from next.data.benchmark import load_card
 
 
@@ -50,25 +50,6 @@ def test_near_infrared_shows_no_colour_and_thermal_neither_colour_nor_light(name
     shown = {m: {one.name for one in schema.shown(m)} for m in ("RGB", "NI", "TI")}
     assert shown["RGB"] - shown["NI"] == colours
     assert shown["NI"] - shown["TI"] == {"time", "light"}
-
-
-def test_a_prompt_asks_for_nothing_that_the_spectrum_cannot_show(person):
-    visible, thermal = (prompt_for(person, spectrum) for spectrum in ("visible", "thermal"))
-    assert "upper_colour" in visible.user
-    assert "upper_colour" not in thermal.user
-    assert list(thermal.answer["properties"]) == [one.name for one in person.shown("TI")]
-    assert visible.hash != thermal.hash
-    assert visible.hash == prompt_for(load_schema("person"), "visible").hash
-
-
-def test_an_answer_has_a_closed_vocabulary_with_its_two_ways_out(person):
-    answer = prompt_for(person, "visible").answer
-    gender, upper = (answer["properties"][name] for name in ("gender", "upper"))
-    assert gender["properties"]["value"]["enum"] == ["male", "female", NOT_VISIBLE]
-    assert gender["required"] == ["value", "confidence"]
-    assert upper["properties"]["value"]["enum"][-2:] == ["other", NOT_VISIBLE]
-    assert upper["required"] == ["value", "other", "confidence"]
-    assert answer["additionalProperties"] is False
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from next.captioning.endpoint import Endpoint, data_url
-from next.captioning.models import ModelConfig, load_models
+from next.captioning.models import ModelConfig
 from next.captioning.parsing import parse_answer
 from next.captioning.prompt import prompt_for
 from tests.captioning.scripted_endpoint import PERSONAS, Persona, Script, scripted
@@ -200,52 +200,3 @@ def test_an_image_is_sent_as_what_it_is():
     assert data_url(b"\xff\xd8\xff").startswith("data:image/jpeg;base64,")
     assert data_url(b"\x89PNG\r\n").startswith("data:image/png;base64,")
     assert data_url(b"RIFF\0\0\0\0WEBPVP8").startswith("data:image/webp;base64,")
-
-
-MODELS = """
-[[models]]
-name = "one"
-base_url = "http://localhost:8000/v1"
-
-[[models]]
-name = "two"
-base_url = "https://host.invalid/v1/"
-api_key_env = "SOME_KEY"
-temperature = 0.5
-extra = { top_p = 0.9 }
-"""
-
-
-def test_models_are_read_from_a_file(tmp_path):
-    (tmp_path / "models.toml").write_text(MODELS)
-    one, two = load_models(tmp_path / "models.toml")
-    assert one.settings() == {"max_tokens": 1500, "temperature": 0.0}
-    assert two.settings() == {"max_tokens": 1500, "temperature": 0.5, "top_p": 0.9}
-    assert two.base_url == "https://host.invalid/v1"
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ('"two"', '"one"', "'one' stands twice"),
-        ("temperature", "temprature", "model two: temprature.*did you mean temperature"),
-        ("https://", "https://me:pass@", "must hold no user, password or query"),
-        ("v1/", "v1?key=1", "must hold no user, password or query"),
-        ("https://", "ftp://", "must be an http:// or https:// URL"),
-        ("[[models]]", "[[model]]", "did you mean models|models is required"),
-        ('"one"', "one", "is not valid TOML"),
-    ],
-)
-def test_a_file_of_models_that_is_wrong_is_refused(tmp_path, old, new, message):
-    (tmp_path / "models.toml").write_text(MODELS.replace(old, new))
-    with pytest.raises(ValueError, match=message):
-        load_models(tmp_path / "models.toml")
-    with pytest.raises(FileNotFoundError, match=r"did you mean models\.toml"):
-        load_models(tmp_path / "model.toml")
-
-
-def test_a_key_in_the_file_of_models_is_refused_and_not_repeated(tmp_path):
-    (tmp_path / "models.toml").write_text(MODELS.replace("SOME_KEY", "sk-secret-123"))
-    with pytest.raises(ValueError, match="must name an environment variable") as error:
-        load_models(tmp_path / "models.toml")
-    assert "secret" not in str(error.value)

@@ -63,6 +63,18 @@ def test_a_run_writes_captions_and_a_second_one_asks_nothing(demo_raw, models, t
     assert open_manifest(tmp_path / "shards").splits["train"].captions["RGB"] == 96
 
 
+def test_the_key_is_in_no_file_that_a_run_writes(demo_raw, models, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("CAPTION_KEY", "sk-secret-123")
+    with scripted(demo_raw, Script(key="sk-secret-123")) as server:
+        file = models(server.url, names=["scripted-large"], api_key_env="CAPTION_KEY")
+        assert run(demo_raw, file, tmp_path / "out", "--shards", str(tmp_path / "shards")) == 0
+        assert server.stats.keys == {"sk-secret-123"}
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) > 10
+    assert not [path for path in written if b"sk-secret" in path.read_bytes()]
+    assert "sk-secret" not in "".join(capfd.readouterr())
+
+
 def test_only_some_models_can_be_asked(demo_raw, models, tmp_path, capsys):
     with scripted(demo_raw) as server:
         file = models(server.url)
