@@ -7,7 +7,9 @@ checkpoint meets the test split once, at the end.
 
 from __future__ import annotations
 
+import gc
 import logging
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -296,15 +298,27 @@ def _run_trial(
         params=settings,
         tags={"next.kind": "trial", "next.seed": str(config.seed)},
     )
+    gc.collect()  # what the actor's last trial left in reference cycles
     with run:
-        try:
-            train(
-                config,
-                training_data(config, open_manifest(str(config.data.uri))),
-                TuneReporter(),
-                Worker(device=device(config)),
-                lambda metrics, step: run.log_metrics(metrics, step=step),
-            )
-        except SystemExit:  # how Tune ends a trial, pruned or at its last epoch
-            run.close("FINISHED")
-            raise
+        ended = _train_until_tune_ends_it(config, run)
+    if ended:
+        sys.exit(0)
+
+
+def _train_until_tune_ends_it(config: RunConfig, run: Run) -> bool:
+    """Train; True if Tune ended the trial, pruned or at its last epoch.
+
+    Tune ends a trial by ``SystemExit`` within its report and keeps the exception. It is dropped
+    here, because its traceback would hold network, optimizer and batches for the actor's life.
+    """
+    try:
+        train(
+            config,
+            training_data(config, open_manifest(str(config.data.uri))),
+            TuneReporter(),
+            Worker(device=device(config)),
+            lambda metrics, step: run.log_metrics(metrics, step=step),
+        )
+    except SystemExit:
+        return True
+    return False
