@@ -17,7 +17,8 @@ $(VENV)/.ready: requirements.txt pyproject.toml
 	@touch $@
 
 demo: $(VENV)/.ready ## the main job on embedded defaults: benchmark, shards, sweep, test, pictures
-	$(BIN)/python jobs/demo.py
+	@echo "starting; everything goes to demo/"
+	MALLOC_ARENA_MAX=1 $(BIN)/python jobs/demo.py
 
 test: lint ## lint, types and every test
 	$(BIN)/python -m pytest
