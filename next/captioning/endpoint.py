@@ -40,7 +40,11 @@ _REFUSAL = re.compile(
     re.IGNORECASE,
 )
 _OVERLOADED = (408, 409, 425, 429)
+_REFUSING = (400, 403, 413, 415, 422, 451)
+"""What an endpoint says to an image that it will not look at."""
 _NO_QUOTA = "insufficient_quota"
+_MODERATED = re.compile(r"moderat|flagged|policy|safety", re.IGNORECASE)
+"""Tells a 403 about an image from one about the key."""
 
 
 class Outcome(NamedTuple):
@@ -161,11 +165,16 @@ class Endpoint:
             except openai.APIStatusError as error:
                 self._raise_if_hopeless(error)
                 reason = self._clean(error)
-                if error.status_code not in _OVERLOADED and error.status_code < 500:
+                if error.status_code in _REFUSING:
                     return Outcome("refused", reason=reason), attempt
+                if error.status_code not in _OVERLOADED and error.status_code < 500:
+                    raise ValueError(
+                        f"{self.model.base_url}: {self.model.name} can no longer be asked "
+                        f"({reason}); mend the endpoint or the file of models, and run again"
+                    ) from None
                 if error.status_code == 429 or "retry-after" in error.response.headers:
                     self._gate.pause(_retry_after(error) or self._jittered(attempt))
-            except (openai.APIError, ValueError) as error:
+            except (openai.APIError, json.JSONDecodeError) as error:
                 reason = self._clean(error.__cause__ or error)
             if attempt <= self.model.retries:
                 await asyncio.sleep(self._jittered(attempt))
@@ -276,13 +285,14 @@ class Endpoint:
             )
 
     def _raise_if_hopeless(self, error: openai.APIStatusError) -> None:
-        if error.status_code in (401, 403):
+        moderated = error.status_code == 403 and _MODERATED.search(str(error))
+        if error.status_code in (401, 403) and not moderated:
             how = f"the key in {self.model.api_key_env}" if self._key else "a call without a key"
             raise PermissionError(
                 f"{self.model.base_url}: {how} was not accepted ({self._clean(error)}); "
                 f"mend api_key_env of model {self.model.name}, or the key"
             ) from None
-        if error.code == _NO_QUOTA:
+        if error.status_code == 402 or error.code == _NO_QUOTA:
             raise PermissionError(
                 f"{self.model.base_url}: the account's quota is used up ({self._clean(error)}); "
                 f"what was answered is in the ledger, so run again when there is more"

@@ -70,6 +70,12 @@ PERSONAS = {
     "scripted-small": Persona(error=0.08, blind_error=0.22, sure_wrong=(0.5, 0.95)),
     "scripted-other": Persona(error=0.07, blind_error=0.2, unseen=0.1, sure_right=(0.6, 0.95)),
 }
+ERRORS = {
+    "402": "Insufficient credits",
+    "403": "Your input was flagged by moderation",
+    "404": "The model has been unloaded",
+    "500": "The server had an error",
+}
 TROUBLES = (
     "429", "500", "slow", "cut_before", "cut_within", "broken_json", "wrong_schema",
     "copied_prompt", "not_a_completion", "fenced",
@@ -260,7 +266,7 @@ class ScriptedEndpoint:
         trouble = self.script.always or self._trouble(name)
         if trouble is not None:
             self.stats.troubles[trouble] += 1
-            if trouble in ("429", "500", "slow", "cut_before", "not_a_completion"):
+            if trouble.isdigit() or trouble in ("slow", "cut_before", "not_a_completion"):
                 return await self._lose(writer, trouble)
         if digest in self.script.declined:
             return await self._send(
@@ -299,8 +305,8 @@ class ScriptedEndpoint:
             return await self._error(
                 writer, 429, "Rate limit reached", {"retry-after": self.script.retry_after}
             )
-        if trouble == "500":
-            return await self._error(writer, 500, "The server had an error")
+        if trouble.isdigit():
+            return await self._error(writer, int(trouble), ERRORS[trouble])
         if trouble == "slow":
             await asyncio.sleep(self.script.slow)
             return False

@@ -114,6 +114,24 @@ def test_an_image_that_is_refused_is_not_sent_again(demo_raw, person, pictures):
     assert "can't help" in outcomes[1].reason
 
 
+def test_a_403_about_the_image_is_a_refusal(demo_raw, person, pictures):
+    with scripted(demo_raw, Script(always="403")) as server:
+        (outcome,) = ask(model(server.url), person, pictures[:1])
+    assert (outcome.status, outcome.requests) == ("refused", 1)
+
+
+@pytest.mark.parametrize(
+    ("trouble", "error", "message"),
+    [("402", PermissionError, "quota is used up"), ("404", ValueError, "can no longer be asked")],
+)
+def test_what_no_retry_can_mend_ends_the_run(demo_raw, person, pictures, trouble, error, message):
+    with (
+        scripted(demo_raw, Script(always=trouble)) as server,
+        pytest.raises(error, match=message),
+    ):
+        ask(model(server.url), person, pictures[:1])
+
+
 def test_the_key_comes_from_the_environment_and_is_written_nowhere(
     demo_raw, person, pictures, monkeypatch, caplog
 ):
