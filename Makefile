@@ -40,7 +40,10 @@ format: $(VENV)/.ready ## rewrite the code in the project's format
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.ready ## every measurement in benchmarks/
-	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+	$(BIN)/python benchmarks/ablation.py
+	$(BIN)/python benchmarks/captioning.py accuracy
+	$(BIN)/python benchmarks/captioning.py speed
+	$(BIN)/python benchmarks/footprint.py -- make demo
 
 clean: ## remove what the demo and the runs wrote (not .venv)
 	rm -rf demo runs data build dist
