@@ -13,16 +13,16 @@ from next.config import OptimConfig
 def build_optimizer(network: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """Adam or AdamW over four groups: visual tower or not, weight decay or not.
 
-    Norms, biases, embeddings and other vectors (fewer than two axes) are not decayed. Each group
+    Norms, biases (the experts' batched ones too) and embeddings are not decayed. Each group
     carries its name and its peak learning rate in ``peak_lr``.
     """
-    tower = {id(parameter) for parameter in network.get_submodule("backbone").parameters()}
+    tower = {id(parameter) for parameter in network.get_submodule("backbone.tower").parameters()}
     groups: dict[str, list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad:
             continue
         where = "tower" if id(parameter) in tower else "heads"
-        decays = parameter.ndim >= 2 and "embedding" not in name
+        decays = parameter.ndim >= 2 and not any(part in name for part in ("embedding", "bias"))
         groups.setdefault(where if decays else f"{where}_no_decay", []).append(parameter)
     optimizers = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
     return optimizers[config.name](

@@ -8,8 +8,10 @@ from next.training.optimizer import build_optimizer, lr_share, set_lr
 class Network(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.backbone = torch.nn.Linear(3, 3)
-        self.camera_embedding = torch.nn.Parameter(torch.zeros(2, 3))
+        self.backbone = torch.nn.Module()
+        self.backbone.tower = torch.nn.Linear(3, 3)
+        self.backbone.camera_embedding = torch.nn.Parameter(torch.zeros(2, 3))
+        self.bias_of_experts = torch.nn.Parameter(torch.zeros(2, 2))
         self.head = torch.nn.Linear(3, 2)
         self.frozen = torch.nn.Parameter(torch.zeros(1), requires_grad=False)
 
@@ -24,7 +26,11 @@ def test_groups_tell_tower_from_heads_and_decay_from_none():
         "heads": (1e-2, 0.1),
         "heads_no_decay": (1e-2, 0.0),
     }
-    assert [parameter.shape for parameter in groups["heads_no_decay"]["params"]] == [(2, 3), (2,)]
+    assert [parameter.shape for parameter in groups["heads_no_decay"]["params"]] == [
+        (2, 2),
+        (2, 3),
+        (2,),
+    ]
     grouped = sum(len(group["params"]) for group in groups.values())
     assert grouped == sum(parameter.requires_grad for parameter in network.parameters())
 
