@@ -8,6 +8,7 @@ import threading
 import time
 import urllib.request
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -151,7 +152,11 @@ def test_a_port_that_is_taken_is_an_error(tmp_path):
 
 def test_the_view_command_opens_a_folder(server):
     command = view_command(server.folder)
-    with subprocess.Popen(command, shell=True, stderr=subprocess.PIPE, text=True) as viewer:
+    # A job in the background of a shell starts with Ctrl-C ignored, and its children inherit that.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(
+        command, shell=True, stderr=subprocess.PIPE, text=True, preexec_fn=heed
+    ) as viewer:
         assert viewer.stderr is not None
         lines = [viewer.stderr.readline(), viewer.stderr.readline()]
         assert f"open {server.uri}" in "".join(lines)
