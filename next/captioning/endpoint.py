@@ -13,6 +13,7 @@ import re
 import time
 from typing import Any, Literal, NamedTuple
 
+import httpx2
 import openai
 from PIL import Image
 
@@ -78,13 +79,18 @@ class Endpoint:
         self._gate = _Gate(model, share)
         self._frames: dict[tuple[str, bool, Structured | None], tuple[bytes, bytes]] = {}
         self._random = random.Random()  # jitter only: nothing that is written depends on it
+        self._pattern: httpx2.Request | None = None
+        self._headers: list[tuple[str, str]] = []
+        # aiohttp's transport takes a third of the time of the default one.
+        self._http = openai.DefaultAioHttpClient(
+            timeout=model.timeout_s, event_hooks={"request": [self._keep_pattern]}
+        )
         self._client = openai.AsyncOpenAI(
             base_url=model.base_url,
             api_key=self._key or "none",
             max_retries=0,
             timeout=model.timeout_s,
-            # aiohttp's transport takes a third of the time of the default one.
-            http_client=openai.DefaultAioHttpClient(timeout=model.timeout_s),
+            http_client=self._http,
         )
 
     async def __aenter__(self) -> Endpoint:
@@ -105,7 +111,7 @@ class Endpoint:
             try:
                 await self._negotiate()
                 return
-            except openai.APIConnectionError as error:
+            except (openai.APIConnectionError, httpx2.HTTPError) as error:
                 if attempt == _PROBE_TRIES:
                     raise ConnectionError(
                         f"{self.model.base_url}: the endpoint of {self.model.name} cannot be "
@@ -174,16 +180,51 @@ class Endpoint:
                     ) from None
                 if error.status_code == 429 or "retry-after" in error.response.headers:
                     self._gate.pause(_retry_after(error) or self._jittered(attempt))
-            except (openai.APIError, json.JSONDecodeError) as error:
+            except (openai.APIError, httpx2.HTTPError, json.JSONDecodeError) as error:
                 reason = self._clean(error.__cause__ or error)
             if attempt <= self.model.retries:
                 await asyncio.sleep(self._jittered(attempt))
         return Outcome("failed", reason=reason), self.model.retries + 1
 
     async def _post(self, body: bytes) -> Any:
-        # Not chat.completions.create: its walk over the body and its types of answers take four
-        # times as long as all the rest of a call, and are not needed.
-        return await self._client.post("/chat/completions", content=body, cast_to=object)
+        """Send a body to the chat completions, and decode what comes back.
+
+        The maintained client builds and sends the first request, a probe. The others are copies
+        of it (its URL, headers, key and time-outs) with another body, and go through the same
+        HTTP client: to have every one built anew takes as long as all the rest of a call.
+        """
+        if self._pattern is None:
+            return await self._client.post("/chat/completions", content=body, cast_to=object)
+        response = await self._http.send(
+            httpx2.Request(
+                "POST",
+                self._pattern.url,
+                headers=self._headers,
+                content=body,
+                extensions=self._pattern.extensions,
+            )
+        )
+        if response.is_success:
+            return json.loads(response.content)
+        try:
+            problem = json.loads(response.content)
+        except ValueError:
+            problem = response.text
+        raise openai.APIStatusError(
+            f"Error code: {response.status_code} - {problem}",
+            response=response,
+            body=problem.get("error", problem) if isinstance(problem, dict) else problem,
+        )
+
+    async def _keep_pattern(self, request: httpx2.Request) -> None:
+        """Remember the first request to the chat completions."""
+        if request.method == "POST" and self._pattern is None:
+            self._pattern = request
+            self._headers = [
+                (name, value)
+                for name, value in request.headers.items()
+                if name.lower() != "content-length"
+            ]
 
     def _body(self, subject: bytes, prompt: Prompt, again: bool = False) -> bytes:
         """The request's JSON; all of it but the subject is encoded once."""
