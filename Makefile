@@ -21,10 +21,10 @@ demo: $(VENV)/.ready ## the main job on embedded defaults: benchmark, shards, sw
 	MALLOC_ARENA_MAX=1 $(BIN)/python jobs/demo.py
 
 test: lint ## lint, types and every test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-fast: $(VENV)/.ready ## the tests that take less than ten seconds each
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
 
 browser: ## Chromium for the tests that look at pages (Debian's package; needs root), else they are skipped
 	command -v chromium || (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null) \

@@ -26,6 +26,13 @@ TINY = {
 """Settings that train in a second."""
 
 
+def pytest_collection_modifyitems(items) -> None:
+    """Keep tests that start Ray in one process: two clusters on a machine disturb each other."""
+    for item in items:
+        if item.get_closest_marker("ray"):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+
+
 @pytest.fixture(scope="session")
 def demo_raw(tmp_path_factory) -> Path:
     from next.data.demo import DemoSize, write_demo

@@ -20,6 +20,7 @@ from tests.captioning.conftest import ROOT
 from tests.captioning.scripted_endpoint import Script, scripted
 
 pytestmark = [
+    pytest.mark.ray,
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),

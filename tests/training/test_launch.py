@@ -112,6 +112,7 @@ def run_script(folder: Path, config, **environment: str) -> subprocess.Completed
     )
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_two_workers_of_ray_train_come_to_what_one_process_comes_to(tiny_config, tmp_path):
     alone = launch(tiny_config)

@@ -48,6 +48,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_a_sweep_gives_a_parent_with_lean_children_a_leaderboard_and_one_test(
     tiny_config, tmp_path
