@@ -1,6 +1,16 @@
 """One tiny procedural benchmark, prepared once, for every test that needs real shards."""
 
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -70,3 +80,87 @@ def tiny_config(demo_shards, cache_folder, tmp_path) -> RunConfig:
             "run.name": "tiny",
         },
     )
+
+
+class S3Server(NamedTuple):
+    """A server that speaks S3 and checks signatures, and a user of it who may do everything."""
+
+    endpoint: str
+    environment: dict[str, str]
+    """Variables by which AWS tools find server and user."""
+
+    def client(self, service: str = "s3"):
+        import boto3
+
+        return boto3.client(
+            service,
+            endpoint_url=self.endpoint,
+            aws_access_key_id=self.environment["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=self.environment["AWS_SECRET_ACCESS_KEY"],
+            region_name="us-east-1",
+        )
+
+    def new_bucket(self) -> str:
+        """The URI of an empty bucket."""
+        name = f"bucket-{uuid.uuid4().hex[:12]}"
+        self.client().create_bucket(Bucket=name)
+        return f"s3://{name}"
+
+    def new_user(self, *actions: str) -> dict[str, str]:
+        """The environment of a user who may do only this, such as ``s3:Get*``."""
+        iam, name = self.client("iam"), f"user-{uuid.uuid4().hex[:12]}"
+        statement = {"Effect": "Allow", "Action": list(actions), "Resource": "*"}
+        policy = json.dumps({"Version": "2012-10-17", "Statement": [statement]})
+        iam.create_user(UserName=name)
+        key = iam.create_access_key(UserName=name)["AccessKey"]
+        iam.put_user_policy(UserName=name, PolicyName="may", PolicyDocument=policy)
+        keys = {
+            "AWS_ACCESS_KEY_ID": key["AccessKeyId"],
+            "AWS_SECRET_ACCESS_KEY": key["SecretAccessKey"],
+        }
+        return self.environment | keys
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory) -> Iterator[S3Server]:
+    """A real S3 server on loopback; the tests that want it in their environment take ``s3``."""
+    log = tmp_path_factory.mktemp("s3") / "server.log"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    endpoint = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file)
+    try:
+        for _ in range(600):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.1)
+        anybody = {
+            "AWS_ENDPOINT_URL": endpoint,
+            "AWS_ACCESS_KEY_ID": "first",
+            "AWS_SECRET_ACCESS_KEY": "first",
+            "AWS_REGION": "us-east-1",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+        user = S3Server(endpoint, anybody).new_user("s3:*", "iam:*")
+        # From now on every request's signature and rights are checked.
+        check = urllib.request.Request(
+            f"{endpoint}/moto-api/reset-auth", data=b"0", headers={"Content-Type": "text/plain"}
+        )
+        urllib.request.urlopen(check, timeout=60).close()
+        yield S3Server(endpoint, user)
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def s3(s3_server, monkeypatch) -> str:
+    """The URI of an empty bucket, whose server and user the environment names."""
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    return s3_server.new_bucket()

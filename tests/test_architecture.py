@@ -13,17 +13,18 @@ SOURCES = sorted(
 )
 LEVEL = {
     "config": 0,
-    "model": 1,
-    "data": 1,
-    "tracking": 1,
-    "evaluation": 2,
-    "captioning": 2,
-    "training": 3,
-    "tuning": 4,
-    "cli": 5,
+    "storage": 1,
+    "model": 2,
+    "data": 2,
+    "tracking": 2,
+    "evaluation": 3,
+    "captioning": 3,
+    "training": 4,
+    "tuning": 5,
+    "cli": 6,
 }
 HOMES = {
-    "pyarrow": ("next/data/shards.py",),
+    "pyarrow": ("next/storage.py", "next/data/shards.py"),
     "mlflow": ("next/tracking/",),
     "ray": (
         "next/training/launch.py",

@@ -14,7 +14,8 @@ from next.data.images import ImageReader
 from next.data.ingest import ScanOptions, scan
 from next.data.layout import Loaded, Sample
 from next.data.manifest import Findings
-from next.data.shards import Folder, Manifest, open_folder, write_shards
+from next.data.shards import Manifest, write_shards
+from next.storage import Folder, open_folder
 
 Texts = Mapping[tuple[str, str, str], str]
 """Captions by split, sample and modality."""

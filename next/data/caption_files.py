@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 
-from next.data.shards import Folder
 from next.data.wording import count, some
+from next.storage import Folder
 
 
 class CaptionFiles:

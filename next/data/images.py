@@ -11,7 +11,7 @@ from PIL import Image
 from next.data.benchmark import Benchmark
 from next.data.layout import Loaded, Sample
 from next.data.manifest import Skipped
-from next.data.shards import Folder
+from next.storage import Folder
 
 OnBad = Literal["fail", "skip"]
 """What becomes of a file that cannot be used: an error, or it is left out and listed."""

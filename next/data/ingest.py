@@ -21,8 +21,9 @@ from next.data.captions import split_sentences
 from next.data.images import ImageReader, OnBad, image_problem
 from next.data.layout import Sample
 from next.data.manifest import Findings, Skipped, SplitCounts, SplitEntry
-from next.data.shards import Folder, Manifest, open_folder, write_shards
+from next.data.shards import Manifest, write_shards
 from next.data.wording import SHOWN, count, some
+from next.storage import Folder, open_folder
 
 _log = logging.getLogger(__name__)
 

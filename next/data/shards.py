@@ -12,7 +12,7 @@ modality ``image_<modality>``, the encoded image (null: missing), and ``sentence
 caption's sentences (null: no caption). Images keep the bytes of their files, so nothing is lost and
 nothing is paid twice; tiles of one image are the exception (see :mod:`next.data.ingest`).
 
-This is the one home of pyarrow.
+Files are read and written through :mod:`next.storage`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.fs
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
@@ -53,77 +52,7 @@ from next.data.manifest import (
     parse_manifest,
     to_json,
 )
-
-
-class Folder(NamedTuple):
-    """A local folder or the prefix of an object store; paths below it have forward slashes."""
-
-    filesystem: Any
-    """``pyarrow.fs.FileSystem``."""
-    base: str
-    """Path on that file system."""
-    uri: str
-    """How the folder is named to users: an absolute path or ``s3://...``."""
-
-    def walk(self, below: str) -> dict[str, int]:
-        """Size in bytes of each file at any depth of a folder, by path from there, sorted.
-
-        Raises:
-            FileNotFoundError: there is no such folder; the message names its neighbours.
-        """
-        root = self._path(below)
-        selector = pa.fs.FileSelector(root, recursive=True)
-        try:
-            found = self.filesystem.get_file_info(selector)
-        except (FileNotFoundError, NotADirectoryError):
-            raise FileNotFoundError(
-                f"{self.uri}/{below}: there is no such folder{self._neighbours(below)}"
-            ) from None
-        prefix = len(root.rstrip("/")) + 1
-        files = {info.path[prefix:]: info.size for info in found if info.is_file}
-        return dict(sorted(files.items()))
-
-    def read(self, path: str) -> bytes:
-        """The bytes of a file.
-
-        Raises:
-            FileNotFoundError: there is no such file; the message names its neighbours.
-        """
-        try:
-            with self.filesystem.open_input_file(self._path(path)) as file:
-                return file.read()
-        except FileNotFoundError:
-            raise FileNotFoundError(
-                f"{self.uri}/{path}: there is no such file{self._neighbours(path)}"
-            ) from None
-
-    def _path(self, path: str) -> str:
-        return f"{self.base}/{path}" if path not in ("", ".") else self.base
-
-    def _neighbours(self, path: str) -> str:
-        parent, _, name = path.rpartition("/")
-        selector = pa.fs.FileSelector(self._path(parent), allow_not_found=True)
-        names = sorted(info.base_name for info in self.filesystem.get_file_info(selector))
-        close = near_matches(name, names)
-        if close:
-            return f"; did you mean {' or '.join(close)}?"
-        return f"; beside it are {', '.join(names[:10])}" if names else "; its parent has no files"
-
-
-def open_folder(uri: str | Path) -> Folder:
-    """A folder by local path or URI; that it exists shows when it is read.
-
-    Raises:
-        ValueError: the URI's scheme is not known.
-    """
-    if isinstance(uri, str) and "://" in uri:
-        try:
-            filesystem, base = pa.fs.FileSystem.from_uri(uri)
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{uri}: a local path or an s3:// URI is needed ({error})") from None
-        return Folder(filesystem, base.rstrip("/"), uri.rstrip("/"))
-    path = os.path.abspath(os.path.expanduser(uri))
-    return Folder(pa.fs.LocalFileSystem(), path, path)
+from next.storage import Folder, open_folder
 
 
 @dataclass(frozen=True)
@@ -210,7 +139,7 @@ class Manifest:
 
     def _parquet(self, split: str) -> Iterator[Any]:
         for shard in self.splits[self.resolve(split)].shards:
-            with self.folder.filesystem.open_input_file(self.folder._path(shard.file)) as file:
+            with self.folder.opened(shard.file) as file:
                 yield pq.ParquetFile(file)
 
 
@@ -454,15 +383,13 @@ def _schema(modalities: tuple[str, ...]) -> Any:
 def _check_shard(folder: Folder, shard: ShardEntry, expected: Any) -> None:
     where = f"{folder.uri}/{shard.file}"
     again = "prepare the data again"
-    info = folder.filesystem.get_file_info(folder._path(shard.file))
-    if not info.is_file:
+    size = folder.size(shard.file)
+    if size is None:
         raise FileNotFoundError(f"{where}: the manifest lists it, but it is not there; {again}")
-    if info.size != shard.bytes:
-        raise ValueError(
-            f"{where}: has {info.size} bytes, but the manifest says {shard.bytes}; {again}"
-        )
+    if size != shard.bytes:
+        raise ValueError(f"{where}: has {size} bytes, but the manifest says {shard.bytes}; {again}")
     try:
-        with folder.filesystem.open_input_file(folder._path(shard.file)) as file:
+        with folder.opened(shard.file) as file:
             parquet = pq.ParquetFile(file)
             found, rows = parquet.schema_arrow, parquet.metadata.num_rows
     except (pa.ArrowInvalid, OSError) as error:

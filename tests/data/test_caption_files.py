@@ -5,7 +5,7 @@ import pytest
 
 from next.data.caption_files import CaptionFiles, read_captions
 from next.data.captions import split_sentences
-from next.data.shards import open_folder
+from next.storage import open_folder
 
 CAPTIONS = Path(__file__).resolve().parents[2].parent / "shared" / "captions"
 ITEM = {"item": "a.jpg", "description": "A man."}

@@ -7,7 +7,7 @@ from PIL import Image
 
 from next.data.images import ImageReader, image_problem
 from next.data.layout import Sample
-from next.data.shards import open_folder
+from next.storage import open_folder
 
 
 def encoded(array: np.ndarray, kind: str = "PNG") -> bytes:

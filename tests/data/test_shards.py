@@ -19,7 +19,6 @@ from next.data.benchmark import Benchmark
 from next.data.layout import GROUP_ROWS, Loaded, Sample
 from next.data.manifest import VERSION, Findings, Skipped
 from next.data.shards import (
-    open_folder,
     open_manifest,
     read_matrix,
     write_matrix,
@@ -469,20 +468,6 @@ def test_the_uri_is_absolute(write, tmp_path, monkeypatch):
     write()
     monkeypatch.chdir(tmp_path)
     assert open_manifest("out").uri == str(tmp_path / "out")
-
-
-def test_a_folder_is_walked_in_sorted_order_through_links(tmp_path):
-    (tmp_path / "real" / "sub").mkdir(parents=True)
-    for name in ("b", "a", "sub/c"):
-        (tmp_path / "real" / name).write_text(name)
-    (tmp_path / "link").symlink_to(tmp_path / "real")
-    assert open_folder(tmp_path).walk("link") == {"a": 1, "b": 1, "sub/c": 5}
-    assert list(open_folder(tmp_path / "link").walk(".")) == ["a", "b", "sub/c"]
-
-
-def test_an_unknown_scheme_is_refused():
-    with pytest.raises(ValueError, match=r"ftps://x: a local path or an s3:// URI is needed"):
-        open_folder("ftps://x")
 
 
 def test_a_matrix_is_read_back_from_its_mapped_file(tmp_path):

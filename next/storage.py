@@ -1,0 +1,417 @@
+"""Folders on this machine or in an object store, read and written alike.
+
+``s3://bucket/prefix`` is any server that speaks S3. Credentials, region and endpoint come from the
+environment as every AWS tool reads them (``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``,
+``AWS_SESSION_TOKEN``, ``AWS_REGION``, ``AWS_ENDPOINT_URL``, the files in ``~/.aws``); endpoint and
+region also from the URI: ``s3://bucket/prefix?endpoint_override=host:9000&scheme=http&region=x``.
+
+What can be relied on:
+
+* A **file** appears whole, under its name, or not at all: locally by a temporary name and a rename,
+  in an object store because an object is there only when its upload is complete.
+* A **folder** appears whole only on this machine (:meth:`Folder.download`). An object store knows
+  no folders and cannot rename them, so whoever writes several files writes last the one that says
+  that the others are there (a manifest, a marker; ``last`` of :meth:`Folder.upload`), and whoever
+  reads looks for that one first.
+* Nothing waits for long: an endpoint that does not answer is an error within a minute.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
+
+import pyarrow as pa
+import pyarrow.fs
+
+from next.config import near_matches
+
+CONNECT_SECONDS = 5.0
+"""How long a connection may take."""
+SILENT_SECONDS = 15.0
+"""How long a server may say nothing."""
+ATTEMPTS = 3
+"""How often a request is tried in all."""
+THREADS = 8
+"""Files that are copied at a time."""
+_OPTIONS = ("endpoint_override", "scheme", "region")
+_REFUSED = ("ACCESS_DENIED", "SIGNATURE_DOES_NOT_MATCH", "INVALID_ACCESS_KEY_ID", "EXPIRED_TOKEN")
+"""Arrow's names for what a server says to credentials, in the order of rising precision."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A local folder or the prefix of an object store; paths below it have forward slashes.
+
+    All methods raise, beside what they name:
+
+    * ``FileNotFoundError``: the bucket does not exist;
+    * ``PermissionError``: credentials are refused, or do not allow it, or the folder is read-only;
+    * ``ConnectionError``: the endpoint cannot be reached or does not answer.
+    """
+
+    filesystem: Any
+    """``pyarrow.fs.FileSystem``."""
+    base: str
+    """Path on that file system."""
+    uri: str
+    """How the folder is named to users: an absolute path or ``s3://bucket/prefix``."""
+    options: str = ""
+    """What followed the URI's question mark."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it lies on this machine (or looks so: a mounted share), so that paths work."""
+        return isinstance(self.filesystem, pa.fs.LocalFileSystem)
+
+    @property
+    def address(self) -> str:
+        """What :func:`open_folder` opens this folder from, on any machine that sees it."""
+        return f"{self.uri}?{self.options}" if self.options else self.uri
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as its address, without credentials: who unpickles it brings their own."""
+        return open_folder, (self.address,)
+
+    def below(self, path: str) -> Folder:
+        """The folder at a path below this one."""
+        return Folder(self.filesystem, self._path(path), f"{self.uri}/{path}", self.options)
+
+    def walk(self, below: str = "") -> dict[str, int]:
+        """Size in bytes of each file at any depth of a folder, by path from there, sorted.
+
+        Raises:
+            FileNotFoundError: there is no such folder; the message names its neighbours.
+        """
+        return {path: info.size for path, info in self.infos(below).items()}
+
+    def infos(self, below: str = "") -> dict[str, Any]:
+        """The same with ``pyarrow.fs.FileInfo``: ``size`` and ``mtime_ns``."""
+        root = self._path(below)
+        with self._errors(below):
+            try:
+                found = self.filesystem.get_file_info(pa.fs.FileSelector(root, recursive=True))
+            except (FileNotFoundError, NotADirectoryError):
+                raise FileNotFoundError(
+                    f"{self._name(below)}: there is no such folder{self._neighbours(below)}"
+                ) from None
+        prefix = len(root.rstrip("/")) + 1
+        return {info.path[prefix:]: info for info in sorted(found, key=_path_of) if info.is_file}
+
+    def names(self, below: str = "") -> list[str]:
+        """Files and folders directly in a folder, sorted; none if there is no such folder."""
+        selector = pa.fs.FileSelector(self._path(below), allow_not_found=True)
+        with self._errors(below):
+            return sorted(info.base_name for info in self.filesystem.get_file_info(selector))
+
+    def size(self, path: str) -> int | None:
+        """Bytes of a file; None: there is no such file."""
+        with self._errors(path):
+            info = self.filesystem.get_file_info(self._path(path))
+        return int(info.size) if info.is_file else None
+
+    def read(self, path: str) -> bytes:
+        """The bytes of a file.
+
+        Raises:
+            FileNotFoundError: there is no such file; the message names its neighbours.
+        """
+        with self.opened(path) as file:
+            data: bytes = file.read()
+        return data
+
+    @contextmanager
+    def opened(self, path: str) -> Iterator[Any]:
+        """A file to read from in any order, as ``pyarrow.NativeFile``.
+
+        Raises:
+            FileNotFoundError: there is no such file; the message names its neighbours.
+        """
+        with self._errors(path):
+            try:
+                file = self.filesystem.open_input_file(self._path(path))
+            except FileNotFoundError:
+                raise FileNotFoundError(
+                    f"{self._name(path)}: there is no such file{self._neighbours(path)}"
+                ) from None
+        with file:
+            yield file
+
+    def write(self, path: str, data: bytes) -> None:
+        """Write a file, whole or not at all; an older one of its name is replaced."""
+        with self._errors(path, writing=True):
+            if self.is_local:
+                _replace(Path(self._path(path)), lambda draft: draft.write_bytes(data))
+                return
+            self._put(path, lambda stream: stream.write(data))
+
+    def require_writable(self) -> None:
+        """Write and remove a file, so that work that could not be kept is not begun."""
+        probe = f".writable-{os.getpid()}"
+        self.write(probe, b"")
+        self.delete(probe)
+
+    def delete(self, path: str) -> None:
+        """Remove a file; none of that name is no error."""
+        with self._errors(path, writing=True):
+            try:
+                self.filesystem.delete_file(self._path(path))
+            except FileNotFoundError:
+                return
+
+    def delete_tree(self, below: str = "") -> None:
+        """Remove a folder and all in it; none of that name is no error.
+
+        In an object store the files go one by one: remove first the one that says that the others
+        are there.
+        """
+        with self._errors(below, writing=True):
+            try:
+                if self.is_local:
+                    shutil.rmtree(self._path(below))
+                else:
+                    self.filesystem.delete_dir(self._path(below))
+            except FileNotFoundError:
+                return
+
+    def upload(self, source: str | Path, path: str) -> None:
+        """Copy one local file, whole or not at all."""
+        with self._errors(path, writing=True):
+            if self.is_local:
+                _replace(Path(self._path(path)), lambda draft: shutil.copyfile(source, draft))
+                return
+            with open(source, "rb") as file:
+                self._put(path, lambda stream: stream.upload(file))
+
+    def upload_tree(
+        self, source: str | Path, below: str = "", *, last: Collection[str] = ()
+    ) -> None:
+        """Copy all files of a local folder, several at a time.
+
+        Args:
+            source: the local folder.
+            below: folder to copy them to; files that are there already under other names stay.
+            last: paths of files that are copied when all others are there.
+        """
+        paths = [
+            file.relative_to(source).as_posix()
+            for file in sorted(Path(source).rglob("*"))
+            if file.is_file()
+        ]
+        target = self.below(below) if below else self
+        with ThreadPoolExecutor(THREADS) as pool:
+            first = [path for path in paths if path not in last]
+            list(pool.map(lambda path: target.upload(Path(source, path), path), first))
+        for path in paths:
+            if path in last:
+                target.upload(Path(source, path), path)
+
+    def download_tree(self, below: str, target: str | Path) -> Path:
+        """Copy a folder to this machine; it appears whole, by a rename, or not at all.
+
+        Args:
+            below: the folder to copy.
+            target: local folder, which must not be there yet (or be empty).
+
+        Raises:
+            FileNotFoundError: there is no such folder; the message names its neighbours.
+            OSError: the target is there and not empty, or cannot be written.
+        """
+        target = Path(target)
+        draft = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        source = self.below(below) if below else self
+        paths = list(self.walk(below))
+
+        def fetch(path: str) -> None:
+            local = draft / path
+            local.parent.mkdir(parents=True, exist_ok=True)
+            with source.opened(path) as file:
+                file.download(str(local))
+
+        try:
+            draft.mkdir(parents=True)
+            with ThreadPoolExecutor(THREADS) as pool:
+                list(pool.map(fetch, paths))
+            draft.replace(target)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+        return target
+
+    def _put(self, path: str, fill: Callable[[Any], Any]) -> None:
+        """Write an object; not with ``pyarrow.fs.copy_files``, which hides errors of closing."""
+        stream = self.filesystem.open_output_stream(self._path(path))
+        try:
+            fill(stream)
+        except BaseException:
+            with suppress(OSError):  # closing it makes an object of what was written so far
+                stream.close()
+                self.filesystem.delete_file(self._path(path))
+            raise
+        stream.close()
+
+    def _path(self, path: str) -> str:
+        return f"{self.base}/{path}" if path not in ("", ".") else self.base
+
+    def _name(self, path: str) -> str:
+        return f"{self.uri}/{path}" if path not in ("", ".") else self.uri
+
+    def _neighbours(self, path: str) -> str:
+        parent, _, name = path.rpartition("/")
+        selector = pa.fs.FileSelector(self._path(parent), allow_not_found=self.is_local)
+        try:
+            names = sorted(info.base_name for info in self.filesystem.get_file_info(selector))
+        except FileNotFoundError:  # a missing bucket is another error, and is let through
+            names = []
+        close = near_matches(name, names)
+        if close:
+            return f"; did you mean {' or '.join(close)}?"
+        return f"; beside it are {', '.join(names[:10])}" if names else "; its parent has no files"
+
+    @contextmanager
+    def _errors(self, path: str, *, writing: bool = False) -> Iterator[None]:
+        """Says in the user's terms what Arrow and the system say in theirs."""
+        try:
+            yield
+        except OSError as error:
+            told = (
+                _local_error(error, self._name(path), writing)
+                if self.is_local
+                else self._s3_error(error, self._name(path), writing)
+            )
+            if told is None:
+                raise
+            raise told from None
+
+    def _s3_error(self, error: OSError, name: str, writing: bool) -> OSError | None:
+        text = str(error)
+        bucket = self.base.partition("/")[0]
+        if "NO_SUCH_BUCKET" in text:
+            return FileNotFoundError(
+                f"{name}: there is no bucket {bucket!r} on {self._endpoint()}; create it, or mend "
+                f"the URI"
+            )
+        if "NETWORK_CONNECTION" in text or "REQUEST_TIMEOUT" in text:
+            return ConnectionError(
+                f"{name}: {self._endpoint()} cannot be reached "
+                f"({text.rpartition('operation: ')[2].partition(';')[0]}); check AWS_ENDPOINT_URL "
+                f"or endpoint_override, and that the server runs"
+            )
+        refused = [word for word in _REFUSED if word in text]
+        if refused == ["ACCESS_DENIED"]:  # HEAD has no body to give the reason in; a list has
+            refused += [word for word in _REFUSED[1:] if word in self._listing_error()]
+        if refused == ["ACCESS_DENIED"] and writing:
+            return PermissionError(
+                f"{name} is read-only for these credentials; write elsewhere, or get the right to "
+                f"write there"
+            )
+        if refused:
+            return PermissionError(
+                f"{name}: {self._endpoint()} refuses the credentials ({refused[-1]}); check "
+                f"AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and that they may read the bucket"
+            )
+        return None
+
+    def _listing_error(self) -> str:
+        try:
+            self.filesystem.get_file_info(pa.fs.FileSelector(self.base, allow_not_found=True))
+        except OSError as error:
+            return str(error)
+        return ""
+
+    def _endpoint(self) -> str:
+        return _endpoint(dict(parse_qsl(self.options))) or "AWS"
+
+
+def open_folder(uri: str | Path) -> Folder:
+    """A folder by local path or URI; that it exists shows when it is read.
+
+    Raises:
+        ValueError: the URI's scheme or one of its options is not known, or it holds credentials.
+    """
+    if isinstance(uri, str) and uri.startswith("s3://"):
+        return _open_s3(uri)
+    if isinstance(uri, str) and "://" in uri:
+        try:
+            filesystem, base = pa.fs.FileSystem.from_uri(uri)
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{uri}: a local path or an s3:// URI is needed ({error})") from None
+        local = isinstance(filesystem, pa.fs.LocalFileSystem)
+        return Folder(filesystem, base.rstrip("/"), base if local else uri.rstrip("/"))
+    path = os.path.abspath(os.path.expanduser(uri))
+    return Folder(pa.fs.LocalFileSystem(), path, path)
+
+
+def _open_s3(uri: str) -> Folder:
+    parts = urlsplit(uri)
+    if "@" in parts.netloc:
+        raise ValueError(
+            f"s3://...@{parts.netloc.rpartition('@')[2]}{parts.path}: a URI must not hold "
+            f"credentials, since it is logged and stored; set AWS_ACCESS_KEY_ID and "
+            f"AWS_SECRET_ACCESS_KEY"
+        )
+    if not parts.netloc:
+        raise ValueError(f"{uri}: a bucket is needed, as in s3://bucket/prefix")
+    options = dict(parse_qsl(parts.query))
+    for name in options:
+        if name not in _OPTIONS:
+            close = near_matches(name, list(_OPTIONS)) or list(_OPTIONS)
+            raise ValueError(f"{uri}: there is no option {name!r}; did you mean {close[0]}?")
+    endpoint = _endpoint(options)
+    scheme, _, host = endpoint.rpartition("://")
+    filesystem = pa.fs.S3FileSystem(
+        endpoint_override=host or None,
+        scheme=scheme or None,
+        region=options.get("region") or os.environ.get("AWS_REGION"),
+        connect_timeout=CONNECT_SECONDS,
+        request_timeout=SILENT_SECONDS,
+        retry_strategy=pa.fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
+        allow_delayed_open=True,  # a small object is then one request and not three
+    )
+    place = f"{parts.netloc}{parts.path}".rstrip("/")
+    return Folder(filesystem, place, f"s3://{place}", parts.query)
+
+
+def _endpoint(options: dict[str, str]) -> str:
+    """The endpoint with its scheme; empty: AWS itself."""
+    given = (
+        options.get("endpoint_override")
+        or os.environ.get("AWS_ENDPOINT_URL_S3")
+        or os.environ.get("AWS_ENDPOINT_URL")
+        or ""
+    )
+    if not given or "://" in given:
+        return given.rstrip("/")
+    return f"{options.get('scheme', 'https')}://{given}".rstrip("/")
+
+
+def _local_error(error: OSError, name: str, writing: bool) -> OSError | None:
+    # PermissionError and "read-only file system" are one thing to who wants to write there.
+    if writing and error.strerror and (isinstance(error, PermissionError) or error.errno == 30):
+        return PermissionError(
+            f"{name} cannot be written ({error.strerror}); choose another folder, or get the right "
+            f"to write there"
+        )
+    return None
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Call ``write`` with a temporary name beside ``path``, then rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        write(draft)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _path_of(info: Any) -> str:
+    path: str = info.path
+    return path

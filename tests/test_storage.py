@@ -1,0 +1,231 @@
+import os
+import pickle
+import socket
+from pathlib import Path
+
+import pytest
+
+from next import storage
+from next.storage import open_folder
+
+
+@pytest.fixture(params=["local", "s3"])
+def folder(request, tmp_path):
+    """A folder that does not exist yet, local or in a bucket."""
+    if request.param == "local":
+        return open_folder(tmp_path / "folder")
+    return open_folder(request.getfixturevalue("s3") + "/folder")
+
+
+def fill(folder, names=("b", "a", "sub/c")) -> None:
+    for name in names:
+        folder.write(name, name.encode())
+
+
+def test_what_is_written_is_read_and_listed_the_same_everywhere(folder):
+    fill(folder)
+    assert folder.walk() == {"a": 1, "b": 1, "sub/c": 5}
+    assert list(folder.walk()) == ["a", "b", "sub/c"]
+    assert folder.walk("sub") == folder.below("sub").walk() == {"c": 5}
+    assert folder.names() == ["a", "b", "sub"]
+    assert folder.names("nowhere") == []
+    assert folder.read("sub/c") == folder.below("sub").read("c") == b"sub/c"
+    assert (folder.size("sub/c"), folder.size("sub"), folder.size("d")) == (5, None, None)
+    with folder.opened("sub/c") as file:
+        file.seek(4)
+        assert file.read() == b"c"
+    assert not folder.is_local or sorted(os.listdir(folder.base)) == ["a", "b", "sub"]
+
+
+def test_a_file_is_replaced_whole(folder):
+    folder.write("a", b"long content")
+    folder.write("a", b"new")
+    assert folder.read("a") == b"new"
+
+
+def test_what_is_deleted_is_gone_and_deleting_it_again_is_no_error(folder):
+    fill(folder)
+    folder.delete("a")
+    folder.delete("a")
+    assert list(folder.walk()) == ["b", "sub/c"]
+    folder.delete_tree("sub")
+    folder.delete_tree("sub")
+    assert folder.names() == ["b"]
+    folder.delete_tree()
+    assert folder.names() == []
+
+
+def test_a_tree_goes_up_and_comes_down_again(folder, tmp_path):
+    local = tmp_path / "local"
+    fill(open_folder(local), ("manifest.json", "a", "sub/deep/c"))
+    folder.write("copy/other", b"stays")
+    folder.upload_tree(local, "copy", last=("manifest.json",))
+    assert list(folder.walk("copy")) == ["a", "manifest.json", "other", "sub/deep/c"]
+    back = folder.download_tree("copy", tmp_path / "back")
+    assert {path.name for path in tmp_path.iterdir()} - {"folder"} == {"local", "back"}
+    assert open_folder(back).walk() == folder.walk("copy")
+    assert (back / "sub/deep/c").read_bytes() == b"sub/deep/c"
+
+
+def test_the_marker_goes_up_last(folder, tmp_path, monkeypatch):
+    local = tmp_path / "local"
+    fill(open_folder(local), ("a-marker", "b", "c"))
+    order = []
+    upload = storage.Folder.upload
+    monkeypatch.setattr(
+        storage.Folder,
+        "upload",
+        lambda self, source, path: (order.append(path), upload(self, source, path)),
+    )
+    folder.upload_tree(local, last=("a-marker",))
+    assert (sorted(order[:2]), order[2]) == (["b", "c"], "a-marker")
+
+
+def test_a_download_that_fails_leaves_nothing(folder, tmp_path):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").write_text("mine")
+    fill(folder)
+    with pytest.raises(OSError, match="taken"):
+        folder.download_tree("", tmp_path / "taken")
+    assert {path.name for path in tmp_path.iterdir()} - {"folder"} == {"taken"}
+    assert (tmp_path / "taken" / "file").read_text() == "mine"
+
+
+def test_an_upload_that_is_interrupted_leaves_no_object(s3):
+    folder = open_folder(s3)
+
+    def interrupt(stream):
+        stream.write(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        folder._put("a", interrupt)
+    assert folder.names() == []
+
+
+def test_a_missing_file_or_folder_is_named_with_its_neighbours(folder):
+    fill(folder, ("train.json", "text/train_RGB.json"))
+    with pytest.raises(FileNotFoundError, match=r"folder/trian\.json: .*did you mean train\.json"):
+        folder.read("trian.json")
+    with pytest.raises(FileNotFoundError, match=r"folder/tent: there is no such folder; did you"):
+        folder.walk("tent")
+    with pytest.raises(FileNotFoundError, match=r"no such file; its parent has no files"):
+        folder.read("x/y/z")
+
+
+def test_a_folder_is_pickled_without_credentials(folder):
+    fill(folder)
+    pickled = pickle.dumps(folder)
+    assert os.environ.get("AWS_SECRET_ACCESS_KEY", "secret").encode() not in pickled
+    assert pickle.loads(pickled).read("a") == b"a"
+
+
+def test_a_folder_is_walked_through_links(tmp_path):
+    fill(open_folder(tmp_path / "real"))
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert open_folder(tmp_path).walk("link") == {"a": 1, "b": 1, "sub/c": 5}
+    assert list(open_folder(tmp_path / "link").walk(".")) == ["a", "b", "sub/c"]
+
+
+def test_a_file_uri_is_a_local_folder(tmp_path):
+    fill(open_folder(f"file://{tmp_path}"))
+    assert open_folder(tmp_path).read("sub/c") == b"sub/c"
+
+
+def test_the_endpoint_may_stand_in_the_uri(s3, s3_server, monkeypatch):
+    fill(open_folder(s3))
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    host = s3_server.endpoint.removeprefix("http://")
+    for query in (
+        f"endpoint_override={host}&scheme=http",
+        f"endpoint_override={s3_server.endpoint}&region=us-east-1",
+    ):
+        folder = open_folder(f"{s3}/sub?{query}")
+        assert folder.read("c") == b"sub/c"
+        assert folder.uri == f"{s3}/sub"
+        assert pickle.loads(pickle.dumps(folder)).read("c") == b"sub/c"
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("ftps://x", r"ftps://x: a local path or an s3:// URI is needed"),
+        ("s3:///x", r"a bucket is needed, as in s3://bucket/prefix"),
+        ("s3://b/x?endpoint=h", r"no option 'endpoint'; did you mean endpoint_override\?"),
+        ("s3://key:topsecret@b/x", r"s3://\.\.\.@b/x: a URI must not hold credentials"),
+    ],
+)
+def test_a_uri_that_cannot_be_opened_is_refused(uri, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        open_folder(uri)
+    assert "topsecret" not in str(refused.value)
+
+
+def every_method(folder, local: Path):
+    """All ways to touch a folder."""
+    local.mkdir(exist_ok=True)
+    (local / "f").write_text("f")
+    yield lambda: folder.read("a")
+    yield lambda: folder.walk("a")
+    yield lambda: folder.write("a", b"")
+    yield lambda: folder.upload(local / "f", "a")
+    yield lambda: folder.upload_tree(local, "a")
+    yield folder.require_writable
+
+
+def test_a_bucket_that_does_not_exist_is_named(s3, tmp_path):
+    folder = open_folder("s3://no-such-bucket/prefix")
+    for touch in every_method(folder, tmp_path / "up"):
+        with pytest.raises(FileNotFoundError, match=r"no bucket 'no-such-bucket' on http://127"):
+            touch()
+
+
+def test_wrong_credentials_are_refused_by_name(s3, tmp_path, monkeypatch):
+    fill(open_folder(s3))
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    for touch in every_method(open_folder(s3), tmp_path / "up"):
+        with pytest.raises(
+            PermissionError, match=r"refuses the credentials \(SIGNATURE_DOES_NOT_MATCH\); check"
+        ):
+            touch()
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+    with pytest.raises(PermissionError, match=r"refuses the credentials \(INVALID_ACCESS_KEY_ID"):
+        open_folder(s3).read("a")
+
+
+def test_a_destination_that_may_only_be_read_is_said_to_be_so(s3, s3_server, tmp_path, monkeypatch):
+    fill(open_folder(s3))
+    for name, value in s3_server.new_user("s3:Get*", "s3:List*").items():
+        monkeypatch.setenv(name, value)
+    folder = open_folder(s3)
+    assert folder.read("a") == b"a"
+    with pytest.raises(PermissionError, match=r"/a is read-only for these credentials"):
+        folder.write("a", b"")
+    (tmp_path / "x").write_text("x")
+    with pytest.raises(PermissionError, match=r"/x is read-only for these credentials"):
+        folder.upload(tmp_path / "x", "x")
+    with pytest.raises(PermissionError, match=r"is read-only for these credentials"):
+        folder.require_writable()
+
+
+def test_a_local_destination_that_cannot_be_written_is_said_to_be_so():
+    folder = open_folder("/sys")  # nobody creates files there, not even root
+    with pytest.raises(PermissionError, match=r"/sys/.* cannot be written .*choose another"):
+        folder.require_writable()
+
+
+def test_an_endpoint_that_refuses_or_says_nothing_is_an_error_soon(s3, tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "SILENT_SECONDS", 1.0)
+    monkeypatch.setattr(storage, "ATTEMPTS", 1)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        port = silent.getsockname()[1]
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        for touch in every_method(open_folder(s3), tmp_path / "up"):
+            with pytest.raises(
+                ConnectionError, match=rf"http://127.0.0.1:{port} cannot be reached"
+            ):
+                touch()
+        silent.listen()
+        with pytest.raises(ConnectionError, match=r"cannot be reached .*(slow|Timeout)"):
+            open_folder(s3).read("a")
