@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import time
 import traceback
@@ -30,6 +31,22 @@ REQUIRED: Any = tyro.MISSING
 DEMO_CARD = Path(__file__).resolve().parents[1] / "datasets" / "demo.toml"
 """Card of the procedural benchmark, in a checkout of the project."""
 
+_OUTSIDE = frozenset(
+    [
+        "check",
+        "checkpoint",
+        "data",
+        "figures",
+        "folder",
+        "labels",
+        "ledger",
+        "out",
+        "shards",
+        "source",
+    ]
+)
+"""Fields of jobs that name data or results, which are never part of the project's own files."""
+
 Job = TypeVar("Job")
 
 Settings = Annotated[RunConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
@@ -40,10 +57,11 @@ def parse(job: type[Job], argv: Sequence[str], *, default: Job | None = None) ->
     """Read ``argv`` into ``job``; a wrong flag ends the process with code 2 and the near match.
 
     Raises:
-        ValueError: flags that are fine one by one but do not fit each other.
+        ValueError: flags that are fine one by one but do not fit each other, or a folder that a
+            Ray job would not find or would lose (:func:`refuse_fleeting`).
     """
     settings: dict[str, Any] = {} if default is None else {"default": default}
-    return tyro.cli(
+    parsed = tyro.cli(
         job,
         args=[_underscored(word) for word in argv],
         prog=Path(sys.argv[0]).name,
@@ -51,6 +69,29 @@ def parse(job: type[Job], argv: Sequence[str], *, default: Job | None = None) ->
         use_underscores=True,
         **settings,
     )
+    for name, value in vars(parsed).items():
+        if name in _OUTSIDE and value is not None:
+            refuse_fleeting(f"--{name}", value)
+        elif isinstance(value, RunConfig) and "data" in vars(parsed):
+            refuse_fleeting("run.storage_path", value.run.storage_path)
+            refuse_fleeting("data.cache", value.data.cache)
+    return parsed
+
+
+def refuse_fleeting(name: str, path: str | Path | None) -> None:
+    """In a job of ``ray job submit``, refuse a relative folder of data or results.
+
+    Raises:
+        ValueError: it would be looked up in the copy of the project in which Ray runs the job;
+            data are not copied, and what a run writes there is deleted with the copy.
+    """
+    in_ray_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    if in_ray_job and path is not None and not str(path).startswith(("/", "~", "s3://")):
+        raise ValueError(
+            f"{name} must be an absolute path or s3:// address in a Ray job, because Ray runs it "
+            f"in a copy of the project that holds no data and is deleted afterwards, but got "
+            f"{str(path)!r}; give a folder that every node of the cluster sees"
+        )
 
 
 def named_options(argv: Sequence[str], *names: str) -> dict[str, str]:
@@ -68,10 +109,12 @@ def run_defaults(argv: Sequence[str]) -> RunConfig:
     The recipe is that of ``--card`` where it is given, else of the card within the shards.
 
     Raises:
-        ValueError: card and shards are of different benchmarks, or a recipe does not fit.
+        ValueError: card and shards are of different benchmarks, a recipe does not fit, or the
+            shards are named by a relative path in a Ray job.
         FileNotFoundError: one of the files is missing.
     """
     named = named_options(argv, "card", "data", "recipe")
+    refuse_fleeting("--data", named.get("data"))
     card = load_card(named["card"]) if "card" in named else None
     stored = open_manifest(named["data"]).benchmark if "data" in named else None
     if card is not None and stored is not None and card.name != stored.name:

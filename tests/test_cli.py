@@ -103,3 +103,41 @@ def test_progress_in_a_log_says_the_last_sample_and_what_is_left(capsys):
         for done in range(1, 11):
             progress(done, 10)
     assert capsys.readouterr().err.splitlines() == ["draw  10/10 samples  100%  about 0 s left"]
+
+
+@dataclass(frozen=True)
+class DataJob:
+    """A job that reads and writes data."""
+
+    data: str
+    """Shards."""
+    out: str | None = None
+    """Results."""
+    config: Settings = field(default_factory=RunConfig)
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--data", "shards/x", "--run.storage_path", "/x"], "--data must .* got 'shards/x'"),
+        (["--data", "/x", "--run.storage_path", "/x", "--out", "y"], "--out must .* got 'y'"),
+        (["--data", "s3://b/x"], "run.storage_path must .* got 'runs'"),
+        (
+            ["--data", "/x", "--run.storage_path", "/x", "--data.cache", "c"],
+            "data.cache must .* got 'c'",
+        ),
+    ],
+)
+def test_in_a_ray_job_a_relative_folder_of_data_is_refused(argv, named, monkeypatch):
+    parse(DataJob, argv)
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    with pytest.raises(ValueError, match=named):
+        parse(DataJob, argv)
+
+
+def test_in_a_ray_job_absolute_folders_and_buckets_are_fine(monkeypatch):
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    argv = ["--data", "s3://b/x", "--run.storage_path", "/runs", "--data.cache", "~/c"]
+    assert parse(DataJob, argv).config.data.cache == "~/c"
+    with pytest.raises(ValueError, match="--data must be an absolute path or s3:// address"):
+        run_defaults(["--data", "shards/x"])
