@@ -57,6 +57,16 @@ class DataConfig(Section):
     """Input height and width in pixels; None takes the card's."""
     cache: str | None = None
     """Folder of decoded caches and text banks of this node; None: ``~/.cache/next-reid``."""
+    cache_limit: float | None = Field(default=None, gt=0)
+    """Gigabytes (10^9 bytes) that this folder may take; what was not used for longest and is not
+    in use is removed to make room. None: no limit."""
+    placement: Literal["replicated", "sharded"] = "replicated"
+    """replicated: every node decodes all of a split; sharded: a worker decodes the shards that an
+    epoch deals to it, and draws its identities within them (another plan, for other world sizes
+    another one again)."""
+    drop_modality: Fraction = Field(default=0.0, ge=0, lt=1)
+    """Probability that a modality of a train sample is treated as missing, drawn per (seed, epoch,
+    sample); one modality at least stays."""
     mean: float = 0.5
     """Subtracted from pixel values in [0, 1], for every channel."""
     std: float = Field(default=0.5, gt=0)

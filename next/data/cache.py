@@ -1,52 +1,76 @@
 """The decoded cache: images decoded once on a node, then read by memory map.
 
-A cache is a folder ``decoded-<digest>-<split>-<height>x<width>-<modalities>`` with two NumPy files,
-``images.npy`` and ``present.npy``. It is built under a file lock by whoever comes first, beside its
-final name, and renamed when it is whole; so a folder of that name is always complete, and all
-processes of the node share its pages.
+The folder of caches (``data.cache``) holds
+
+* ``decoded-<digest>-<split>[-<shard>]-<height>x<width>-<modalities>``: a folder with two NumPy
+  files, ``images.npy`` and ``present.npy``, and ``about.json``;
+* ``text-<key>.arrow``: text banks (see :mod:`next.data.captions`).
+
+Each is built under a file lock by whoever comes first, beside its final name, and renamed when it
+is whole; so what has such a name is complete, and all processes of the node share its pages. Who
+reads one holds a shared lock on it, which the kernel drops with the process however that ends:
+clean-up removes only what nobody holds.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
-import io
+import json
 import logging
 import os
 import shutil
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 from filelock import FileLock, Timeout
-from PIL import Image
 
+from next.data.decoding import Progress, decode_into, reserve
 from next.data.shards import Manifest
 
 _log = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], None]
-"""Called with rows done and rows in all."""
-
-_WAITING_PER_THREAD = 8
-"""Rows that are read ahead of the decoding threads."""
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""The disk, the user's quota, or the size that a file may have."""
 
 
 @dataclass(frozen=True)
 class DecodedCache:
-    """Decoded images of one split."""
+    """Decoded images of one split, or of one of its shards."""
 
     images: np.ndarray
-    """uint8 ``[rows, M, H, W, 3]``, RGB, a read-only memory map; 0 where there is no image."""
+    """uint8 ``[rows, M, H, W, 3]``, RGB, a read-only memory map; 0 where there is no image.
+    Nothing removes the cache as long as it, or a view of it, lives."""
     present: np.ndarray
     """bool ``[rows, M]``: whether the sample has an image of this modality."""
     path: Path
     """The cache's folder."""
+
+
+Kind = Literal["decoded", "text", "unfinished"]
+
+
+class CacheEntry(NamedTuple):
+    """Something that the folder of caches holds."""
+
+    path: Path
+    kind: Kind
+    """unfinished: being built, or left by a builder that was killed."""
+    about: str
+    """Whose images, in words; empty where that is not known."""
+    bytes: int
+    """Size of its files; an unfinished one counts in full from the start."""
+    used: float
+    """When it was last opened, in seconds since 1970."""
+    in_use: bool
+    """Whether a living process reads or builds it."""
 
 
 def cache_root(folder: str | Path | None) -> Path:
@@ -77,6 +101,9 @@ def open_cache(
     image_size: tuple[int, int],
     root: str | Path,
     progress: Progress | None = None,
+    *,
+    shard: int | None = None,
+    limit: float | None = None,
 ) -> DecodedCache:
     """The decoded images of a split, built if this node does not have them yet.
 
@@ -89,28 +116,30 @@ def open_cache(
         image_size: height and width in pixels.
         root: folder of all caches of the node (see :func:`cache_root`).
         progress: called with rows done and rows in all while a cache is built.
+        shard: number of the only shard to decode, into a cache of its own; None: all.
+        limit: ``data.cache_limit``, gigabytes; None: no limit.
 
     Raises:
-        OSError: the disk has no room (with the bytes needed and free), or cannot be written.
+        OSError: the disk, or the limit, has no room (with the bytes needed and free), or the cache
+            cannot be written.
         ValueError: there is no such split, it has no rows, or an image cannot be decoded.
     """
     split = manifest.resolve(split)
     modalities = manifest.benchmark.modalities
-    path = Path(root) / _name(manifest.digest, split, image_size, modalities)
-    rows = manifest.splits[split].rows
-    if not rows:
+    path = Path(root) / _name(manifest.digest, split, shard, image_size, modalities)
+    rows = manifest.shard_rows(split)
+    if not rows.sum():
         raise ValueError(f"split {split} of {manifest.uri} has no rows; prepare the data again")
-    shape = (rows, len(modalities), *image_size, 3)
+    count = int(rows.sum() if shard is None else rows[shard])
+    shape = (count, len(modalities), *image_size, 3)
     cache = _open(path, shape)
-    if cache is None:
+    while cache is None:
         with exclusive(path) as draft:
-            cache = _open(path, shape)
-            if cache is None:
-                _build(draft, manifest, split, shape, progress)
+            if _open(path, shape) is None:
+                _build(draft, manifest, split, shard, shape, limit, progress)
                 _remove(path)
                 draft.rename(path)
-                cache = _open(path, shape)
-    assert cache is not None
+        cache = _open(path, shape)  # None again if a clean-up came between
     return cache
 
 
@@ -136,42 +165,189 @@ def exclusive(path: Path) -> Iterator[Path]:
         lock.release()
 
 
-def decode(encoded: bytes, image_size: tuple[int, int]) -> np.ndarray:
-    """One image as uint8 ``[H, W, 3]``, resized (bicubic) if it has another size.
+def lease(file: Path) -> int | None:
+    """A descriptor that marks ``file`` as in use until it is closed; None: the file is gone."""
+    try:
+        descriptor = os.open(file, os.O_RDONLY)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    if not os.fstat(descriptor).st_nlink:  # removed while this process waited
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def mark_used(path: Path) -> None:
+    """Note the time for the clean-up; a cache that others own may refuse it, and is read anyway."""
+    with suppress(OSError):
+        os.utime(path)
+
+
+def contents(root: str | Path) -> list[CacheEntry]:
+    """What the folder of caches holds, what was used last first."""
+    entries = []
+    for path in Path(root).iterdir():
+        kind = _kind(path)
+        if kind is None:
+            continue
+        with suppress(FileNotFoundError):  # removed or renamed by another process meanwhile
+            used = path.stat().st_mtime
+            entries.append(CacheEntry(path, kind, _about(path), _size(path), used, _in_use(path)))
+    return sorted(entries, key=lambda entry: entry.used, reverse=True)
+
+
+def clean_up(root: str | Path, limit: float) -> list[CacheEntry]:
+    """Remove what was not used for longest, until the folder takes no more than ``limit``.
+
+    What a living process reads or builds stays, so the folder may stay above the limit.
+
+    Args:
+        root: folder of all caches of the node.
+        limit: gigabytes.
+
+    Returns:
+        What was removed.
+    """
+    return _shrink(root, limit * 1e9)
+
+
+def make_room(root: str | Path, needed: int, limit: float | None) -> None:
+    """Remove what was not used for longest, until ``needed`` more bytes fit below the limit.
+
+    Args:
+        root: folder of all caches of the node.
+        needed: bytes.
+        limit: gigabytes; None: no limit.
 
     Raises:
-        ValueError: the bytes are no image, or are cut short.
+        OSError: they do not fit, because of what living processes use; nothing is removed then.
     """
-    height, width = image_size
+    if limit is None:
+        return
+    held = sum(entry.bytes for entry in contents(root) if entry.in_use)
+    if held + needed > limit * 1e9:
+        raise OSError(
+            errno.EDQUOT,
+            f"{needed:,} bytes are needed, but data.cache_limit = {limit:g} GB leaves "
+            f"{max(0, int(limit * 1e9) - held):,} beside the {held:,} that running processes use; "
+            f"raise data.cache_limit, or set data.placement = sharded",
+            str(root),
+        )
+    for entry in _shrink(root, limit * 1e9 - needed):
+        _log.info("removed %s (%s bytes) to make room", entry.path, f"{entry.bytes:,}")
+
+
+def _shrink(root: str | Path, most: float) -> list[CacheEntry]:
+    entries = contents(root)
+    total = sum(entry.bytes for entry in entries)
+    removed = []
+    for entry in reversed(entries):
+        if total <= most:
+            break
+        if _remove_unused(entry.path):
+            removed.append(entry)
+            total -= entry.bytes
+    return removed
+
+
+def _remove_unused(path: Path) -> bool:
+    """Remove an entry that nobody builds and nobody reads; False: somebody does."""
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            pixels = image.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot be decoded ({error})") from None
-    if pixels.size != (width, height):
-        pixels = pixels.resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(pixels)
+        with FileLock(path.with_name(f"{path.name.removesuffix('.partial')}.lock"), timeout=0):
+            descriptor = _claim(path)
+            if descriptor is None:
+                return False
+            try:
+                _remove(path)
+            finally:
+                os.close(descriptor)
+    except Timeout:
+        return False
+    return True
 
 
-def _name(digest: str, split: str, image_size: tuple[int, int], modalities: tuple[str, ...]) -> str:
+def _in_use(path: Path) -> bool:
+    if path.suffix == ".partial":
+        try:
+            with FileLock(path.with_name(f"{path.stem}.lock"), timeout=0):
+                return False
+        except Timeout:
+            return True
+    descriptor = _claim(path)
+    if descriptor is None:
+        return True
+    os.close(descriptor)
+    return False
+
+
+def _claim(path: Path) -> int | None:
+    """A descriptor that keeps readers of an entry out; None: somebody reads it."""
+    file = path / "images.npy" if path.is_dir() else path
+    descriptor = os.open(file if file.exists() else path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _kind(path: Path) -> Kind | None:
+    if path.name.startswith("text-") and path.suffix == ".arrow":
+        return "text"
+    if not path.name.startswith("decoded-") or path.suffix == ".lock":
+        return None
+    return "unfinished" if path.suffix == ".partial" else "decoded"
+
+
+def _about(path: Path) -> str:
+    try:
+        about = json.loads((path / "about.json").read_text())
+        part = about["split"] if about["shard"] is None else f"{about['split']} {about['shard']}"
+        return "{} {} {}x{} {}".format(
+            about["benchmark"], part, *about["image_size"], "+".join(about["modalities"])
+        )
+    except (OSError, ValueError, KeyError):
+        return ""
+
+
+def _size(path: Path) -> int:
+    files = path.iterdir() if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)
+
+
+def _name(
+    digest: str,
+    split: str,
+    shard: int | None,
+    image_size: tuple[int, int],
+    modalities: tuple[str, ...],
+) -> str:
     height, width = image_size
     axis = hashlib.sha256("\n".join(modalities).encode()).hexdigest()[:8]
-    return f"decoded-{digest[:16]}-{split}-{height}x{width}-{axis}"
+    part = split if shard is None else f"{split}-{shard:05d}"
+    return f"decoded-{digest[:16]}-{part}-{height}x{width}-{axis}"
 
 
 def _open(path: Path, shape: tuple[int, ...]) -> DecodedCache | None:
     """The cache if it is there and whole; something of its name that is not ours counts as none."""
-    if not path.is_dir():
+    held = lease(path / "images.npy")
+    if held is None:
         return None
     try:
         images = np.load(path / "images.npy", mmap_mode="r")
         present = np.load(path / "present.npy")
     except (OSError, ValueError, EOFError) as error:
+        os.close(held)
         _log.warning("%s was damaged (%s) and is built anew", path, error)
         return None
     if images.shape != shape or images.dtype != np.uint8 or present.shape != shape[:2]:
+        os.close(held)
         _log.warning("%s does not have the shape %s and is built anew", path, shape)
         return None
+    weakref.finalize(images.base, os.close, held)  # the mapping itself, which views keep alive
+    mark_used(path)
     return DecodedCache(images, present, path)
 
 
@@ -179,98 +355,53 @@ def _build(
     draft: Path,
     manifest: Manifest,
     split: str,
+    shard: int | None,
     shape: tuple[int, ...],
+    limit: float | None,
     progress: Progress | None,
 ) -> None:
     began = time.perf_counter()
-    _refuse_full_disk(draft.parent, int(np.prod(shape)))
-    draft.mkdir()
-    rows, modalities, height, width, _ = shape
-    present = np.zeros((rows, modalities), dtype=bool)
-    try:
-        with (draft / "images.npy").open("wb") as file:
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            file.flush()
-            start, size = file.tell(), int(np.prod(shape[1:]))
-            file.truncate(start + rows * size)
-
-            def write(row: int, images: list[bytes | None]) -> None:
-                # Written at its place and not through a map: a full disk is then an error here,
-                # and not a signal that kills the process.
-                pixels = np.zeros(shape[1:], dtype=np.uint8)
-                for number, encoded in enumerate(images):
-                    if encoded is None:
-                        continue
-                    try:
-                        pixels[number] = decode(encoded, (height, width))
-                    except ValueError as error:
-                        sample = manifest.labels(split).sample_id[row]
-                        raise ValueError(
-                            f"{manifest.uri}: the {manifest.benchmark.modalities[number]} image "
-                            f"of sample {str(sample)!r} in {split} {error}; prepare the data again"
-                        ) from None
-                    present[row, number] = True
-                _write_at(file.fileno(), pixels.data.cast("B"), start + row * size)
-
-            _decode_all(manifest.iter_images(split), rows, write, progress)
-            os.fsync(file.fileno())
+    needed = int(np.prod(shape))
+    # One builder at a time makes room and takes it, else two would take the same.
+    with FileLock(draft.with_name("room.lock")):
+        make_room(draft.parent, needed, limit)
+        if shutil.disk_usage(draft.parent).free < needed:
+            raise _no_room(draft.parent, needed)
+        draft.mkdir()
+        with _told_if_full(draft.parent, needed):
+            start = reserve(draft / "images.npy", shape)
+    with _told_if_full(draft.parent, needed):
+        present = decode_into(draft / "images.npy", start, manifest, split, shard, shape, progress)
         np.save(draft / "present.npy", present)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise _no_room(draft.parent, int(np.prod(shape))) from None
-        raise
+        about = {
+            "benchmark": manifest.benchmark.name,
+            "digest": manifest.digest,
+            "split": split,
+            "shard": shard,
+            "image_size": shape[2:4],
+            "modalities": manifest.benchmark.modalities,
+        }
+        (draft / "about.json").write_text(json.dumps(about))
     seconds = time.perf_counter() - began
-    _log.info("decoded %d samples of %s in %.1f s: %s", rows, split, seconds, draft)
+    _log.info("decoded %d samples of %s in %.1f s: %s", shape[0], split, seconds, draft.stem)
 
 
-def _decode_all(
-    images: Iterator[tuple[int, list[bytes | None]]],
-    rows: int,
-    write: Callable[[int, list[bytes | None]], None],
-    progress: Progress | None,
-) -> None:
-    """Call ``write`` for every row in a pool of threads; an error ends it at once."""
-    threads = len(os.sched_getaffinity(0))
-    waiting: deque[Future[None]] = deque()
-    done = 0
-
-    def finish(left: int) -> None:
-        nonlocal done
-        while len(waiting) > left:
-            waiting.popleft().result()
-            done += 1
-            if progress is not None:
-                progress(done, rows)
-
-    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
-        try:
-            for row, encoded in images:
-                waiting.append(pool.submit(write, row, encoded))
-                finish(threads * _WAITING_PER_THREAD)
-            finish(0)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
-    """Write all of ``data``; one call may write less, when the disk is about to be full."""
-    while data:
-        written = os.pwrite(descriptor, data, offset)
-        data, offset = data[written:], offset + written
-
-
-def _refuse_full_disk(folder: Path, needed: int) -> None:
-    if shutil.disk_usage(folder).free < needed:
-        raise _no_room(folder, needed)
+@contextmanager
+def _told_if_full(folder: Path, needed: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise _no_room(folder, needed) from None
+        raise
 
 
 def _no_room(folder: Path, needed: int) -> OSError:
     return OSError(
         errno.ENOSPC,
         f"the decoded cache needs {needed:,} bytes, but {shutil.disk_usage(folder).free:,} are "
-        f"free on this disk; make room, or set data.cache to a folder on another disk",
+        f"free on this disk (or a limit on files is lower); make room, or set data.cache to a "
+        f"folder on another disk",
         str(folder),
     )
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import re
 import time
+import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from next.config import CaptionsConfig
-from next.data.cache import exclusive
+from next.data.cache import exclusive, lease, make_room, mark_used
 from next.data.draws import uniform
 from next.data.shards import read_matrix, write_matrix
 
@@ -112,6 +114,20 @@ class TextBank:
     """float32 ``[T, D]``, unit rows, mapped from the bank's file."""
     encoded: int = 0
     """Texts that had to be encoded when the bank was opened; 0: it was there already."""
+    asked: int = 0
+    """Distinct texts that were asked for when it was opened."""
+    seconds: float = 0.0
+    """Time that it took to open, or to build."""
+
+    @property
+    def bytes(self) -> int:
+        """Size of the embeddings, which all processes of the node share."""
+        return self.embeddings.nbytes
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the texts asked for that were in the bank already."""
+        return 1 - self.encoded / self.asked if self.asked else 1.0
 
     def rows(self, texts: Sequence[str]) -> np.ndarray:
         """int64 row of each text.
@@ -137,18 +153,25 @@ class TextBank:
 
 
 def find_text_bank(key: str, root: str | Path) -> TextBank | None:
-    """The text bank of this name if it is there; a file that is none of ours counts as none."""
-    path = _bank_path(key, root)
-    try:
-        return TextBank(*read_matrix(path))
-    except FileNotFoundError:
+    """The text bank of this name if it is there; a file that is none of ours counts as none.
+
+    It is asked for what it holds, so its hit rate is 1. Nothing removes it while it lives.
+    """
+    began = time.perf_counter()
+    bank = _read_bank(_bank_path(key, root))
+    if bank is None:
         return None
-    except ValueError as error:
-        _log.warning("%s; it is built anew", error)
-        return None
+    return _told(bank, began, asked=len(bank.texts), path=_bank_path(key, root))
 
 
-def open_text_bank(texts: Sequence[str], encode: Encode, key: str, root: str | Path) -> TextBank:
+def open_text_bank(
+    texts: Sequence[str],
+    encode: Encode,
+    key: str,
+    root: str | Path,
+    *,
+    limit: float | None = None,
+) -> TextBank:
     """The text bank of this name; texts that it lacks are encoded and added first.
 
     The file ``<root>/text-<key>.arrow`` is written under a lock and appears whole or not at all.
@@ -158,32 +181,65 @@ def open_text_bank(texts: Sequence[str], encode: Encode, key: str, root: str | P
         encode: the text tower; called once, with the texts that are missing.
         key: name of everything an embedding depends on (text tower, data digest).
         root: folder of the node's caches.
+        limit: ``data.cache_limit``, gigabytes; None: no limit.
 
     Raises:
+        OSError: the limit has no room for it, or it cannot be written.
         ValueError: there is no text, or ``encode`` did not give a unit row for each.
     """
     if not texts:
         raise ValueError("a text bank needs at least one text, but got none")
-    bank = find_text_bank(key, root)
-    if bank is not None and bank.holds(texts):
-        return bank
-    path = _bank_path(key, root)
+    began = time.perf_counter()
+    path, distinct = _bank_path(key, root), list(dict.fromkeys(texts))
+    bank = _read_bank(path)
+    if bank is not None and bank.holds(distinct):
+        return _told(bank, began, asked=len(distinct), path=path)
+    missing: list[str] = []
     with exclusive(path):
-        bank = find_text_bank(key, root)
-        missing = list(dict.fromkeys(texts))
-        if bank is not None:
-            missing = [text for text in missing if not bank.holds([text])]
-            if not missing:
-                return bank
-        began = time.perf_counter()
-        new = _checked(encode(missing), len(missing))
-        if bank is None:
-            write_matrix(path, missing, new)
-        else:
-            write_matrix(path, bank.texts + missing, np.concatenate([bank.embeddings, new]))
-        seconds = time.perf_counter() - began
-        _log.info("encoded %d texts in %.1f s: %s", len(missing), seconds, path)
-        return TextBank(*read_matrix(path), encoded=len(missing))
+        bank = _read_bank(path)
+        if bank is None or not bank.holds(distinct):
+            missing = distinct if bank is None else [t for t in distinct if not bank.holds([t])]
+            new = _checked(encode(missing), len(missing))
+            make_room(root, new.nbytes, limit)
+            if bank is None:
+                write_matrix(path, missing, new)
+            else:
+                write_matrix(path, bank.texts + missing, np.concatenate([bank.embeddings, new]))
+            bank = _read_bank(path)
+        assert bank is not None, "nobody removes a bank whose lock is held"
+        return _told(bank, began, asked=len(distinct), path=path, encoded=len(missing))
+
+
+def _read_bank(path: Path) -> TextBank | None:
+    held = lease(path)
+    if held is None:
+        return None
+    try:
+        bank = TextBank(*read_matrix(path))
+    except ValueError as error:
+        os.close(held)
+        _log.warning("%s; it is built anew", error)
+        return None
+    weakref.finalize(bank.embeddings, os.close, held)
+    mark_used(path)
+    return bank
+
+
+def _told(bank: TextBank, began: float, *, asked: int, path: Path, encoded: int = 0) -> TextBank:
+    """The bank with what its opening came to, which is logged."""
+    seconds = time.perf_counter() - began
+    told = replace(bank, encoded=encoded, asked=asked, seconds=seconds)
+    _log.info(
+        "text bank: %d texts, %.1f MB; %d asked for, %.1f %% of them were there; %s in %.2f s: %s",
+        len(bank.texts),
+        bank.bytes / 1e6,
+        asked,
+        100 * told.hit_rate,
+        f"encoded {encoded}" if encoded else "opened",
+        seconds,
+        path,
+    )
+    return told
 
 
 def bank_texts(table: CaptionTable, config: CaptionsConfig, experts: int) -> list[str]:

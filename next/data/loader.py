@@ -19,7 +19,7 @@ from torch import Tensor
 
 from next.config import RunConfig, near_matches
 from next.data.augment import draw, finish, move, normalise
-from next.data.cache import Progress, cache_root, open_cache
+from next.data.cache import cache_root, open_cache
 from next.data.captions import (
     CaptionSampler,
     CaptionTable,
@@ -29,6 +29,7 @@ from next.data.captions import (
     find_text_bank,
     open_text_bank,
 )
+from next.data.decoding import Progress
 from next.data.labels import Labels
 from next.data.shards import Manifest
 from next.data.workspace import Workspace
@@ -251,7 +252,7 @@ def open_samples(
     """
     root = cache_root(config.data.cache)
     image_size = config.data.image_size or manifest.benchmark.image_size
-    cache = open_cache(manifest, split, image_size, root, progress)
+    cache = open_cache(manifest, split, image_size, root, progress, limit=config.data.cache_limit)
     captions = None
     if config.captions.sampling != "none":
         table = CaptionTable.build(manifest.sentences(split), cache.present)
@@ -293,7 +294,9 @@ def _text_bank(
     for split in dict.fromkeys(map(manifest.resolve, manifest.splits)):
         every = CaptionTable.build(manifest.sentences(split))
         texts.update(dict.fromkeys(bank_texts(every, settings, experts)))
-    return open_text_bank(list(texts), encode, key, root) if texts else None
+    if not texts:
+        return None
+    return open_text_bank(list(texts), encode, key, root, limit=config.data.cache_limit)
 
 
 def _warn_of_cut_texts(

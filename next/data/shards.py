@@ -104,11 +104,38 @@ class Manifest:
             *(table[name].to_numpy() for name in names[1:]),
         )
 
-    def iter_images(self, split: str) -> Iterator[tuple[int, list[bytes | None]]]:
-        """Row number and encoded images ([M], in the card's order), a row group at a time."""
+    def shard_rows(self, split: str) -> np.ndarray:
+        """int64 [S] rows of each shard of a split, in the order of its rows."""
+        shards = self.splits[self.resolve(split)].shards
+        return np.array([shard.rows for shard in shards], dtype=np.int64)
+
+    def present(self, split: str) -> np.ndarray:
+        """Which images there are, bool [rows, M]; reads only the columns that lack some."""
+        entry = self.splits[self.resolve(split)]
+        found = np.ones((entry.rows, len(self.benchmark.modalities)), dtype=bool)
+        for place, modality in enumerate(self.benchmark.modalities):
+            if entry.images[modality] == entry.rows:
+                continue
+            row = 0
+            for file in self._parquet(split):
+                for group in range(file.num_row_groups):
+                    images = file.read_row_group(group, columns=[f"image_{modality}"])[0]
+                    found[row : row + len(images), place] = images.is_valid().to_numpy()
+                    row += len(images)
+        return found
+
+    def iter_images(
+        self, split: str, shard: int | None = None
+    ) -> Iterator[tuple[int, list[bytes | None]]]:
+        """Row number and encoded images ([M], in the card's order), a row group at a time.
+
+        Args:
+            split: name of the split.
+            shard: number of the only shard to read, whose rows are counted from 0; None: all.
+        """
         columns = [f"image_{modality}" for modality in self.benchmark.modalities]
         row = 0
-        for file in self._parquet(split):
+        for file in self._parquet(split, shard):
             for group in range(file.num_row_groups):
                 table = file.read_row_group(group, columns=columns)
                 for images in zip(*(table[name].to_pylist() for name in columns), strict=True):
@@ -137,9 +164,10 @@ class Manifest:
     def _shards(self) -> list[ShardEntry]:
         return [shard for entry in self.splits.values() for shard in entry.shards]
 
-    def _parquet(self, split: str) -> Iterator[Any]:
-        for shard in self.splits[self.resolve(split)].shards:
-            with self.folder.opened(shard.file) as file:
+    def _parquet(self, split: str, shard: int | None = None) -> Iterator[Any]:
+        shards = self.splits[self.resolve(split)].shards
+        for entry in shards if shard is None else shards[shard : shard + 1]:
+            with self.folder.opened(entry.file) as file:
                 yield pq.ParquetFile(file)
 
 

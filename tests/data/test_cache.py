@@ -7,13 +7,15 @@ import sys
 import textwrap
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from next.data.cache import cache_root, decode, open_cache
+from next.data.cache import cache_root, clean_up, contents, open_cache
+from next.data.decoding import decode
 from next.data.layout import Loaded, Sample
 from next.data.shards import Manifest, write_shards
 
@@ -179,6 +181,165 @@ def test_a_full_disk_is_refused_with_the_bytes_needed_and_free(manifest, tmp_pat
     with pytest.raises(OSError, match=rf"needs {needed} bytes, but [\d,]+ are free.*data\.cache"):
         open_cache(manifest, "train", (2**20, 2**20), tmp_path)
     assert not [path for path in tmp_path.glob("decoded-*") if path.suffix != ".lock"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own with room for little more than one cache."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", folder],
+        check=False,
+        capture_output=True,
+    )
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a file system")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+NEEDED = ROWS * 3 * SIZE[0] * SIZE[1] * 3
+
+
+def test_a_disk_that_fills_up_meanwhile_is_an_error_with_the_bytes_needed(manifest, small_disk):
+    def fill(done: int, rows: int) -> None:
+        with (small_disk / "other").open("ab", buffering=0) as file, suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+
+    with pytest.raises(OSError, match=rf"needs {NEEDED:,} bytes, but 0 are free.*data\.cache"):
+        open_cache(manifest, "train", SIZE, small_disk, fill)
+    assert not contents(small_disk)
+    (small_disk / "other").unlink()
+    assert open_cache(manifest, "train", SIZE, small_disk).present.any(), "there is room again"
+    assert not list(small_disk.glob("*.partial"))
+
+
+def test_a_limit_on_the_size_of_files_is_the_same_error(manifest, tmp_path):
+    script = f"""
+        import resource
+        from next.data.cache import open_cache
+        from next.data.shards import open_manifest
+        manifest = open_manifest({manifest.uri!r})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        open_cache(manifest, "train", {SIZE}, {str(tmp_path)!r})
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False
+    )
+    assert f"the decoded cache needs {NEEDED:,} bytes" in done.stderr
+    assert not contents(tmp_path)
+
+
+def test_one_shard_has_a_cache_of_its_own(tmp_path, make_card, monkeypatch):
+    monkeypatch.setattr("next.data.layout.SHARD_BYTES", 1)
+    monkeypatch.setattr("next.data.layout.GROUP_BYTES", 1)
+    manifest = prepared(tmp_path / "shards", make_card())
+    rows = manifest.shard_rows("train")
+    assert rows.sum() == ROWS
+    assert len(rows) == 12
+    whole = open_cache(manifest, "train", SIZE, tmp_path)
+    np.testing.assert_array_equal(manifest.present("train"), whole.present)
+    for shard in (0, 5):
+        cache = open_cache(manifest, "train", SIZE, tmp_path, shard=shard)
+        np.testing.assert_array_equal(cache.images, whole.images[shard : shard + 1])
+        np.testing.assert_array_equal(cache.present, whole.present[shard : shard + 1])
+    assert [entry.about for entry in contents(tmp_path)] == [
+        "tiny train 5 32x16 RGB+NI+TI",
+        "tiny train 0 32x16 RGB+NI+TI",
+        "tiny train 32x16 RGB+NI+TI",
+    ]
+
+
+def aged(path: Path, days: float) -> None:
+    os.utime(path, (time.time() - 86400 * days,) * 2)
+
+
+def test_contents_tell_what_is_there_how_large_and_who_uses_it(manifest, tmp_path):
+    cache = open_cache(manifest, "train", SIZE, tmp_path)
+    old = open_cache(manifest, "gallery", SIZE, tmp_path).path
+    aged(old, 3)
+    (tmp_path / "decoded-left.partial").mkdir()
+    aged(tmp_path / "decoded-left.partial", 5)
+    mine, other, left = contents(tmp_path)
+    assert (mine.path, mine.kind, mine.in_use) == (cache.path, "decoded", True)
+    assert (other.path, other.kind, other.in_use) == (old, "decoded", False), "nobody reads it"
+    assert (left.kind, left.bytes, left.in_use) == ("unfinished", 0, False)
+    assert NEEDED < mine.bytes < NEEDED + 1000
+    assert time.time() - mine.used < 60
+
+
+def test_a_clean_up_removes_what_was_not_used_for_longest(manifest, tmp_path):
+    paths = [
+        open_cache(manifest, split, size, tmp_path).path
+        for split, size in (("train", SIZE), ("gallery", SIZE), ("train", (16, 16)))
+    ]
+    for path, days in zip(paths, (1, 3, 2), strict=True):
+        aged(path, days)
+    assert clean_up(tmp_path, 1.0) == []
+    assert [entry.path for entry in clean_up(tmp_path, NEEDED * 1.6e-9)] == [paths[1]]
+    open_cache(manifest, "train", SIZE, tmp_path)
+    assert [entry.path for entry in clean_up(tmp_path, NEEDED * 1.3e-9)] == [paths[2]]
+    assert [entry.path for entry in clean_up(tmp_path, 0)] == [paths[0]]
+    assert contents(tmp_path) == []
+
+
+def test_a_clean_up_leaves_what_a_view_of_a_view_still_reads(manifest, tmp_path):
+    some = open_cache(manifest, "train", SIZE, tmp_path).images[3:, 0][2:]
+    assert clean_up(tmp_path, 0) == []
+    del some
+    assert len(clean_up(tmp_path, 0)) == 1
+
+
+def test_a_clean_up_leaves_what_another_process_reads_until_it_is_killed(manifest, tmp_path):
+    script = f"""
+        import time
+        from next.data.cache import open_cache
+        from next.data.shards import open_manifest
+        cache = open_cache(open_manifest({manifest.uri!r}), "train", {SIZE}, {str(tmp_path)!r})
+        print("reading", flush=True)
+        time.sleep(60)
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    with process.stdout:
+        assert process.stdout.readline().startswith("reading")
+        (entry,) = contents(tmp_path)
+        assert entry.in_use
+        assert clean_up(tmp_path, 0) == []
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert [entry.path for entry in clean_up(tmp_path, 0)] == [entry.path]
+
+
+def test_what_is_being_built_is_neither_removed_nor_forgotten(manifest, tmp_path):
+    seen: list[str] = []
+
+    def look(done: int, rows: int) -> None:
+        (entry,) = contents(tmp_path)
+        assert entry.in_use
+        assert entry.bytes > NEEDED, "it counts in full from the start"
+        seen.append(entry.kind)
+        assert clean_up(tmp_path, 0) == []
+
+    open_cache(manifest, "train", SIZE, tmp_path, look)
+    assert set(seen) == {"unfinished"}
+
+
+def test_a_limit_makes_room_by_removing_what_is_not_in_use(manifest, tmp_path):
+    limit = NEEDED * 2.2e-9
+    old = [open_cache(manifest, "train", (16, width), tmp_path).path for width in (16, 24)]
+    aged(old[0], 1)
+    kept = open_cache(manifest, "gallery", SIZE, tmp_path)
+    aged(kept.path, 2)
+    train = open_cache(manifest, "train", SIZE, tmp_path, limit=limit)
+    assert {entry.path for entry in contents(tmp_path)} == {kept.path, old[1], train.path}
+    with pytest.raises(OSError, match=r"(?s)data\.cache_limit = .* GB leaves [\d,]+ beside .* use"):
+        open_cache(manifest, "train", (32, 32), tmp_path, limit=limit)
+    assert old[1].exists(), "nothing is removed in vain"
 
 
 def test_the_root_is_made_and_defaults_to_the_home_folder(tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
 import json
+import logging
 import threading
 import time
 from itertools import product
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from next.config import CaptionsConfig
+from next.data.cache import clean_up, contents
 from next.data.captions import (
     CaptionSampler,
     CaptionTable,
@@ -313,6 +315,37 @@ def test_a_bank_grows_by_the_texts_that_it_lacks(tmp_path):
     assert tower.asked == [["a", "b"], ["c"]]
     assert grown.texts == ["a", "b", "c"]
     np.testing.assert_array_equal(grown.embeddings, vectors(["a", "b", "c"]))
+
+
+def test_a_bank_tells_its_size_its_build_time_and_its_hit_rate(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    built = open_text_bank(["a", "b", "a"], vectors, "key", tmp_path)
+    assert (built.asked, built.encoded, built.hit_rate) == (2, 2, 0.0)
+    assert built.bytes == 2 * WIDTH * 4
+    assert built.seconds > 0
+    grown = open_text_bank(["a", "b", "c", "d"], vectors, "key", tmp_path)
+    assert (grown.asked, grown.encoded, grown.hit_rate) == (4, 2, 0.5)
+    found = find_text_bank("key", tmp_path)
+    assert found is not None
+    assert (found.asked, found.encoded, found.hit_rate) == (4, 0, 1.0)
+    assert "4 asked for, 50.0 % of them were there; encoded 2 in" in caplog.text
+    assert "4 asked for, 100.0 % of them were there; opened in" in caplog.text
+
+
+def test_a_bank_that_is_read_is_not_cleaned_up(tmp_path):
+    bank = open_text_bank(["a", "b"], vectors, "key", tmp_path)
+    (entry,) = contents(tmp_path)
+    assert (entry.kind, entry.in_use) == ("text", True)
+    assert clean_up(tmp_path, 0) == []
+    assert bank.rows(["b"]).tolist() == [1]
+    del bank
+    assert [entry.kind for entry in clean_up(tmp_path, 0)] == ["text"]
+
+
+def test_a_bank_beyond_the_limit_is_refused(tmp_path):
+    with pytest.raises(OSError, match=r"48 bytes are needed, but data\.cache_limit"):
+        open_text_bank(["a", "b"], vectors, "key", tmp_path, limit=4e-8)
+    assert contents(tmp_path) == []
 
 
 def test_banks_of_other_keys_are_other_files(tmp_path):

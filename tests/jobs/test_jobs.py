@@ -90,7 +90,7 @@ def test_a_sweep_dry_run_checks_the_space_and_says_what_it_varies(demo_shards, r
     assert "captions.keep" in plan["varied"]
 
 
-@pytest.mark.parametrize("name", ["train", "sweep", "evaluate", "prepare", "demo"])
+@pytest.mark.parametrize("name", ["train", "sweep", "evaluate", "prepare", "cache", "demo"])
 @pytest.mark.slow
 def test_help_names_every_flag_with_a_sentence(name, tmp_path):
     done = job(name, "--help", home=tmp_path)

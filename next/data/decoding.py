@@ -1,0 +1,150 @@
+"""Decoding: encoded images of a split, or of one of its shards, into one array file."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from next.data.shards import Manifest
+
+Progress = Callable[[int, int], None]
+"""Called with rows done and rows in all."""
+
+_WAITING_PER_THREAD = 8
+"""Rows that are read ahead of the decoding threads."""
+
+
+def decode(encoded: bytes, image_size: tuple[int, int]) -> np.ndarray:
+    """One image as uint8 ``[H, W, 3]``, resized (bicubic) if it has another size.
+
+    Raises:
+        ValueError: the bytes are no image, or are cut short.
+    """
+    height, width = image_size
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            pixels = image.convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot be decoded ({error})") from None
+    if pixels.size != (width, height):
+        pixels = pixels.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(pixels)
+
+
+def reserve(path: Path, shape: tuple[int, ...]) -> int:
+    """Make a NumPy file of zeros, uint8, at its full size; gives where the values start.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with path.open("wb") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.flush()
+        start = file.tell()
+        file.truncate(start + int(np.prod(shape)))
+    return start
+
+
+def decode_into(
+    path: Path,
+    start: int,
+    manifest: Manifest,
+    split: str,
+    shard: int | None,
+    shape: tuple[int, ...],
+    progress: Progress | None,
+) -> np.ndarray:
+    """Decode rows into a file that :func:`reserve` made, in as many threads as there are cores.
+
+    Args:
+        path: the file.
+        start: where its values start.
+        manifest: prepared data.
+        split: name of the split.
+        shard: number of the only shard to decode; None: all.
+        shape: ``[rows, M, H, W, 3]``.
+        progress: called with rows done and rows in all.
+
+    Returns:
+        bool ``[rows, M]``: which images there are.
+
+    Raises:
+        OSError: the disk is full, or cannot be written.
+        ValueError: an image cannot be decoded; the message names it.
+    """
+    rows, modalities, height, width, _ = shape
+    size = int(np.prod(shape[1:]))
+    present = np.zeros((rows, modalities), dtype=bool)
+    with path.open("r+b") as file:
+
+        def write(row: int, images: list[bytes | None]) -> None:
+            # Written at its place and not through a map: a full disk is then an error here,
+            # and not a signal that kills the process.
+            pixels = np.zeros(shape[1:], dtype=np.uint8)
+            for number, encoded in enumerate(images):
+                if encoded is None:
+                    continue
+                try:
+                    pixels[number] = decode(encoded, (height, width))
+                except ValueError as error:
+                    raise ValueError(
+                        f"{manifest.uri}: the {manifest.benchmark.modalities[number]} image of "
+                        f"sample {_name(manifest, split, shard, row)!r} in {split} {error}; "
+                        f"prepare the data again"
+                    ) from None
+                present[row, number] = True
+            _write_at(file.fileno(), pixels.data.cast("B"), start + row * size)
+
+        _decode_all(manifest.iter_images(split, shard), rows, write, progress)
+        os.fsync(file.fileno())
+    return present
+
+
+def _name(manifest: Manifest, split: str, shard: int | None, row: int) -> str:
+    before = 0 if shard is None else int(manifest.shard_rows(split)[:shard].sum())
+    return str(manifest.labels(split).sample_id[before + row])
+
+
+def _decode_all(
+    images: Iterator[tuple[int, list[bytes | None]]],
+    rows: int,
+    write: Callable[[int, list[bytes | None]], None],
+    progress: Progress | None,
+) -> None:
+    """Call ``write`` for every row in a pool of threads; an error ends it at once."""
+    threads = len(os.sched_getaffinity(0))
+    waiting: deque[Future[None]] = deque()
+    done = 0
+
+    def finish(left: int) -> None:
+        nonlocal done
+        while len(waiting) > left:
+            waiting.popleft().result()
+            done += 1
+            if progress is not None:
+                progress(done, rows)
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
+        try:
+            for row, encoded in images:
+                waiting.append(pool.submit(write, row, encoded))
+                finish(threads * _WAITING_PER_THREAD)
+            finish(0)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
+    """Write all of ``data``; one call may write less, when the disk is about to be full."""
+    while data:
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written
