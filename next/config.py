@@ -141,6 +141,11 @@ class BackboneConfig(Section):
     """Seed of random weights (both towers); used only without ``pretrained``."""
     camera_coefficient: float | None = Field(default=None, gt=0)
     """Weight of the learned camera embedding (SIE) added to the class token; None: off."""
+    checkpointing: bool = False
+    """Keep only the input of each block of the tower and compute the rest again in the backward
+    pass: much less memory for about a third more time, with the same result."""
+    compile: bool = False
+    """Compile the blocks of the tower with ``torch.compile`` (training only)."""
 
 
 class SemanticConfig(Section):
@@ -236,12 +241,22 @@ class OptimConfig(Section):
     """Weight decay; not on norms, biases and embeddings."""
     epochs: int = Field(default=50, ge=1)
     """Epochs to train; with pruning, the most a trial gets."""
+    schedule: Literal["cosine", "peers"] = "cosine"
+    """cosine: every group rises from zero to its own peak, then falls along half a cosine; peers:
+    as the public codes do it, which warm all groups up from 0.1 x ``lr``, the tower too."""
     warmup_epochs: float = Field(default=10, ge=0)
-    """Linear warm-up from zero, in epochs; then a cosine to ``final_lr_share``."""
+    """Linear warm-up, in epochs."""
     final_lr_share: float = Field(default=0.01, ge=0, le=1)
-    """Learning rate at the end, as a share of the peak."""
+    """Learning rate at the end, as a share of the group's peak (peers: of ``lr``)."""
     clip_norm: float | None = Field(default=None, gt=0)
     """Largest norm of the whole gradient; None: not clipped."""
+    accumulate: int = Field(default=1, ge=1)
+    """Parts in which a worker's share of the batch goes through the network. The loss is still of
+    the whole batch, so the result is the same; memory is that of one part, and every part is
+    computed twice."""
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """Decay a step of an exponential average of the weights, which is evaluated and kept in place
+    of the trained weights; None: no average."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Autocast of the forward pass; losses and distances are always float32."""
 
@@ -358,6 +373,12 @@ class RunConfig(Section):
                 f"batch.identities * batch.instances must be a multiple of scaling.num_workers, "
                 f"so that every worker gets the same share, but got "
                 f"{self.batch.size} over {self.scaling.num_workers}"
+            )
+        share = self.batch.size // self.scaling.num_workers
+        if self.optim.accumulate > share:
+            raise ValueError(
+                f"optim.accumulate must not exceed the {share} samples of a worker's share of the "
+                f"batch, but got {self.optim.accumulate}; lower it"
             )
         return self
 

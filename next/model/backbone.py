@@ -8,9 +8,14 @@ from typing import Any, NamedTuple
 
 import open_clip
 import torch
-from open_clip.transformer import TextTransformer, VisionTransformer
+from open_clip.transformer import (
+    ResidualAttentionBlock,
+    TextTransformer,
+    VisionTransformer,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from next.config import BackboneConfig
 from next.model.attention import attend
@@ -44,8 +49,11 @@ class ClipTower(nn.Module):
         ValueError: the image size is not a multiple of the patch size.
     """
 
-    def __init__(self, vit: VisionTransformer, image_size: tuple[int, int]) -> None:
+    def __init__(
+        self, vit: VisionTransformer, image_size: tuple[int, int], checkpointing: bool = False
+    ) -> None:
         super().__init__()
+        self.checkpointing = checkpointing
         (height, width), (patch_height, patch_width) = image_size, vit.patch_size
         if height % patch_height or width % patch_width:
             raise ValueError(
@@ -77,9 +85,16 @@ class ClipTower(nn.Module):
         x = torch.cat([cls[:, None], patches], dim=1) + vit.positional_embedding
         x = vit.ln_pre(vit.patch_dropout(x))
         for block in vit.transformer.resblocks:
-            x = x + block.ls_1(self_attention(block.attn, block.ln_1(x)))
-            x = x + block.ls_2(block.mlp(block.ln_2(x)))
+            if self.checkpointing and self.training:
+                x = checkpoint(_block, block, x, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = _block(block, x)
         return vit.ln_post(x) @ vit.proj
+
+
+def _block(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
+    x = x + block.ls_1(self_attention(block.attn, block.ln_1(x)))
+    return x + block.ls_2(block.mlp(block.ln_2(x)))
 
 
 def self_attention(attention: nn.MultiheadAttention, x: Tensor) -> Tensor:
@@ -113,7 +128,9 @@ class Backbone(nn.Module):
     ) -> None:
         super().__init__()
         self.image_size = image_size
-        self.tower = ClipTower(load_clip(config, image_size).visual, image_size)
+        self.tower = ClipTower(
+            load_clip(config, image_size).visual, image_size, config.checkpointing
+        )
         self.width = self.tower.width
         self.patch_grid = self.tower.patch_grid
         self.camera_coefficient = config.camera_coefficient

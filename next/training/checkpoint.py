@@ -2,7 +2,8 @@
 
 A checkpoint is a folder::
 
-    model.safetensors   the network's weights and buffers
+    model.safetensors   weights and buffers of the network that was evaluated
+    trained.safetensors those that training goes on from, where they differ (``optim.ema``)
     optimizer.pt        optimizer state and RNG states, read with ``weights_only=True``
     config.toml         the resolved configuration
     state.json          progress, scores, plan hash, and the size and sha256 of the files above
@@ -27,6 +28,7 @@ import torch
 
 from next.config import RunConfig, from_toml, to_toml
 from next.model.network import NEXT
+from next.training.optimizer import WeightAverage
 
 _FORMAT = 1
 
@@ -53,8 +55,12 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     progress: Progress,
     config: RunConfig,
+    average: WeightAverage | None = None,
 ) -> Path:
     """Write a checkpoint to ``folder``, by way of a temporary folder and a rename.
+
+    With an average of the weights, ``model.safetensors`` holds the average, because that is what
+    was evaluated and what will be used.
 
     Raises:
         OSError: the disk is full or not writable; nothing is left behind.
@@ -62,8 +68,11 @@ def save_checkpoint(
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
-        safetensors.torch.save_file(weights, draft / "model.safetensors")
+        if average is None:
+            _save_weights(network, draft / "model.safetensors")
+        else:
+            _save_weights(average.network, draft / "model.safetensors")
+            _save_weights(network, draft / "trained.safetensors")
         torch.save(
             {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()},
             draft / "optimizer.pt",
@@ -114,13 +123,13 @@ def read_config(folder: Path) -> RunConfig:
     return from_toml((Path(folder) / "config.toml").read_text())
 
 
-def load_weights(folder: Path, network: NEXT) -> None:
+def load_weights(folder: Path, network: NEXT, file: str = "model.safetensors") -> None:
     """Fill ``network`` with a checkpoint's weights; all of them, or none.
 
     Raises:
         ValueError: names or shapes do not fit; all of them are listed.
     """
-    weights = safetensors.torch.load_file(Path(folder) / "model.safetensors")
+    weights = safetensors.torch.load_file(Path(folder) / file)
     own = network.state_dict()
     problems = [f"missing {name} {_shape(own[name])}" for name in own if name not in weights]
     problems += [
@@ -139,10 +148,23 @@ def load_weights(folder: Path, network: NEXT) -> None:
     network.load_state_dict(weights)
 
 
-def load_training_state(folder: Path, network: NEXT, optimizer: torch.optim.Optimizer) -> Progress:
-    """Continue from a checkpoint: weights, optimizer, RNG; returns where the run stood."""
+def load_training_state(
+    folder: Path,
+    network: NEXT,
+    optimizer: torch.optim.Optimizer,
+    average: WeightAverage | None = None,
+) -> Progress:
+    """Continue from a checkpoint: weights, their average, optimizer, RNG.
+
+    Returns:
+        Where the run stood.
+    """
     progress = read_progress(folder)
-    load_weights(folder, network)
+    if average is None:
+        load_weights(folder, network)
+    else:
+        load_weights(folder, average.network)
+        load_weights(folder, network, "trained.safetensors")
     state: dict[str, Any] = torch.load(Path(folder) / "optimizer.pt", weights_only=True)
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["rng"])
@@ -163,6 +185,11 @@ def load_network(folder: Path) -> tuple[NEXT, RunConfig]:
     network = NEXT(untrained)
     load_weights(folder, network)
     return network.eval(), config
+
+
+def _save_weights(network: NEXT, path: Path) -> None:
+    weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+    safetensors.torch.save_file(weights, path)
 
 
 def _fingerprint(path: Path) -> str:

@@ -18,15 +18,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
-from next.config import LossConfig, RunConfig
+from next.config import LossConfig, OptimConfig, RunConfig
 from next.data.loader import Batch, SampleSet, train_batches
 from next.data.plan import epoch_plan, occurrences, plan_hash, worker_slice
 from next.evaluation.protocol import evaluate
 from next.model.losses import Losses, objective
 from next.model.network import NEXT
 from next.training.checkpoint import Progress, load_training_state, save_checkpoint
-from next.training.optimizer import build_optimizer, lr_share, set_lr
+from next.training.cost import explain_shortage, is_shortage
+from next.training.optimizer import WeightAverage, build_optimizer, set_learning_rates
 from next.training.report import Reporter
 
 _log = logging.getLogger(__name__)
@@ -94,17 +96,19 @@ def train(
 
     Raises:
         NonFiniteLossError: naming the steps and the part of the loss.
+        MemoryError: the device's memory does not hold a step; with the batch that would fit.
         ValueError: the checkpoint is of another model or other data.
     """
     torch.manual_seed(config.seed)
     network = NEXT(config.model).to(worker.device)
     optimizer = build_optimizer(network, config.optim)
+    average = WeightAverage(network, config.optim.ema) if config.optim.ema is not None else None
     with reporter.latest() as folder:
-        progress = _restore(folder, network, optimizer, data.digest)
+        progress = _restore(folder, network, optimizer, average, data.digest)
     if progress.epoch >= config.optim.epochs:
         # Tune ends a whole sweep when a resumed trial reports nothing.
-        _report(reporter, config, network, optimizer, progress, is_best=False)
-    batch_loss: nn.Module = GlobalLoss(network, config.loss, worker.world)
+        _report(reporter, config, network, optimizer, average, progress, is_best=False)
+    batch_loss: nn.Module = GlobalLoss(network, config.loss, worker.world, config.optim.accumulate)
     if worker.world > 1:
         batch_loss = DistributedDataParallel(batch_loss, broadcast_buffers=False)
     classes = np.unique(data.train.labels.pid)
@@ -130,18 +134,12 @@ def train(
         )
         network.train()
         losses: list[Losses] = []
+        rates: dict[str, float] = {}
         for index, batch in enumerate(batches):
-            set_lr(optimizer, lr_share(epoch + (index + 1) / len(plan), config.optim))
-            optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(
-                worker.device.type, torch.bfloat16, enabled=config.optim.precision == "bfloat16"
-            ):
-                loss = batch_loss(batch)
-            loss.total.backward()
-            if config.optim.clip_norm is not None:
-                nn.utils.clip_grad_norm_(network.parameters(), config.optim.clip_norm)
-            optimizer.step()
-            losses.append(loss)
+            rates = set_learning_rates(optimizer, epoch + (index + 1) / len(plan), config.optim)
+            losses.append(training_step(batch_loss, optimizer, batch, config.optim))
+            if average is not None:
+                average.update(network, progress.step + index + 1)
 
         curves = _curves(losses, epoch, progress.step)
         history += curves["loss"]
@@ -153,7 +151,7 @@ def train(
                 log_metrics(values, progress.step + index + 1)
             log_metrics(
                 {
-                    "train/lr": optimizer.param_groups[0]["lr"],
+                    **{f"train/lr_{group}": rate for group, rate in rates.items()},
                     "train/epoch": epoch + 1,
                     "train/samples_per_second": plan.size / seconds,
                 },
@@ -166,7 +164,12 @@ def train(
 
         # Every rank evaluates: features are needed everywhere only once, and ranks stay in step.
         found = evaluate(
-            network, data.query, data.gallery, rule=data.rule, config=config, device=worker.device
+            network if average is None else average.network,
+            data.query,
+            data.gallery,
+            rule=data.rule,
+            config=config,
+            device=worker.device,
         )
         metrics = {f"val/{name}": value for name, value in found.metrics.as_dict().items()}
         metrics |= {"epoch": float(done), "step": float(step)}
@@ -181,29 +184,89 @@ def train(
                 done, config.optim.epochs, metrics["train/loss"], metrics["val/mAP"],
                 metrics["val/rank1"], seconds, plan_hash(plan)[:8],
             )  # fmt: skip
-        _report(reporter, config, network, optimizer, progress, is_best=is_best)
+        _report(reporter, config, network, optimizer, average, progress, is_best=is_best)
 
     assert progress.best is not None
     return Outcome(history, progress.metrics, progress.best, progress.step)
 
 
-class GlobalLoss(nn.Module):
-    """Loss of the global batch, computed alike on every rank from gathered features."""
+def training_step(
+    batch_loss: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    config: OptimConfig,
+) -> Losses:
+    """Forward, backward and update on one batch; nothing is read back from the device.
 
-    def __init__(self, network: NEXT, config: LossConfig, world: int) -> None:
+    Args:
+        batch_loss: a :class:`GlobalLoss`, bare or within ``DistributedDataParallel``.
+        optimizer: over its parameters.
+        batch: this worker's share.
+        config: precision and clipping.
+
+    Raises:
+        MemoryError: the device's memory does not hold the step.
+    """
+    device = batch.images.device
+    try:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            losses: Losses = batch_loss(batch)
+        losses.total.backward()
+        if config.clip_norm is not None:
+            nn.utils.clip_grad_norm_(batch_loss.parameters(), config.clip_norm)
+        optimizer.step()
+        return losses
+    except RuntimeError as error:
+        if not is_shortage(error):
+            raise
+        came = str(error).splitlines()[0]
+    # Outside of the except clause, where the failed step is no longer referred to.
+    raise MemoryError(explain_shortage(batch_loss, optimizer, batch, config, came))
+
+
+class GlobalLoss(nn.Module):
+    """Loss of the global batch, computed alike on every rank from gathered features.
+
+    Args:
+        network: embeds.
+        config: weights of the loss.
+        world: ranks.
+        parts: pieces in which a batch goes through the network. Each piece is computed again in
+            the backward pass, when its features' gradient is known, so that one piece's
+            activations are held at a time and the loss still mines the whole batch.
+    """
+
+    def __init__(self, network: NEXT, config: LossConfig, world: int, parts: int = 1) -> None:
         super().__init__()
         self.network = network
         self.config = config
         self.world = world
+        self.parts = parts
 
     def forward(self, batch: Batch) -> Losses:
         """Losses of all ranks' samples together."""
-        output = self.network(batch.images, batch.present, batch.text, batch.camera)
-        branches, labels = output.branches, batch.labels
+        branches, labels = self._embed(batch), batch.labels
         if self.world > 1:
             branches = {name: gather(feature) for name, feature in branches.items()}
             labels = gather(labels)
         return objective(self.network.heads(branches), branches, labels, self.config)
+
+    def _embed(self, batch: Batch) -> dict[str, Tensor]:
+        inputs = (batch.images, batch.present, batch.text, batch.camera)
+        if self.parts == 1:
+            return self._branches(*inputs)
+        size = -(-len(batch.labels) // self.parts)
+        pieces = [
+            # No layer draws random numbers; to keep their state would wait for the device.
+            checkpoint(self._branches, *piece, use_reentrant=False, preserve_rng_state=False)
+            for piece in zip(*(tensor.split(size) for tensor in inputs), strict=True)
+        ]
+        return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+
+    def _branches(self, *inputs: Tensor) -> dict[str, Tensor]:
+        branches: dict[str, Tensor] = self.network(*inputs).branches
+        return branches
 
 
 class _Gather(torch.autograd.Function):
@@ -232,11 +295,15 @@ def gather(local: Tensor) -> Tensor:
 
 
 def _restore(
-    folder: Path | None, network: NEXT, optimizer: torch.optim.Optimizer, digest: str
+    folder: Path | None,
+    network: NEXT,
+    optimizer: torch.optim.Optimizer,
+    average: WeightAverage | None,
+    digest: str,
 ) -> Progress:
     if folder is None:
         return Progress(data_digest=digest)
-    progress = load_training_state(folder, network, optimizer)
+    progress = load_training_state(folder, network, optimizer, average)
     if progress.data_digest != digest:
         raise ValueError(
             f"the run's checkpoint was trained on data {progress.data_digest}, but data.uri holds "
@@ -251,13 +318,14 @@ def _report(
     config: RunConfig,
     network: NEXT,
     optimizer: torch.optim.Optimizer,
+    average: WeightAverage | None,
     progress: Progress,
     *,
     is_best: bool,
 ) -> None:
     reporter.report(
         progress.metrics,
-        lambda folder: save_checkpoint(folder, network, optimizer, progress, config),
+        lambda folder: save_checkpoint(folder, network, optimizer, progress, config, average),
         is_best=is_best,
     )
 

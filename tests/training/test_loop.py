@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from next.config import RunConfig, from_toml, override, to_toml
 from next.data.shards import open_manifest
@@ -39,7 +40,10 @@ def test_one_seed_gives_one_loss_curve_to_the_last_bit_and_another_seed_another(
     assert len(first.losses) == first.step > 0
 
 
-def test_an_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(ready, tmp_path):
+@pytest.mark.parametrize("settings", [{}, {"optim.ema": 0.9, "optim.accumulate": 3}])
+def test_an_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(ready, tmp_path, settings):
+    ready = override(ready, settings)
+
     class Interrupted(Exception):
         pass
 
@@ -59,6 +63,32 @@ def test_an_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(ready, tm
     assert rest.metrics == whole.metrics
     ours, theirs = weights(tmp_path / "whole" / "last"), weights(tmp_path / "torn" / "last")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"optim.accumulate": 3}, {"model.backbone.checkpointing": True}]
+)
+def test_what_saves_memory_changes_no_result(ready, tmp_path, settings):
+    whole = run(ready, tmp_path / "whole")
+    saving = run(override(ready, settings), tmp_path / "saving")
+    torch.testing.assert_close(
+        torch.tensor(saving.losses), torch.tensor(whole.losses), rtol=2e-3, atol=2e-3
+    )
+
+
+def test_the_average_of_the_weights_is_what_is_evaluated_and_kept(ready, tmp_path):
+    averaged = override(ready, {"optim.ema": 0.999, "optim.epochs": 1, "selection.every": 1})
+    plain = run(override(averaged, {"optim.ema": None}), tmp_path / "plain")
+    outcome = run(averaged, tmp_path / "averaged")
+    assert outcome.losses == plain.losses, "training itself is untouched"
+    assert outcome.metrics != plain.metrics
+    folder = tmp_path / "averaged" / "last"
+    trained = load_file(folder / "trained.safetensors")
+    assert all(
+        torch.equal(trained[name], value)
+        for name, value in weights(tmp_path / "plain" / "last").items()
+    )
+    assert any(not torch.equal(trained[name], value) for name, value in weights(folder).items())
 
 
 def test_a_finished_run_reports_again_and_trains_no_further(ready, tmp_path):
@@ -88,6 +118,9 @@ def test_metrics_are_logged_for_every_step_once(ready, tmp_path):
     )
     losses = [(step, metrics["train/loss"]) for step, metrics in seen if "train/loss" in metrics]
     assert losses == list(enumerate(outcome.losses, 1))
+    rates = [metrics for _, metrics in seen if "train/lr_tower" in metrics]
+    assert len(rates) == ready.optim.epochs
+    assert rates[-1]["train/lr_heads"] == pytest.approx(ready.optim.lr * ready.optim.final_lr_share)
     validated = [step for step, metrics in seen if "val/mAP" in metrics]
     assert len(validated) == ready.optim.epochs
     assert validated[-1] == outcome.step

@@ -2,7 +2,12 @@ import pytest
 import torch
 
 from next.config import OptimConfig
-from next.training.optimizer import build_optimizer, lr_share, set_lr
+from next.training.optimizer import (
+    WeightAverage,
+    build_optimizer,
+    learning_rate,
+    set_learning_rates,
+)
 
 
 class Network(torch.nn.Module):
@@ -37,21 +42,66 @@ def test_groups_tell_tower_from_heads_and_decay_from_none():
 
 def test_schedule_warms_up_linearly_then_follows_a_cosine():
     config = OptimConfig(epochs=10, warmup_epochs=2, final_lr_share=0.1)
-    assert lr_share(0, config) == 0
-    assert lr_share(1, config) == pytest.approx(0.5)
-    assert lr_share(2, config) == pytest.approx(1)
-    assert lr_share(6, config) == pytest.approx(0.1 + 0.9 / 2)
-    assert lr_share(10, config) == pytest.approx(0.1)
-    shares = [lr_share(2 + step / 10, config) for step in range(81)]
-    assert shares == sorted(shares, reverse=True)
+    rates = [learning_rate(1.0, epoch, config) for epoch in (0, 1, 2, 6, 10)]
+    assert rates == pytest.approx([0, 0.5, 1, 0.1 + 0.9 / 2, 0.1])
+    falling = [learning_rate(1.0, 2 + step / 10, config) for step in range(81)]
+    assert falling == sorted(falling, reverse=True)
 
 
 def test_schedule_of_warm_up_alone_and_of_none():
-    assert lr_share(3, OptimConfig(epochs=3, warmup_epochs=3, final_lr_share=0.5)) == 0.5
-    assert lr_share(0, OptimConfig(epochs=3, warmup_epochs=0)) == 1
+    assert learning_rate(1.0, 3, OptimConfig(epochs=3, warmup_epochs=3, final_lr_share=0.5)) == 0.5
+    assert learning_rate(1.0, 0, OptimConfig(epochs=3, warmup_epochs=0)) == 1
 
 
-def test_set_lr_scales_each_group_by_its_own_peak():
+def test_the_peers_schedule_is_that_of_timm_as_their_codes_call_it():
+    from timm.scheduler import CosineLRScheduler
+
+    config = OptimConfig(schedule="peers", lr=3.5e-4, epochs=50, final_lr_share=0.001)
+    optimizer = torch.optim.SGD(
+        [
+            {"params": [torch.zeros(1)], "lr": 3.5e-4},
+            {"params": [torch.zeros(1)], "lr": 5e-6},
+        ]
+    )
+    theirs = CosineLRScheduler(
+        optimizer,
+        t_initial=50,
+        lr_min=0.001 * 3.5e-4,
+        warmup_lr_init=0.1 * 3.5e-4,
+        warmup_t=10,
+        cycle_limit=1,
+        t_in_epochs=True,
+    )
+    for epoch in range(1, 51):
+        theirs.step(epoch)
+        for group, peak in zip(optimizer.param_groups, (3.5e-4, 5e-6), strict=True):
+            for within in (0.02, 0.5, 1.0):
+                ours = learning_rate(peak, epoch - 1 + within, config)
+                assert ours == pytest.approx(group["lr"], rel=1e-9), (epoch, peak)
+    assert learning_rate(5e-6, 0.1, config) > 5 * 5e-6, "the tower starts far above its peak"
+
+
+def test_each_group_gets_its_own_rate_and_all_are_returned_by_name():
     optimizer = build_optimizer(Network(), OptimConfig(lr=1.0, tower_lr=0.1))
-    set_lr(optimizer, 0.5)
-    assert {group["name"]: group["lr"] for group in optimizer.param_groups}["tower"] == 0.05
+    config = OptimConfig(lr=1.0, tower_lr=0.1, epochs=4, warmup_epochs=2)
+    rates = set_learning_rates(optimizer, 1.0, config)
+    assert rates == pytest.approx(
+        {"tower": 0.05, "tower_no_decay": 0.05, "heads": 0.5, "heads_no_decay": 0.5}
+    )
+    assert rates == {group["name"]: group["lr"] for group in optimizer.param_groups}
+
+
+def test_the_average_follows_the_formula_and_copies_buffers():
+    network = torch.nn.BatchNorm1d(3)
+    average = WeightAverage(network, decay=0.5)
+    expected = network.weight.detach().clone()
+    for step in (1, 2, 3):
+        with torch.no_grad():
+            network.weight.add_(step)
+            network.running_mean.add_(1)
+        average.update(network, step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * network.weight.detach()
+    torch.testing.assert_close(average.network.weight.detach(), expected)
+    assert torch.equal(average.network.running_mean, network.running_mean)
+    assert not average.network.weight.requires_grad
