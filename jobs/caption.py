@@ -13,7 +13,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -30,13 +30,14 @@ from next.captioning.labels import load_labels
 from next.captioning.ledger import Ledger
 from next.captioning.merge import Calibration
 from next.captioning.models import ModelConfig, load_models
-from next.captioning.output import CaptionResult, write_captions
+from next.captioning.output import CaptionResult, caption_path, write_captions
 from next.captioning.quality import QualityReport, guess_schema, measure, read_caption_files
 from next.captioning.run import CaptionConfig, Captioner, Plan
 from next.captioning.source import FolderSource, ShardSource, Source
-from next.cli import REQUIRED, USER_ERROR, parse, run_job
+from next.cli import REQUIRED, USER_ERROR, ProgressLine, parse, run_job
 from next.config import near_matches
-from next.data.benchmark import load_card
+from next.data.benchmark import Benchmark, load_card
+from next.data.images import OnBad
 from next.data.ingest import ScanOptions
 from next.data.shards import open_manifest
 
@@ -76,8 +77,13 @@ class RunJob:
     written is scored against it."""
     calibration: Path | None = None
     """calibration.json of another run."""
-    options: Annotated[ScanOptions, tyro.conf.arg(name="")] = ScanOptions()  # noqa: RUF009 (frozen)
-    """What to do where source and card do not agree."""
+    on_bad: OnBad = "fail"
+    """A file of --source that does not fit the card, or has to be decoded and cannot be: fail, or
+    skip it. An image that only the endpoint cannot open is recorded as refused in any case."""
+    drop_leaked: bool = False
+    """Drop identities from train that stand in the gallery or the queries of --source, too."""
+    allow_count_mismatch: bool = False
+    """Go on, with a warning, where --source has other counts than the card asserts."""
     config: Annotated[CaptionConfig, tyro.conf.arg(name="")] = CaptionConfig()  # noqa: RUF009
     """How captions are made of answers."""
     dry_run: bool = False
@@ -131,33 +137,41 @@ def run(argv: Sequence[str]) -> int:
         config=job.config,
         rewriter=None if job.rewrite is None else _named(models, job.rewrite),
     )
-    if not job.dry_run:
-        for model in models:
-            model.key()  # before anything is read, let alone asked
+    if job.config.ask and not job.dry_run:
+        for model in (*captioner.models, *([captioner.rewriter] if captioner.rewriter else ())):
+            model.key()  # before an image is read, let alone asked about
     labels = None if job.labels is None else load_labels(job.labels, captioner.schema)
     calibration = None if job.calibration is None else Calibration.load(job.calibration)
     out = job.out or Path()
-    with Ledger(job.ledger or out / "ledger") as ledger:
+    with Ledger(job.ledger or out / "ledger", look=job.dry_run) as ledger:
         if job.dry_run:
             show_plan(captioner.plan(ledger), as_json=job.json)
             return 0
         questions = source.count() * len(captioner.models)
         with progress_line(questions) as progress:
             totals, images = captioner.ask(ledger, progress)
-        result = write_captions(
-            captioner,
-            ledger,
-            images,
-            out,
-            totals,
-            labels=labels,
-            calibration=calibration,
-            shards=job.shards,
-        )
+        with ProgressLine("shards") if job.shards else nullcontext() as written:
+            result = write_captions(
+                captioner,
+                ledger,
+                images,
+                out,
+                totals,
+                labels=labels,
+                calibration=calibration,
+                shards=job.shards,
+                progress=written,
+            )
     if job.json:
         print(json.dumps(result.as_dict()))
     else:
         show_result(result)
+        if job.shards is None and source.benchmark.captions is None:
+            print(
+                "hint      the card names no caption files: before jobs/prepare.py can read these, "
+                "give it\n          [captions] with a line for each split, such as "
+                f"{_caption_lines(source.benchmark)}; or use --shards"
+            )
     return 0
 
 
@@ -168,7 +182,17 @@ def _source(job: RunJob) -> Source:
         return ShardSource(open_manifest(job.data))
     if job.card is None or job.source is None:
         raise ValueError("--card and --source are needed, or --data with a folder of shards")
-    return FolderSource.open(load_card(job.card), job.source, job.options)
+    options = ScanOptions(
+        on_bad=job.on_bad,
+        drop_leaked=job.drop_leaked,
+        allow_count_mismatch=job.allow_count_mismatch,
+    )
+    return FolderSource.open(load_card(job.card), job.source, options)
+
+
+def _caption_lines(benchmark: Benchmark) -> str:
+    splits = benchmark.stored()
+    return ", ".join(f'{one} = "{caption_path(benchmark, one, "{modality}")}"' for one in splits)
 
 
 def _named(models: Sequence[ModelConfig], name: str) -> ModelConfig:
@@ -252,11 +276,14 @@ def show_result(result: CaptionResult) -> None:
     print(f"asked     {totals.calls} ({statuses or 'nothing'}), {totals.known} known before")
     print(f"          {spent}; {totals.seconds:.1f} s, {rate:.1f}/s")
     if totals.left:
-        print(f"LEFT      {totals.left} questions, as the budget is spent; run again with more")
+        asks = result.settings["ask"]
+        why = "the budget is spent; run again with more" if asks else "--no-ask asks nothing"
+        print(f"LEFT      {totals.left} questions, as {why}")
     written = ", ".join(f"{count} {source}" for source, count in sorted(result.sources.items()))
     print(f"written   attributes: {written or 'none'}; {result.left_out} left out")
-    if result.rewritten or result.kept:
-        print(f"rewritten {result.rewritten} sentences, {result.kept} refused by the check")
+    if result.settings["rewriter"] is not None:
+        kept = f"{result.kept} refused by the check, {result.unanswered} without an answer"
+        print(f"rewritten {result.rewritten} sentences, {kept}; its cost is counted above")
     if result.score is not None:
         score = result.score
         print(f"labels    unknown {score.unknown:.2f} %, accuracy {score.accuracy:.2f} %")

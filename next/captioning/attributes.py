@@ -228,10 +228,9 @@ def load_schema(name: str | Path) -> Schema:
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        close = near_matches(str(name), list(known)) or list(known)
-        raise FileNotFoundError(
-            f"{name}: there is no such schema file; schemas of the package are {', '.join(close)}"
-        ) from None
+        close = near_matches(str(name), list(known))
+        hint = f"did you mean {close[0]}?" if close else f"the package has {', '.join(known)}"
+        raise FileNotFoundError(f"{name}: there is no such schema file; {hint}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from None
     for key, part in (("attributes", Attribute), ("sentences", Sentence)):

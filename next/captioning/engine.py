@@ -197,7 +197,7 @@ class _Run:
         self, pictures: Iterable[Picture], queues: dict[str, asyncio.Queue[_Task | None]]
     ) -> None:
         """Put questions into the queues until there are no more pictures."""
-        ahead = _hashed(pictures)
+        ahead = hashed(pictures)
         while chunk := await asyncio.to_thread(lambda: list(itertools.islice(ahead, READ_AHEAD))):
             for picture, image_hash in chunk:
                 keys = self.questions.open(image_hash, picture.modality)
@@ -318,7 +318,8 @@ class _Asker:
         self._most_out = max(self._most_out, tokens_out)
 
 
-def _hashed(pictures: Iterable[Picture]) -> Iterator[tuple[Picture, str]]:
+def hashed(pictures: Iterable[Picture]) -> Iterator[tuple[Picture, str]]:
+    """Each picture with the sha256 of its file."""
     for picture in pictures:
         yield picture, hashlib.sha256(picture.image).hexdigest()
 
@@ -370,7 +371,7 @@ def first_open(
     pictures: Iterator[Picture], questions: Questions, report: Callable[[Asked], None]
 ) -> Picture | None:
     """The first picture with an open question; those before it are reported as done."""
-    for picture, image_hash in _hashed(pictures):
+    for picture, image_hash in hashed(pictures):
         if questions.open(image_hash, picture.modality):
             return picture
         report(Asked(picture.split, picture.sample, picture.modality, image_hash, ()))

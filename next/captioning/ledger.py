@@ -94,15 +94,26 @@ class Ledger:
     Args:
         folder: made if it is not there.
         wait_s: how long to wait for writers that outlived their run.
+        look: only look: nothing is made, held or waited for, and another run may go on writing.
 
     Raises:
         FileExistsError: another run holds the ledger.
     """
 
-    def __init__(self, folder: str | Path, *, wait_s: float = 60) -> None:
+    def __init__(self, folder: str | Path, *, wait_s: float = 60, look: bool = False) -> None:
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._look = look
+        self._parts: list[Path] = []
+        self._places: dict[bytes, tuple[int, int, Status]] = {}
+        self._read: set[Path] = set()
+        self._wait_s = wait_s
         self._lock = FileLock(self.folder / "lock")
+        if not look:
+            self._hold()
+        self.refresh()
+
+    def _hold(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
@@ -110,11 +121,6 @@ class Ledger:
                 f"{self.folder}: another run writes to this ledger at this moment; "
                 f"wait for it, or give another folder with --ledger"
             ) from None
-        self._parts: list[Path] = []
-        self._places: dict[bytes, tuple[int, int, Status]] = {}
-        self._read: set[Path] = set()
-        self._wait_s = wait_s
-        self.refresh()
 
     def __enter__(self) -> Ledger:
         return self
@@ -129,7 +135,8 @@ class Ledger:
     def refresh(self) -> None:
         """Take up the parts that were written since; waits for those that are being written."""
         for path in sorted(set(self.folder.glob("*.jsonl")) - self._read):
-            self._wait_for_writer(path)
+            if not self._look:
+                self._wait_for_writer(path)
             number = len(self._parts)
             self._parts.append(path)
             self._read.add(path)

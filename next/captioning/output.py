@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from next.captioning.engine import Asked, Questions, Totals, run_here
+from next.captioning.engine import Asked, Questions, Totals, hashed, run_here
 from next.captioning.labels import AttributeLabels, Image, Score, judge, score
 from next.captioning.ledger import Ledger
 from next.captioning.merge import Belief, Calibration, calibrate, facts
@@ -44,10 +44,14 @@ class CaptionResult:
     """Distinct sentences that were taken in the words of the rewriting model."""
     kept: int = 0
     """Distinct sentences whose rewriting failed the check, so that they stand as they were."""
+    unanswered: int = 0
+    """Distinct sentences that stand as they were, as the rewriting model gave no other words."""
     score: Score | None = None
     """Against the labels, where there are any."""
     files: list[Path] = field(default_factory=list)
     """What was written."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What decided the captions beside images and answers; holds no key."""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -86,7 +90,10 @@ def write_captions(
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    result = CaptionResult(totals)
+    result = CaptionResult(totals, settings=captioner.settings())
+    unread = captioner.source.count() - len(images)
+    if unread:
+        result.without["unreadable"] = unread
     if labels is not None:
         result.score = Score(0, 0, 0)
         if calibration is None:
@@ -107,6 +114,7 @@ def write_captions(
     if shards is not None:
         manifest = captioner.source.write_shards(shards, book, progress)
         result.files.append(Path(manifest.uri))
+    result.files.append(out / "report.json")
     (out / "report.json").write_text(json.dumps(result.as_dict(), indent=1, default=str) + "\n")
     return result
 
@@ -170,13 +178,17 @@ class _Book(Mapping[Image, str]):
                 self._result.totals.spent += spent
 
         pictures = (Picture("", one, TEXT, one.encode()) for one in self._numbers)
-        purse = self._captioner.purse(self._result.totals.spent)
-        run_here(pictures, questions, ledger.folder, purse, report)
-        ledger.refresh()
+        if self._captioner.config.ask:
+            purse = self._captioner.purse(self._result.totals.spent)
+            run_here(pictures, questions, ledger.folder, purse, report)
+            ledger.refresh()
+        else:
+            hashes |= {picture.sample: image_hash for picture, image_hash in hashed(pictures)}
         check = RewriteCheck(self._captioner.schema, self._free)
         for sentence, number in self._numbers.items():
             row = ledger.get(questions.key(hashes[sentence], TEXT, rewriter))
             if row is None or row.status != "answered":
+                self._result.unanswered += 1
                 continue
             answer = " ".join(row.answer.split()).strip('"')
             problem = check.problem(sentence, answer)

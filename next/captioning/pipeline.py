@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import json
 import logging
@@ -205,7 +206,7 @@ class _FromFiles:
     """Reads the images of samples whose files a batch names."""
 
     def __init__(self, source: FolderSource) -> None:
-        self._source = FolderSource(source.benchmark, source.folder, {}, source.findings)
+        self._source = dataclasses.replace(source, samples={})  # a batch brings its own
 
     def __call__(self, batch: _Columns) -> Iterator[Picture]:
         for split, sample in zip(batch["split"], batch["sample"], strict=True):

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
 from next.captioning.attributes import Reading, Schema
-from next.captioning.engine import Asked, Questions, Totals, run_here
+from next.captioning.engine import Asked, Questions, Totals, hashed, run_here
 from next.captioning.labels import Image
 from next.captioning.ledger import Ledger, Status
 from next.captioning.merge import Belief, Calibration, MergeConfig, merge
@@ -35,6 +34,9 @@ class CaptionConfig(Section):
     """How readings become beliefs, and which are written."""
     budget: BudgetConfig = BudgetConfig()
     """The most that this run may spend."""
+    ask: bool = True
+    """Off: ask nothing, and make captions of what the ledger holds; needs no endpoint and no key.
+    So thresholds can be moved later."""
     again: tuple[Again, ...] = ()
     """Ask again what an earlier run has recorded as refused or garbled."""
     workers: int = Field(default=1, ge=1)
@@ -89,10 +91,9 @@ class Captioner:
         questions = self._questions(ledger)
         images = 0
         open_: Counter[str] = Counter()
-        for picture in self.source.pictures():
+        for picture, image_hash in hashed(self.source.pictures()):
             images += 1
-            sha256 = hashlib.sha256(picture.image).hexdigest()
-            open_.update(questions.open(sha256, picture.modality).keys())
+            open_.update(questions.open(image_hash, picture.modality).keys())
         means = _mean_tokens(ledger, self.models)
         return Plan(
             images,
@@ -110,10 +111,15 @@ class Captioner:
     def ask(
         self, ledger: Ledger, progress: Callable[[Totals], None] | None = None
     ) -> tuple[Totals, dict[Image, str]]:
-        """Ask what the ledger has no answer to.
+        """Ask what the ledger has no answer to; with ``config.ask`` off, look what it has.
 
         Returns:
             Where the run stands, and the sha256 of each image by split, sample and modality.
+
+        Raises:
+            ValueError: an image cannot be cut, a key is missing, or a model is not there.
+            ConnectionError: an endpoint cannot be reached, or went away.
+            PermissionError: a key is not accepted, or a quota is used up.
         """
         questions = self._questions(ledger)
         totals, images = Totals(), {}
@@ -126,7 +132,11 @@ class Captioner:
             if progress is not None:
                 progress(totals)
 
-        if self.config.workers > 1:
+        if not self.config.ask:
+            for picture, image_hash in hashed(self.source.pictures()):
+                totals.left += len(questions.open(image_hash, picture.modality))
+                report(Asked(picture.split, picture.sample, picture.modality, image_hash, ()))
+        elif self.config.workers > 1:
             # Ray takes seconds to import, and is not needed to ask from one process.
             from next.captioning.pipeline import run_on_ray
 
@@ -179,6 +189,17 @@ class Captioner:
 
     def _questions(self, ledger: Ledger) -> Questions:
         return Questions(self._prompts(), self.models, ledger.finished(self.final))
+
+    def settings(self) -> dict[str, Any]:
+        """What decides captions beside images and answers, for a record; holds no key."""
+        return {
+            "benchmark": self.source.benchmark.name,
+            "schema": self.schema.name,
+            "prompts": {modality: prompt.hash for modality, prompt in self._prompts().items()},
+            "models": [model.model_dump(mode="json") for model in self.models],
+            "rewriter": None if self.rewriter is None else self.rewriter.name,
+            **self.config.model_dump(mode="json"),
+        }
 
     def final(self, status: Status) -> bool:
         """Whether a row of this status is not asked again."""

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from next.data.benchmark import Benchmark
 from next.data.captions import split_sentences
-from next.data.images import ImageReader
+from next.data.images import ImageReader, OnBad
 from next.data.ingest import ScanOptions, scan
 from next.data.layout import Loaded, Sample
 from next.data.manifest import Findings
@@ -40,6 +40,8 @@ class FolderSource:
     samples: Mapping[str, list[Sample]]
     """By stored split."""
     findings: Findings
+    on_bad: OnBad = "fail"
+    """What becomes of a file that has to be decoded (to cut it, or for shards) and cannot be."""
 
     @classmethod
     def open(cls, benchmark: Benchmark, source: str | Path, options: ScanOptions) -> FolderSource:
@@ -50,7 +52,7 @@ class FolderSource:
             ValueError: files do not fit the card.
         """
         found = scan(benchmark.model_copy(update={"captions": None}), source, options)
-        return cls(benchmark, open_folder(source), found.samples, found.findings)
+        return cls(benchmark, open_folder(source), found.samples, found.findings, options.on_bad)
 
     def count(self) -> int:
         """Images in all."""
@@ -68,9 +70,13 @@ class FolderSource:
                 yield from self.pictures_of(split, sample)
 
     def pictures_of(self, split: str, sample: Sample) -> Iterator[Picture]:
-        """The images of one sample."""
+        """The images of one sample.
+
+        Raises:
+            ValueError: an image of tiles cannot be cut, and ``on_bad`` is fail.
+        """
         if self.benchmark.storage.kind == "tiles":
-            images = ImageReader(self.benchmark, self.folder, "skip")(sample).images
+            images = ImageReader(self.benchmark, self.folder, self.on_bad)(sample).images
         else:
             # Not decoded here: an image that the endpoint cannot open is refused there.
             images = tuple(
@@ -92,7 +98,7 @@ class FolderSource:
         self, destination: str | Path, texts: Texts, progress: Callable[[int, int], None] | None
     ) -> Manifest:
         """Shards of the same samples with these captions."""
-        reader = ImageReader(self.benchmark, self.folder, "skip")
+        reader = ImageReader(self.benchmark, self.folder, self.on_bad)
         samples = {
             split: [_captioned(split, sample, self.benchmark, texts) for sample in some]
             for split, some in self.samples.items()

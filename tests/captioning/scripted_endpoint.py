@@ -5,7 +5,8 @@ It is a real HTTP server on loopback: started in a thread by tests, or as a proc
     python tests/captioning/scripted_endpoint.py --source DEMO --port 0 --latency 0.05
 
 It knows an image by its bytes, so it draws its answer from the true attributes of that sample; what
-it answers depends on nothing but model and image. ``GET /stats`` gives what was asked and answered.
+it answers depends on nothing but model and image. Of an image that it does not know it says
+anything that the demanded form allows. ``GET /stats`` gives what was asked and answered.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any
 
 from PIL import Image
 
-from next.captioning.attributes import NOT_VISIBLE, load_schema
+from next.captioning.attributes import NOT_VISIBLE, OTHER, load_schema
 from next.captioning.labels import demo_labels
 from next.captioning.prompt import prompt_for
 
@@ -244,9 +245,14 @@ class ScriptedEndpoint:
     def _beside_the_truth(
         self, model: str, persona: Persona, image: bytes | None, request: dict[str, Any]
     ) -> str:
-        """The answer to a probe, or a sentence in other words."""
+        """The answer to a probe, a sentence in other words, or what a stranger may look like."""
         if image is None and "Rewrite" in request["messages"][1]["content"]:
             return self._rewritten(model, request["messages"][1]["content"])
+        form = request.get("response_format", {}).get("json_schema", {}).get("schema")
+        if image is not None and form is not None and list(form["properties"]) != ["colour"]:
+            digest = hashlib.sha256(image).hexdigest()
+            self.stats.answers[f"{model} {digest}"] += 1
+            return json.dumps(anything(form, f"{model} {digest}"))
         colour = colour_of(image) if persona.sees else "green"
         return json.dumps({"colour": {"value": colour, "confidence": 1.0}})
 
@@ -391,6 +397,17 @@ class ScriptedEndpoint:
         writer.write(head_of(status, len(data), headers) + data)
         await writer.drain()
         return True
+
+
+def anything(form: dict[str, Any], key: str) -> dict[str, dict[str, Any]]:
+    """An answer of the form of a JSON schema, drawn from a key."""
+    answers = {}
+    for name, answer in form["properties"].items():
+        rng = random.Random(f"{key} {name}")
+        choices = [one for one in answer["properties"]["value"]["enum"] if one != OTHER]
+        other = {OTHER: ""} if OTHER in answer["properties"] else {}
+        answers[name] = {"value": rng.choice(choices), **other, "confidence": rng.random()}
+    return answers
 
 
 def disturbed(

@@ -126,7 +126,7 @@ def test_what_does_not_fit_is_refused_with_its_name(edit, change, message):
 
 
 def test_a_file_that_is_no_schema_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="schemas of the package are person"):
+    with pytest.raises(FileNotFoundError, match=r"did you mean person\?"):
         load_schema("persn")
     path = tmp_path / "mine.toml"
     path.write_text("a = [")

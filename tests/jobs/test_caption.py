@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import signal
@@ -7,8 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from jobs.caption import main
+from next.captioning.ledger import Ledger
 from next.data.shards import open_manifest
 from tests.captioning.scripted_endpoint import Script, scripted
 
@@ -75,9 +78,74 @@ def test_the_key_is_in_no_file_that_a_run_writes(demo_raw, models, tmp_path, mon
     assert "sk-secret" not in "".join(capfd.readouterr())
 
 
+def test_thresholds_move_without_endpoint_and_key(demo_raw, models, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CAPTION_KEY", "sk-secret-123")
+    with scripted(demo_raw) as server:
+        file = models(server.url, names=["scripted-large"], api_key_env="CAPTION_KEY")
+        assert run(demo_raw, file, tmp_path / "out", "--budget.tokens", "300000", "--json") == 0
+    first = json.loads(capsys.readouterr().out)
+    monkeypatch.delenv("CAPTION_KEY")
+    flags = ("--no-ask", "--merge.threshold", "0.95", "--rewrite", "scripted-large")
+    assert run(demo_raw, file, tmp_path / "out", *flags) == 0
+    shown = capsys.readouterr().out
+    assert "asked     0 (nothing), 250 known before" in shown
+    assert "LEFT      146 questions, as --no-ask asks nothing" in shown
+    assert "rewritten 0 sentences, 0 refused by the check" in shown
+    second = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert second["captions"] <= first["captions"] == 250
+    assert sum(second["sources"].values()) < sum(first["sources"].values())
+    assert second["settings"]["merge"]["threshold"] == 0.95
+
+
+def test_a_dry_run_writes_nothing_and_disturbs_no_run(demo_raw, models, tmp_path, capsys):
+    file = models("http://127.0.0.1:1/v1")
+    assert run(demo_raw, file, tmp_path / "out", "--dry-run") == 0
+    assert not (tmp_path / "out").exists()
+    with Ledger(tmp_path / "out" / "ledger"):  # a run under way
+        assert run(demo_raw, file, tmp_path / "out", "--dry-run") == 0
+    assert "nothing was asked (--dry-run)" in capsys.readouterr().out
+
+
+def test_a_data_set_without_captions_gets_them(models, tmp_path, capsys):
+    """RGBNT100's layout: three tiles in a file, no captions, and a card that names none."""
+    source = tmp_path / "source" / "rgbir"
+    for folder, pids in (("bounding_box_train", (1, 2)), ("query", (51,)), ("bounding_box_test",
+                         (51, 52))):  # fmt: skip
+        (source / folder).mkdir(parents=True)
+        for pid, camera in itertools.product(pids, (1, 2)):
+            picture = Image.effect_noise((96, 16), 10 * pid + camera)
+            picture.save(source / folder / f"{pid:04d}_c{camera:04d}_001.jpg")
+    (source / "query" / "0052_c0001_001.jpg").write_bytes(b"no image")
+    words = ["run", "--card", str(ROOT / "datasets" / "rgbnt100.toml"), "--out"]
+    words += [str(tmp_path / "out"), "--source", str(source.parent), "--allow-count-mismatch"]
+    with scripted(None) as server:
+        words += ["--models", models(server.url)]
+        with pytest.raises(ValueError, match=r"0052_c0001_001\.jpg .* leave such files out"):
+            main(words)
+        assert main([*words, "--on-bad", "skip"]) == 0
+        shown = capsys.readouterr().out
+        assert "30 have a caption" in shown
+        assert "3 without: unreadable" in shown
+        assert 'train = "text/train_{modality}.json", gallery = ' in shown
+        shards = tmp_path / "shards"
+        assert main([*words, "--on-bad", "skip", "--no-ask", "--shards", str(shards)]) == 0
+        assert set(server.stats.answers.values()) == {1}
+    manifest = open_manifest(shards)
+    assert manifest.splits["query"].captions == {"RGB": 2, "NI": 2, "TI": 2}
+    assert [skipped.file for skipped in manifest.file.findings.skipped] == [
+        "rgbir/query/0052_c0001_001.jpg"
+    ]
+    thermal = " ".join(sentence for of_sample in manifest.sentences("train") for sentence in
+                       of_sample[2])  # fmt: skip
+    assert " light" not in thermal.replace("lights", "")
+    assert "roof" in thermal
+
+
 def test_only_some_models_can_be_asked(demo_raw, models, tmp_path, capsys):
     with scripted(demo_raw) as server:
         file = models(server.url)
+        text = Path(file).read_text()  # the key of a model that is not asked need not be there
+        Path(file).write_text(text.replace("\n\n", '\napi_key_env = "NOT_SET_KEY"\n\n', 1))
         assert run(demo_raw, file, tmp_path / "out", "--only", "scripted-small", "--json") == 0
         assert {name.split()[0] for name in server.stats.answers} == {"scripted-small"}
         with pytest.raises(ValueError, match="did you mean scripted-small"):
@@ -91,7 +159,7 @@ def test_a_spent_budget_is_told_and_the_next_run_goes_on(demo_raw, models, tmp_p
         assert run(demo_raw, file, tmp_path / "out", "--budget.tokens", "120000") == 0
         shown = capsys.readouterr().out
         assert "asked     100 (100 answered), 0 known before" in shown
-        assert "LEFT      296 questions, as the budget is spent" in shown
+        assert "LEFT      296 questions, as the budget is spent; run again with more" in shown
         assert run(demo_raw, file, tmp_path / "out") == 0
         assert set(server.stats.answers.values()) == {1}
     assert "asked     296 (296 answered), 100 known before" in capsys.readouterr().out
