@@ -18,15 +18,17 @@ What can be relied on:
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator
+import threading
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from typing import Any, BinaryIO
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import pyarrow as pa
 import pyarrow.fs
@@ -41,6 +43,7 @@ ATTEMPTS = 3
 """How often a request is tried in all."""
 THREADS = 8
 """Files that are copied at a time."""
+_BLOCK = 8 * 2**20
 _OPTIONS = ("endpoint_override", "scheme", "region")
 _REFUSED = ("ACCESS_DENIED", "SIGNATURE_DOES_NOT_MATCH", "INVALID_ACCESS_KEY_ID", "EXPIRED_TOKEN")
 """Arrow's names for what a server says to credentials, in the order of rising precision."""
@@ -64,7 +67,7 @@ class Folder:
     uri: str
     """How the folder is named to users: an absolute path or ``s3://bucket/prefix``."""
     options: str = ""
-    """What followed the URI's question mark."""
+    """Endpoint and region of an object store, as they follow a URI's question mark."""
 
     @property
     def is_local(self) -> bool:
@@ -144,13 +147,31 @@ class Folder:
         with file:
             yield file
 
-    def write(self, path: str, data: bytes) -> None:
-        """Write a file, whole or not at all; an older one of its name is replaced."""
+    @contextmanager
+    def writing(self, path: str) -> Iterator[Any]:
+        """A file to write to; it appears at the end of the block, whole, or not at all.
+
+        An older one of its name is replaced. Nothing of what a failed block wrote is left.
+        """
         with self._errors(path, writing=True):
             if self.is_local:
-                _replace(Path(self._path(path)), lambda draft: draft.write_bytes(data))
+                with _replacing(Path(self._path(path))) as file:
+                    yield file
                 return
-            self._put(path, lambda stream: stream.write(data))
+            file = self.filesystem.open_output_stream(self._path(path))
+            try:
+                yield file
+            except BaseException:
+                with suppress(OSError):  # closing it makes an object of what was written so far
+                    file.close()
+                    self.filesystem.delete_file(self._path(path))
+                raise
+            file.close()
+
+    def write(self, path: str, data: bytes) -> None:
+        """Write a file, whole or not at all; an older one of its name is replaced."""
+        with self.writing(path) as file:
+            file.write(data)
 
     def require_writable(self) -> None:
         """Write and remove a file, so that work that could not be kept is not begun."""
@@ -183,12 +204,9 @@ class Folder:
 
     def upload(self, source: str | Path, path: str) -> None:
         """Copy one local file, whole or not at all."""
-        with self._errors(path, writing=True):
-            if self.is_local:
-                _replace(Path(self._path(path)), lambda draft: shutil.copyfile(source, draft))
-                return
-            with open(source, "rb") as file:
-                self._put(path, lambda stream: stream.upload(file))
+        # Not with pyarrow.fs.copy_files: it hides errors of closing, such as a missing bucket.
+        with open(source, "rb") as local, self.writing(path) as file:
+            shutil.copyfileobj(local, file, _BLOCK)
 
     def upload_tree(
         self, source: str | Path, below: str = "", *, last: Collection[str] = ()
@@ -244,18 +262,6 @@ class Folder:
             shutil.rmtree(draft, ignore_errors=True)
         return target
 
-    def _put(self, path: str, fill: Callable[[Any], Any]) -> None:
-        """Write an object; not with ``pyarrow.fs.copy_files``, which hides errors of closing."""
-        stream = self.filesystem.open_output_stream(self._path(path))
-        try:
-            fill(stream)
-        except BaseException:
-            with suppress(OSError):  # closing it makes an object of what was written so far
-                stream.close()
-                self.filesystem.delete_file(self._path(path))
-            raise
-        stream.close()
-
     def _path(self, path: str) -> str:
         return f"{self.base}/{path}" if path not in ("", ".") else self.base
 
@@ -291,6 +297,8 @@ class Folder:
 
     def _s3_error(self, error: OSError, name: str, writing: bool) -> OSError | None:
         text = str(error)
+        if "AWS Error" not in text:  # said already, by this folder or by one read from meanwhile
+            return None
         bucket = self.base.partition("/")[0]
         if "NO_SUCH_BUCKET" in text:
             return FileNotFoundError(
@@ -365,17 +373,21 @@ def _open_s3(uri: str) -> Folder:
             raise ValueError(f"{uri}: there is no option {name!r}; did you mean {close[0]}?")
     endpoint = _endpoint(options)
     scheme, _, host = endpoint.rpartition("://")
+    region = options.get("region") or os.environ.get("AWS_REGION")
     filesystem = pa.fs.S3FileSystem(
         endpoint_override=host or None,
         scheme=scheme or None,
-        region=options.get("region") or os.environ.get("AWS_REGION"),
+        region=region,
         connect_timeout=CONNECT_SECONDS,
         request_timeout=SILENT_SECONDS,
         retry_strategy=pa.fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
         allow_delayed_open=True,  # a small object is then one request and not three
     )
     place = f"{parts.netloc}{parts.path}".rstrip("/")
-    return Folder(filesystem, place, f"s3://{place}", parts.query)
+    # What this environment added is named too, so that the address means the same elsewhere.
+    named = {"endpoint_override": endpoint, "region": region}
+    query = urlencode({name: value for name, value in named.items() if value})
+    return Folder(filesystem, place, f"s3://{place}", query)
 
 
 def _endpoint(options: dict[str, str]) -> str:
@@ -392,8 +404,8 @@ def _endpoint(options: dict[str, str]) -> str:
 
 
 def _local_error(error: OSError, name: str, writing: bool) -> OSError | None:
-    # PermissionError and "read-only file system" are one thing to who wants to write there.
-    if writing and error.strerror and (isinstance(error, PermissionError) or error.errno == 30):
+    # No permission and a read-only file system are one thing to who wants to write there.
+    if writing and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
         return PermissionError(
             f"{name} cannot be written ({error.strerror}); choose another folder, or get the right "
             f"to write there"
@@ -401,12 +413,14 @@ def _local_error(error: OSError, name: str, writing: bool) -> OSError | None:
     return None
 
 
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Call ``write`` with a temporary name beside ``path``, then rename it."""
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file of a temporary name beside ``path``, renamed at the end of the block."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    draft = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
     try:
-        write(draft)
+        with draft.open("wb") as file:
+            yield file
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)

@@ -24,13 +24,14 @@ LEVEL = {
     "cli": 6,
 }
 HOMES = {
-    "pyarrow": ("next/storage.py", "next/data/shards.py"),
+    "pyarrow": ("next/storage.py", "next/data/shards.py", "next/data/writer.py"),
     "mlflow": ("next/tracking/",),
     "ray": (
         "next/training/launch.py",
         "next/training/report.py",
         "next/tuning/",
         "next/captioning/pipeline.py",
+        "next/data/distribution.py",
     ),
     "optuna": ("next/tuning/", "tune_spaces/"),
 }

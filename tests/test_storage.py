@@ -91,16 +91,38 @@ def test_a_download_that_fails_leaves_nothing(folder, tmp_path):
     assert (tmp_path / "taken" / "file").read_text() == "mine"
 
 
-def test_an_upload_that_is_interrupted_leaves_no_object(s3):
-    folder = open_folder(s3)
+@pytest.mark.parametrize("size", [4, 12 * 2**20])
+def test_a_file_whose_writing_is_interrupted_does_not_appear(folder, size):
+    folder.write("b", b"")
 
-    def interrupt(stream):
-        stream.write(b"half")
-        raise KeyboardInterrupt
+    def write() -> None:
+        with folder.writing("a") as file:
+            file.write(bytes(size))
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        folder._put("a", interrupt)
-    assert folder.names() == []
+        write()
+    assert folder.names() == ["b"]
+
+
+def test_an_error_of_a_source_is_not_taken_for_one_of_the_destination(folder, s3, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    source = open_folder(f"{s3}/source")
+
+    def copy() -> None:
+        with folder.writing("a") as file:
+            file.write(source.read("b"))
+
+    with pytest.raises(PermissionError, match=r"/source/b: .*refuses the credentials"):
+        copy()
+
+
+def test_a_file_is_written_piece_by_piece(folder):
+    with folder.writing("sub/a") as file:
+        for piece in (b"x" * 6 * 2**20, b"y" * 6 * 2**20, b"z"):
+            file.write(piece)
+    assert folder.walk() == {"sub/a": 12 * 2**20 + 1}
+    assert folder.read("sub/a")[-2:] == b"yz"
 
 
 def test_a_missing_file_or_folder_is_named_with_its_neighbours(folder):
@@ -117,6 +139,14 @@ def test_a_folder_is_pickled_without_credentials(folder):
     fill(folder)
     pickled = pickle.dumps(folder)
     assert os.environ.get("AWS_SECRET_ACCESS_KEY", "secret").encode() not in pickled
+    assert pickle.loads(pickled).read("a") == b"a"
+
+
+def test_a_pickled_folder_finds_the_endpoint_in_another_environment(s3, monkeypatch):
+    fill(open_folder(s3))
+    pickled = pickle.dumps(open_folder(s3))
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    monkeypatch.delenv("AWS_REGION")
     assert pickle.loads(pickled).read("a") == b"a"
 
 

@@ -14,7 +14,8 @@ from next.data.images import ImageReader, OnBad
 from next.data.ingest import ScanOptions, scan
 from next.data.layout import Loaded, Sample
 from next.data.manifest import Findings
-from next.data.shards import Manifest, write_shards
+from next.data.shards import Manifest
+from next.data.writer import write_shards
 from next.storage import Folder, open_folder
 
 Texts = Mapping[tuple[str, str, str], str]

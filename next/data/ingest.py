@@ -18,14 +18,18 @@ from next.config import near_matches
 from next.data.benchmark import SPLITS, Benchmark, NameParts
 from next.data.caption_files import CaptionFiles
 from next.data.captions import split_sentences
-from next.data.images import ImageReader, OnBad, image_problem
+from next.data.images import ImageReader, OnBad
 from next.data.layout import Sample
 from next.data.manifest import Findings, Skipped, SplitCounts, SplitEntry
-from next.data.shards import Manifest, write_shards
+from next.data.shards import Manifest
 from next.data.wording import SHOWN, count, some
+from next.data.writer import Run, write_shards
 from next.storage import Folder, open_folder
 
 _log = logging.getLogger(__name__)
+
+REMOTE_THREADS = 16
+"""Threads that read from an object store: they mostly wait."""
 
 
 class Scan(NamedTuple):
@@ -126,15 +130,17 @@ def prepare(
     options: ScanOptions | None = None,
     *,
     progress: Callable[[int, int], None] | None = None,
+    run: Run | None = None,
 ) -> Manifest:
-    """Scan the source, decode every image once, and write shards; all or nothing.
+    """Scan the source, decode every image once, and write shards; a second call goes on.
 
     Args:
         benchmark: the card.
-        source: folder that the card's paths start from.
-        destination: folder to write.
+        source: folder that the card's paths start from, local or ``s3://``.
+        destination: folder to write, local or ``s3://``; see :func:`next.data.writer.write_shards`.
         options: what to do where source and card do not agree; None: be strict.
         progress: called with samples done and samples in all.
+        run: what writes the shards; None: this process.
 
     Raises:
         OSError: a file or folder is missing, or the destination is taken or cannot be written.
@@ -142,28 +148,19 @@ def prepare(
     """
     options = options or ScanOptions()
     found = scan(benchmark, source, options)
-    reader = ImageReader(benchmark, open_folder(source), options.on_bad)
+    folder = open_folder(source)
+    reading = (folder.uri, benchmark.storage.kind, benchmark.storage.missing, options.on_bad)
     return write_shards(
-        destination, benchmark, found.samples, reader, findings=found.findings, progress=progress
+        destination,
+        benchmark,
+        found.samples,
+        ImageReader(benchmark, folder, options.on_bad),
+        findings=found.findings,
+        source=" ".join(reading),
+        threads=None if folder.is_local else REMOTE_THREADS,
+        progress=progress,
+        run=run,
     )
-
-
-def check(manifest: Manifest) -> Iterator[str]:
-    """What is wrong with prepared data: changed bytes, and images that do not decode.
-
-    Reads everything; each problem is one message.
-    """
-    damaged = list(manifest.damaged())
-    yield from damaged
-    if damaged:
-        return
-    for split in manifest.benchmark.stored():
-        names = manifest.labels(split).sample_id
-        for row, images in manifest.iter_images(split):
-            for modality, data in zip(manifest.benchmark.modalities, images, strict=True):
-                problem = None if data is None else image_problem(data)
-                if problem is not None:
-                    yield f"{split}, sample {names[row]}, {modality}: {problem}"
 
 
 class _Listed(NamedTuple):
@@ -178,6 +175,7 @@ class _Listed(NamedTuple):
     scene: int
     files: tuple[str | None, ...]
     size: int
+    changed: int
     other_label: bool
     """Whether the name gives another identity than the folder."""
 
@@ -187,6 +185,7 @@ class _File(NamedTuple):
 
     path: str
     size: int
+    changed: int
     modality: int
     label: str
     parts: NameParts
@@ -242,6 +241,7 @@ def _listed(benchmark: Benchmark, label: str, stem: str, found: dict[int, _File]
         parts.scene,
         tuple(paths),
         sum({file.path: file.size for file in found.values()}.values()),
+        max(file.changed for file in found.values()),
         parts.pid not in (None, pid),
     )
 
@@ -250,7 +250,7 @@ def _matching(benchmark: Benchmark, folder: Folder, root: str, bad: list[Skipped
     """The files of a split whose names match, in sorted order; each modality has some."""
     found: list[_File] = []
     refused: dict[int, list[str]] = defaultdict(list)
-    for path, size in folder.walk(root).items():
+    for path, info in folder.infos(root).items():
         place = _place(benchmark, PurePosixPath(path))
         if place is None or _ignored(benchmark, place.name):
             continue
@@ -258,7 +258,16 @@ def _matching(benchmark: Benchmark, folder: Folder, root: str, bad: list[Skipped
         if parts is None or (place.label and not place.label.isdecimal()):
             refused[place.modality].append(f"{root}/{path}")
         else:
-            found.append(_File(f"{root}/{path}", size, place.modality, place.label, parts))
+            found.append(
+                _File(
+                    f"{root}/{path}",
+                    info.size,
+                    info.mtime_ns,
+                    place.modality,
+                    place.label,
+                    parts,
+                )
+            )
     tiles = benchmark.storage.kind == "tiles"
     for index, modality in enumerate(benchmark.modalities[:1] if tiles else benchmark.modalities):
         if any(file.modality == index for file in found):
@@ -365,7 +374,16 @@ def _with_captions(
                     text = files.take(pattern.format(modality=modality), items, split, name)
                     sentences[index] = None if text is None else split_sentences(text)
         samples.append(
-            Sample(name, one.pid, one.camera, one.scene, one.files, tuple(sentences), one.size)
+            Sample(
+                name,
+                one.pid,
+                one.camera,
+                one.scene,
+                one.files,
+                tuple(sentences),
+                one.size,
+                one.changed,
+            )
         )
     return samples
 

@@ -32,6 +32,8 @@ class Sample(NamedTuple):
     """[M] the caption's sentences; None: no caption."""
     size: int
     """Bytes of the files together."""
+    changed: int = 0
+    """Latest change of the files, nanoseconds since 1970."""
 
 
 class Loaded(NamedTuple):

@@ -125,12 +125,18 @@ class SplitCounts:
             self.captions[modality] += sentences is not None
             self.sentences[modality] += len(sentences or [])
 
-    def add(self, other: SplitCounts) -> None:
-        """The rows that another counted."""
-        self.of_pid.update(other.of_pid)
-        self.images.update(other.images)
-        self.captions.update(other.captions)
-        self.sentences.update(other.sentences)
+    def add(
+        self,
+        of_pid: Mapping[int, int],
+        images: Mapping[str, int],
+        captions: Mapping[str, int],
+        sentences: Mapping[str, int],
+    ) -> None:
+        """Rows that were counted elsewhere."""
+        self.of_pid.update(of_pid)
+        self.images.update(images)
+        self.captions.update(captions)
+        self.sentences.update(sentences)
 
     def entry(self, shards: Sequence[ShardEntry] = ()) -> SplitEntry:
         """The counts as the manifest has them."""

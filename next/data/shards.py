@@ -17,15 +17,8 @@ Files are read and written through :mod:`next.storage`.
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
 import os
-import shutil
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,24 +26,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import FileLock, Timeout
 
 from next.config import near_matches
 from next.data.benchmark import Benchmark
 from next.data.labels import Labels
-from next.data.layout import Loaded, Sample, shard_layout
 from next.data.manifest import (
     MANIFEST,
-    Findings,
     ManifestFile,
     ShardEntry,
-    Skipped,
-    SplitCounts,
     SplitEntry,
-    content_digest,
-    content_sum,
     parse_manifest,
-    to_json,
 )
 from next.storage import Folder, open_folder
 
@@ -142,6 +127,19 @@ class Manifest:
                     yield row, list(images)
                     row += 1
 
+    def take(self, split: str, rows: Sequence[int]) -> list[TakenRow]:
+        """Images and sentences of some rows, in that order; reads their row groups alone."""
+        taken: dict[int, TakenRow] = {}
+        start = 0
+        for shard in self.splits[self.resolve(split)].shards:
+            wanted = {row - start for row in rows if start <= row < start + shard.rows}
+            if wanted:
+                with self.folder.opened(shard.file) as file:
+                    found = _take(pq.ParquetFile(file), wanted, self.benchmark.modalities)
+                taken |= {start + row: one for row, one in found.items()}
+            start += shard.rows
+        return [taken[row] for row in rows]
+
     def sentences(self, split: str) -> list[list[list[str]]]:
         """The sentences of each caption: [M][row][sentence]; an empty list: no caption."""
         columns = [f"sentences_{modality}" for modality in self.benchmark.modalities]
@@ -151,15 +149,6 @@ class Manifest:
             for of_modality, name in zip(texts, columns, strict=True):
                 of_modality.extend(sentences or [] for sentences in table[name].to_pylist())
         return texts
-
-    def damaged(self) -> Iterator[str]:
-        """Reads every byte; one message for each shard that is not as it was written."""
-        for shard in self._shards():
-            if hashlib.sha256(self.folder.read(shard.file)).hexdigest() != shard.sha256:
-                yield (
-                    f"{self.uri}/{shard.file}: its sha256 is not the manifest's, so bytes have "
-                    f"changed since it was written; prepare the data again"
-                )
 
     def _shards(self) -> list[ShardEntry]:
         return [shard for entry in self.splits.values() for shard in entry.shards]
@@ -174,7 +163,8 @@ class Manifest:
 def open_manifest(uri: str | Path) -> Manifest:
     """Open prepared data; what does not fit is refused here and not in the middle of a run.
 
-    Looks at the manifest, at each shard's size and at its columns; ``Manifest.damaged`` reads all.
+    Looks at the manifest, at each shard's size and at its columns; :func:`next.data.audit.audit`
+    reads everything.
 
     Raises:
         FileNotFoundError: there is no manifest, or a shard is missing.
@@ -192,214 +182,59 @@ def open_manifest(uri: str | Path) -> Manifest:
         ) from None
     file = parse_manifest(where, text)
     manifest = Manifest(folder, file)
-    expected = _schema(file.card.modalities)
+    expected = shard_schema(file.card.modalities)
     for shard in manifest._shards():
         _check_shard(folder, shard, expected)
     return manifest
 
 
-def write_shards(
-    destination: str | Path,
-    benchmark: Benchmark,
-    splits: Mapping[str, Sequence[Sample]],
-    load: Callable[[Sample], Loaded],
-    *,
-    findings: Findings | None = None,
-    threads: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Manifest:
-    """Write shards and manifest; the folder appears whole, at the end, or not at all.
+class TakenRow(NamedTuple):
+    """What a row holds beside its labels."""
 
-    Args:
-        destination: a local folder that is new, empty, or holds shards of the same digest already.
-        benchmark: the card, which the manifest keeps.
-        splits: samples of each split of ``benchmark.stored()``, in any order.
-        load: reads and checks a sample's images; called from several threads.
-        findings: what was noticed in the source.
-        threads: threads that load; None: as many as there are cores, at most 8.
-        progress: called with samples done and samples in all, from the calling thread.
-
-    Returns:
-        The manifest, opened.
-
-    Raises:
-        FileExistsError: the destination holds something else, or is being written by another.
-        ValueError: the destination is no local path, two samples of a split have one name, a split
-            has no sample, or ``load`` refuses an image.
-    """
-    if "://" in str(destination):
-        raise ValueError(f"shards are written to a local folder, but got {destination}")
-    target = Path(open_folder(destination).base)
-    _refuse_foreign(target)
-    total = sum(map(len, splits.values()))
-    done = 0
-
-    def count() -> None:
-        nonlocal done
-        done += 1
-        if progress is not None:
-            progress(done, total)
-
-    with (
-        _draft_beside(target) as draft,
-        ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool,
-    ):
-
-        def load_group(group: list[Sample]) -> Iterator[Loaded]:
-            for loaded in pool.map(load, group):
-                count()
-                yield loaded
-
-        written = {
-            name: _write_split(draft, name, splits[name], benchmark.modalities, load_group)
-            for name in benchmark.stored()
-        }
-        entries = {
-            name: SplitEntry(same_as=split.same_as)
-            if split.same_as is not None
-            else written[name].counts.entry(written[name].shards)
-            for name, split in benchmark.splits.items()
-        }
-        findings = findings or Findings()
-        skipped = {*findings.skipped, *(item for part in written.values() for item in part.skipped)}
-        file = ManifestFile(
-            digest=content_digest(benchmark, entries),
-            card=benchmark,
-            splits=entries,
-            findings=findings.model_copy(
-                update={"skipped": tuple(sorted(skipped, key=lambda item: item.file))}
-            ),
-        )
-        (draft / MANIFEST).write_text(to_json(file), encoding="utf-8")
-        _put_in_place(draft, target, file)
-    return open_manifest(target)
+    images: list[bytes | None]
+    """[M] encoded; None: missing."""
+    sentences: list[list[str]]
+    """[M] of its captions; empty: no caption."""
 
 
-class _Written:
-    """What was written of a shard, or of several together."""
+class ShardRow(NamedTuple):
+    """A row of a shard."""
 
-    def __init__(self, modalities: tuple[str, ...]) -> None:
-        self.shards: list[ShardEntry] = []
-        self.skipped: list[Skipped] = []
-        self.counts = SplitCounts(modalities)
-
-    def add(self, other: _Written) -> None:
-        self.shards += other.shards
-        self.skipped += other.skipped
-        self.counts.add(other.counts)
+    sample_id: str
+    pid: int
+    images: dict[str, bytes]
+    """Encoded images by modality, those that are there."""
 
 
-def _write_split(
-    root: Path,
-    split: str,
-    samples: Sequence[Sample],
-    modalities: tuple[str, ...],
-    load: Callable[[list[Sample]], Iterable[Loaded]],
-) -> _Written:
-    _refuse_equal_names(split, samples)
-    (root / split).mkdir()
-    written = _Written(modalities)
-    for number, groups in enumerate(shard_layout(samples)):
-        file = f"{split}/{number:05d}.parquet"
-        written.add(_write_shard(root, file, groups, modalities, load))
-    if not written.shards:
-        raise ValueError(f"split {split} has no sample that can be used")
-    return written
+def shard_rows(data: bytes, modalities: Sequence[str]) -> Iterator[ShardRow]:
+    """The rows of a shard, given its bytes."""
+    columns = ["sample_id", "pid", *(f"image_{modality}" for modality in modalities)]
+    parquet = pq.ParquetFile(pa.BufferReader(data))
+    for group in range(parquet.num_row_groups):
+        table = parquet.read_row_group(group, columns=columns)
+        for sample, pid, *images in zip(*(table[c].to_pylist() for c in columns), strict=True):
+            there = zip(modalities, images, strict=True)
+            yield ShardRow(sample, pid, {name: image for name, image in there if image is not None})
 
 
-def _write_shard(
-    root: Path,
-    file: str,
-    groups: list[list[Sample]],
-    modalities: tuple[str, ...],
-    load: Callable[[list[Sample]], Iterable[Loaded]],
-) -> _Written:
-    """Write one shard; needs nothing of the others, and holds one row group in memory."""
-    schema = _schema(modalities)
-    # Encoded images do not shrink (tiles are kept uncompressed, and do); statistics of them would
-    # only be copies of images.
-    plain = [name for name in schema.names if not name.startswith("image_")]
-    written = _Written(modalities)
-    content = 0
-    with open(root / file, "wb") as raw:
-        hashed = _HashedFile(raw)
-        with pq.ParquetWriter(
-            hashed, schema, compression="zstd", use_dictionary=plain, write_statistics=plain
-        ) as parquet:
-            for group in groups:
-                rows = _read_group(group, load, written)
-                content += sum(_row_hash(row) for row in rows)
-                if rows:
-                    columns = dict(zip(schema.names, zip(*rows, strict=True), strict=True))
-                    parquet.write_table(pa.table(columns, schema=schema), row_group_size=len(rows))
-    if not written.counts.rows:
-        (root / file).unlink()
-        return written
-    written.shards.append(
-        ShardEntry(
-            file=file,
-            rows=written.counts.rows,
-            bytes=hashed.bytes,
-            sha256=hashed.digest.hexdigest(),
-            content=content_sum([content]).hex(),
-        )
-    )
-    return written
+def _take(parquet: Any, rows: set[int], modalities: Sequence[str]) -> dict[int, TakenRow]:
+    columns = [f"{kind}_{name}" for kind in ("image", "sentences") for name in modalities]
+    taken: dict[int, TakenRow] = {}
+    start = 0
+    for group in range(parquet.num_row_groups):
+        within = range(start, start + parquet.metadata.row_group(group).num_rows)
+        if wanted := rows.intersection(within):
+            table = parquet.read_row_group(group, columns=columns)
+            for row in wanted:
+                values = [table[name][row - start].as_py() for name in columns]
+                images, texts = values[: len(modalities)], values[len(modalities) :]
+                taken[row] = TakenRow(images, [text or [] for text in texts])
+        start = within.stop
+    return taken
 
 
-def _read_group(
-    group: list[Sample],
-    load: Callable[[list[Sample]], Iterable[Loaded]],
-    written: _Written,
-) -> list[tuple[Any, ...]]:
-    """The rows of a group, in the order of the schema, counted on the way."""
-    rows = []
-    for sample, loaded in zip(group, load(group), strict=True):
-        written.skipped += loaded.skipped
-        if loaded.images is None:
-            continue
-        texts = [
-            None if image is None else text  # a missing image takes its caption with it
-            for image, text in zip(loaded.images, sample.sentences, strict=True)
-        ]
-        written.counts.add_row(sample.pid, loaded.images, texts)
-        rows.append((*sample[:4], *loaded.images, *texts))
-    return rows
-
-
-def _row_hash(row: tuple[Any, ...]) -> int:
-    parts = [hashlib.sha256(part).hexdigest() if isinstance(part, bytes) else part for part in row]
-    line = json.dumps(parts, ensure_ascii=False, separators=(",", ":"))
-    return int.from_bytes(hashlib.sha256(line.encode()).digest(), "big")
-
-
-class _HashedFile(io.RawIOBase):
-    """Passes writes on to a file and hashes them on the way."""
-
-    def __init__(self, file: io.BufferedWriter) -> None:
-        self.file = file
-        self.digest = hashlib.sha256()
-        self.bytes = 0
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        self.digest.update(data)
-        written = self.file.write(data)
-        self.bytes += written
-        return written
-
-
-def _refuse_equal_names(split: str, samples: Sequence[Sample]) -> None:
-    for name, count in Counter(sample.sample_id for sample in samples).items():
-        if count > 1:
-            raise ValueError(
-                f"split {split}: {count} samples are called {name!r}; names must differ"
-            )
-
-
-def _schema(modalities: tuple[str, ...]) -> Any:
+def shard_schema(modalities: tuple[str, ...]) -> Any:
+    """Columns of a shard, as ``pyarrow.Schema``."""
     return pa.schema(
         [pa.field("sample_id", pa.string(), nullable=False)]
         + [pa.field(name, pa.int64(), nullable=False) for name in ("pid", "camera", "scene")]
@@ -432,59 +267,6 @@ def _check_shard(folder: Folder, shard: ShardEntry, expected: Any) -> None:
             )
     if rows != shard.rows:
         raise ValueError(f"{where}: has {rows} rows, but the manifest says {shard.rows}; {again}")
-
-
-def _refuse_foreign(target: Path) -> None:
-    if not target.exists() or (target / MANIFEST).is_file():
-        return
-    if not target.is_dir() or any(target.iterdir()):
-        raise FileExistsError(
-            f"{target} is there already and holds no {MANIFEST}; shards are written to a new or "
-            f"empty folder, so choose another or remove it"
-        )
-
-
-@contextmanager
-def _draft_beside(target: Path) -> Iterator[Path]:
-    """A locked, empty folder beside the target; what a killed process left there is removed."""
-    draft = target.with_name(f".{target.name}.partial")
-    draft.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(draft / "lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise FileExistsError(
-            f"{target} is being written by another process at this moment; wait for it"
-        ) from None
-    try:
-        for leftover in draft.iterdir():
-            if leftover.is_dir():
-                shutil.rmtree(leftover)
-            elif leftover.name != "lock":
-                leftover.unlink()
-        yield draft
-    finally:
-        lock.release()
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def _put_in_place(draft: Path, target: Path, file: ManifestFile) -> None:
-    """Rename the draft to the target, or leave shards of the same digest where they are."""
-    if not (target / MANIFEST).is_file():
-        (draft / "lock").unlink()
-        draft.replace(target)
-        return
-    present = open_manifest(target)
-    if present.digest != file.digest:
-        raise FileExistsError(
-            f"{target} holds shards of {present.benchmark.name} with digest "
-            f"{present.digest[:12]}, but this source and card give {file.digest[:12]}; "
-            f"choose another folder or remove it"
-        )
-    # Same rows; card and findings may have changed in what does not touch them.
-    merged = file.model_copy(update={"splits": present.file.splits})
-    (draft / MANIFEST).write_text(to_json(merged), encoding="utf-8")
-    (draft / MANIFEST).replace(target / MANIFEST)
 
 
 class Matrix(NamedTuple):

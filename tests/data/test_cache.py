@@ -17,7 +17,8 @@ from PIL import Image
 from next.data.cache import cache_root, clean_up, contents, open_cache
 from next.data.decoding import decode
 from next.data.layout import Loaded, Sample
-from next.data.shards import Manifest, write_shards
+from next.data.shards import Manifest
+from next.data.writer import write_shards
 
 SIZE = (32, 16)
 ROWS = 12

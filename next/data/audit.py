@@ -1,0 +1,102 @@
+"""Prepared data, verified: every byte, every image, and what may make a result untrustworthy."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from next.data.images import image_problem
+from next.data.manifest import ShardEntry
+from next.data.shards import Manifest, ShardRow, shard_rows
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What was found in prepared data."""
+
+    shards: int
+    """Files of which the sha256 was compared."""
+    images: int
+    """Images that were decoded, those that cannot be included."""
+    damaged: int
+    """Shards whose bytes have changed."""
+    problems: tuple[str, ...]
+    """What is wrong, one message each: changed bytes, images that do not decode."""
+    leaked: tuple[int, ...]
+    """Identities that stand in train and in the gallery or the queries."""
+    singletons: dict[str, int]
+    """Identities with one sample, by split."""
+
+
+def audit(manifest: Manifest, progress: Callable[[int, int], None] | None = None) -> Audit:
+    """Read every byte and decode every image of prepared data.
+
+    Args:
+        manifest: the data.
+        progress: called with samples done and samples in all.
+
+    Raises:
+        OSError: a shard cannot be read.
+    """
+    stored = {split: manifest.splits[split] for split in manifest.benchmark.stored()}
+    total, done, images, damaged = sum(entry.rows for entry in stored.values()), 0, 0, 0
+    problems: list[str] = []
+    pids: dict[str, Counter[int]] = {split: Counter() for split in stored}
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        for split, shard in ((name, shard) for name in stored for shard in stored[name].shards):
+            data = manifest.folder.read(shard.file)
+            damage = shard_damage(manifest, shard, data)
+            if damage is not None:
+                problems.append(damage)
+                damaged += 1
+                done += shard.rows
+                continue
+            for row in pool.map(_look_at, shard_rows(data, manifest.benchmark.modalities)):
+                pids[split][row.pid] += 1
+                images += row.images
+                problems += [f"{split}, sample {row.sample}, {found}" for found in row.problems]
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+    test = {pid for split, counted in pids.items() if split != "train" for pid in counted}
+    return Audit(
+        shards=sum(len(entry.shards) for entry in stored.values()),
+        images=images,
+        damaged=damaged,
+        problems=tuple(problems),
+        leaked=tuple(sorted(test & pids["train"].keys())),
+        singletons={
+            split: sum(count == 1 for count in counted.values()) for split, counted in pids.items()
+        },
+    )
+
+
+def shard_damage(manifest: Manifest, shard: ShardEntry, data: bytes) -> str | None:
+    """Why the bytes of a shard are not those that were written; None: they are."""
+    if hashlib.sha256(data).hexdigest() == shard.sha256:
+        return None
+    return (
+        f"{manifest.uri}/{shard.file}: its sha256 is not the manifest's, so bytes have changed "
+        f"since it was written; prepare the data again"
+    )
+
+
+class _Looked(NamedTuple):
+    sample: str
+    pid: int
+    images: int
+    problems: list[str]
+
+
+def _look_at(row: ShardRow) -> _Looked:
+    problems = [
+        f"{modality}: {problem}"
+        for modality, data in row.images.items()
+        if (problem := image_problem(data)) is not None
+    ]
+    return _Looked(row.sample_id, row.pid, len(row.images), problems)
