@@ -1,37 +1,69 @@
-"""Turn a benchmark's raw folders into Parquet shards with a manifest, or check such shards."""
+"""Turn a benchmark's raw folders into Parquet shards with a manifest, or look at such shards."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import tyro
 
-from next.cli import USER_ERROR, ProgressLine, parse, run_job
+from next.cli import USER_ERROR, ProgressLine, base_config, parse, run_job
+from next.data.audit import Audit, audit
 from next.data.benchmark import load_card
-from next.data.ingest import ScanOptions, check, prepare, scan
+from next.data.ingest import ScanOptions, prepare, scan
 from next.data.manifest import SplitEntry
+from next.data.plan import epoch_plan, plan_hash, worker_slice
 from next.data.shards import Manifest, open_manifest
+from next.data.writer import Run
+
+LOOKS = ("check", "peek", "verify_order")
+"""Flags that look at shards instead of writing them."""
 
 
 @dataclass(frozen=True)
 class PrepareJob:
-    """Turn a benchmark's raw folders into Parquet shards with a manifest, or check such shards."""
+    """Turn a benchmark's raw folders into Parquet shards with a manifest, or look at such shards.
+
+    A call that was killed or failed is finished by calling it again; shards that it had finished
+    are taken over. Folders are local or s3://bucket/prefix (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and
+    their like are heeded).
+    """
 
     card: Path | None = None
     """Card of the benchmark, such as datasets/rgbnt201.toml."""
     source: str | None = None
     """Folder that the card's paths start from."""
     out: str | None = None
-    """Folder to write; it appears whole, at the end. If it holds the same content, it is kept."""
+    """Folder to write. If it holds the same content, it is kept."""
     options: Annotated[ScanOptions, tyro.conf.arg(name="")] = ScanOptions()  # noqa: RUF009 (frozen)
     """What to do where source and card do not agree."""
+    workers: int = 0
+    """Ray tasks that write shards at the same time, on the cluster of RAY_ADDRESS or on this
+    machine; 0: this process writes them. The result is the same to the last byte. It pays where
+    there are more cores than those of this machine, or many shards."""
     check: str | None = None
-    """Instead: a folder of shards, of which every byte and every image is verified."""
+    """Instead: a folder of shards (without a value: --out), of which every byte and every image is
+    verified."""
+    peek: str | None = None
+    """Instead: a folder of shards (without a value: --out), of which a contact sheet is drawn."""
+    picture: Path | None = None
+    """PNG of --peek; None: peek-NAME.png in this folder."""
+    verify_order: str | None = None
+    """Instead: a folder of shards (without a value: --out), of which the global batches are shown
+    to be the same for every number of workers."""
+    world: str = "1,2,4,8"
+    """Numbers of workers of --verify-order."""
+    epochs: Annotated[int, tyro.conf.arg(metavar="N")] = 3
+    """Epochs of --verify-order, 1 or more."""
+    recipe: Path | None = None
+    """Settings of --verify-order beside those of the card (seed, batch.*, selection.holdout)."""
     dry_run: bool = False
     """List, join and count, but decode and write nothing."""
     json: bool = False
@@ -40,36 +72,161 @@ class PrepareJob:
 
 def main(argv: Sequence[str]) -> int:
     """Parse, call, exit code."""
-    job = parse(PrepareJob, argv)
-    if job.check is not None:
-        return _check(job)
+    job = parse(PrepareJob, _with_folder(argv))
+    looks = [name for name in LOOKS if getattr(job, name) is not None]
+    if looks:
+        return _look(job, looks)
     if job.card is None or job.source is None or (job.out is None and not job.dry_run):
-        raise ValueError("--card, --source and --out are needed (or --check with a folder)")
+        raise ValueError(
+            "--card, --source and --out are needed (or --check, --peek or --verify-order with a "
+            "folder of shards)"
+        )
     benchmark = load_card(job.card)
     if job.dry_run or job.out is None:
         found = scan(benchmark, job.source, job.options)
         summary = {"name": benchmark.name, "findings": found.findings.model_dump(mode="json")}
-        _print(
-            job, summary, found.counts(benchmark), ["nothing was decoded or written (--dry-run)"]
-        )
+        closing = ["nothing was decoded or written (--dry-run)"]
+        _print(job, summary, found.counts(benchmark), closing)
         return 0
-    with ProgressLine("prepare") as progress:
-        manifest = prepare(benchmark, job.source, job.out, job.options, progress=progress)
+    with _runner(job.workers) as run, ProgressLine("prepare") as progress:
+        manifest = prepare(benchmark, job.source, job.out, job.options, progress=progress, run=run)
     _print(job, _summary(manifest), manifest.splits, _closing_lines(manifest))
     return 0
 
 
-def _check(job: PrepareJob) -> int:
-    if job.card or job.source or job.out:
-        raise ValueError("--check takes no --card, --source or --out")
-    manifest = open_manifest(str(job.check))
-    problems = list(check(manifest))
-    summary = _summary(manifest) | {"problems": problems}
-    verdict = "every byte and every image is as it should be" if not problems else "NOT as written"
-    _print(job, summary, manifest.splits, [*_closing_lines(manifest), f"checked   {verdict}"])
-    for problem in problems:
+def _with_folder(argv: Sequence[str]) -> list[str]:
+    """A flag that looks at shards and has no value looks at those in ``--out``."""
+    words = list(argv)
+    for place, word in enumerate(words):
+        if word.removeprefix("--").replace("-", "_") not in LOOKS:
+            continue
+        if place + 1 < len(words) and not words[place + 1].startswith("--"):
+            continue
+        if "--out" not in words[:-1]:
+            raise ValueError(f"{word} needs a folder of shards, its own or that of --out")
+        out = words.index("--out")
+        words.insert(place + 1, words[out + 1])
+        out = words.index("--out")
+        del words[out : out + 2]
+        break
+    return words
+
+
+@contextmanager
+def _runner(workers: int) -> Iterator[Run | None]:
+    """What writes the shards; Ray is started for it and ended."""
+    if workers < 0:
+        raise ValueError(f"--workers must be 0 or more, but got {workers}")
+    if workers == 0:
+        yield None
+        return
+    import ray
+
+    from next.data.distribution import run_on_ray
+    from next.training.launch import start_ray
+
+    start_ray(workers, dashboard=False)
+    try:
+        yield partial(run_on_ray, workers=workers)
+    finally:
+        ray.shutdown()
+
+
+def _look(job: PrepareJob, looks: Sequence[str]) -> int:
+    if len(looks) > 1 or job.card or job.source or job.out:
+        raise ValueError(
+            "--check, --peek and --verify-order look at one folder of shards: give one of them, "
+            "without --card, --source or --out"
+        )
+    manifest = open_manifest(getattr(job, looks[0]))
+    look: Callable[[PrepareJob, Manifest], int] = {
+        "check": _check,
+        "peek": _peek,
+        "verify_order": _verify_order,
+    }[looks[0]]
+    return look(job, manifest)
+
+
+def _check(job: PrepareJob, manifest: Manifest) -> int:
+    with ProgressLine("check") as progress:
+        found = audit(manifest, progress)
+    verdict = "every byte and every image is as it should be" if not found.problems else "NOT sound"
+    summary = _summary(manifest) | {
+        "problems": found.problems,
+        "leaked_identities": found.leaked,
+        "images_decoded": found.images,
+    }
+    closing = [*_closing_lines(manifest), *_audit_lines(manifest, found), f"checked   {verdict}"]
+    _print(job, summary, manifest.splits, closing)
+    for problem in found.problems:
         sys.stderr.write(f"error: {problem}\n")
-    return USER_ERROR if problems else 0
+    return USER_ERROR if found.problems else 0
+
+
+def _audit_lines(manifest: Manifest, found: Audit) -> list[str]:
+    """What was looked at and what of it is not as one would wish, one line each."""
+    stored = {split: manifest.splits[split] for split in manifest.benchmark.stored()}
+    trained = stored["train"].identities
+    rows = [
+        ("check", "of", "found"),
+        ("shards whose sha256 differs", found.shards, found.damaged),
+        ("images that do not decode", found.images, len(found.problems) - found.damaged),
+        ("train identities in gallery or query", trained, len(found.leaked)),
+        *(
+            (f"{split} identities with one sample", entry.identities, found.singletons[split])
+            for split, entry in stored.items()
+        ),
+    ]
+    lines = ["", *_columns([[str(cell) for cell in row] for row in rows]), ""]
+    if found.leaked:
+        lines.append(f"LEAK      in train and test: {', '.join(map(str, found.leaked))}")
+    return lines
+
+
+def _peek(job: PrepareJob, manifest: Manifest) -> int:
+    from next.evaluation.contactsheet import draw_contact_sheet  # matplotlib is slow to import
+
+    path = job.picture or Path(f"peek-{manifest.benchmark.name}.png")
+    drawn = draw_contact_sheet(path, manifest).absolute()
+    print(json.dumps({"picture": str(drawn)}) if job.json else f"picture   {drawn}")
+    return 0
+
+
+def _verify_order(job: PrepareJob, manifest: Manifest) -> int:
+    from next.training.launch import training_pids  # torch is slow to import
+
+    try:
+        worlds = [int(number) for number in job.world.split(",")]
+    except ValueError:
+        raise ValueError(f"--world must be numbers, such as 1,2,4,8, but got {job.world}") from None
+    config = base_config(manifest.benchmark.recipe, job.recipe)
+    size, pids = config.batch, training_pids(config, manifest)
+    epochs: list[dict[str, Any]] = []
+    for epoch in range(job.epochs):
+        plan = epoch_plan(pids, seed=config.seed, epoch=epoch, p=size.identities, k=size.instances)
+        joined = {}
+        for world in worlds:
+            slices = [worker_slice(plan, rank, world) for rank in range(world)]
+            joined[str(world)] = plan_hash(np.concatenate(slices, axis=1))
+        hashes = {"plan_hash": plan_hash(plan), "joined": joined}
+        epochs.append({"epoch": epoch, "steps": len(plan), "samples": plan.size} | hashes)
+    equal = all(set(one["joined"].values()) == {one["plan_hash"]} for one in epochs)
+    if job.json:
+        summary = {"name": manifest.benchmark.name, "digest": manifest.digest, "seed": config.seed}
+        print(json.dumps(summary | {"epochs": epochs, "equal": equal}))
+        return 0 if equal else USER_ERROR
+    rows = [["epoch", "steps", "samples", "plan", *(f"joined of {world}" for world in worlds)]]
+    for one in epochs:
+        numbers = [str(one[name]) for name in ("epoch", "steps", "samples")]
+        rows.append([*numbers, one["plan_hash"][:12], *(v[:12] for v in one["joined"].values())])
+    verdict = "the workers' slices, joined, are the same global batches" if equal else "DIFFERS"
+    print("\n".join(_columns(rows)))
+    print(f"digest    {manifest.digest}")
+    print(
+        f"plan      {epochs[0]['plan_hash']} (epoch 0, seed {config.seed}; next.plan_hash of a run)"
+    )
+    print(f"order     {verdict} for {', '.join(map(str, worlds))} workers")
+    return 0 if equal else USER_ERROR
 
 
 def _print(
@@ -113,7 +270,7 @@ def table(splits: Mapping[str, SplitEntry]) -> list[str]:
     """Counts of the splits, one line each; what is missing is images that samples lack."""
     modalities = list(next(iter(splits.values())).images)
     head = ["split", "identities", "of 1 sample", "samples", *modalities]
-    rows = [[*head, "missing", "captions", "sentences"]]
+    rows = [[*head, "missing", "captions", "uncaptioned", "sentences"]]
     for name, entry in splits.items():
         if entry.same_as is not None:
             rows.append([name, f"= {entry.same_as}", *[""] * (len(rows[0]) - 2)])
@@ -121,8 +278,13 @@ def table(splits: Mapping[str, SplitEntry]) -> list[str]:
         images = list(entry.images.values())
         missing = entry.rows * len(images) - sum(images)
         captions, sentences = sum(entry.captions.values()), sum(entry.sentences.values())
-        counts = [entry.identities, entry.singletons, entry.rows, *images]
-        rows.append([name, *map(str, [*counts, missing, captions, sentences])])
+        counts = [entry.identities, entry.singletons, entry.rows, *images, missing]
+        counts += [captions, sum(images) - captions, sentences]
+        rows.append([name, *map(str, counts)])
+    return _columns(rows)
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(

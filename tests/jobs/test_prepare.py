@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import runpy
 import subprocess
@@ -7,8 +8,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from PIL import Image
 
+from next.cli import base_config
+from next.config import override
 from next.data.demo import DemoSize, write_demo
+from next.data.plan import epoch_plan, plan_hash
 from next.data.shards import open_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,24 +56,14 @@ def test_a_benchmark_becomes_shards_and_a_table_of_what_is_in_them(raw, tmp_path
     manifest = open_manifest(tmp_path / "out")
     head, train, gallery, query = (line.split() for line in done.stdout.splitlines()[:4])
     assert head == [
-        "split",
-        "identities",
-        "of",
-        "1",
-        "sample",
-        "samples",
-        "RGB",
-        "NI",
-        "TI",
-        "missing",
-        "captions",
-        "sentences",
-    ]
+        "split", "identities", "of", "1", "sample", "samples", "RGB", "NI", "TI", "missing",
+        "captions", "uncaptioned", "sentences",
+    ]  # fmt: skip
     sentences = [
         str(sum(manifest.splits[split].sentences.values())) for split in ("train", "gallery")
     ]
-    assert train == ["train", "3", "0", "6", "6", "6", "6", "0", "18", sentences[0]]
-    assert gallery == ["gallery", "2", "0", "4", "4", "4", "4", "0", "12", sentences[1]]
+    assert train == ["train", "3", "0", "6", "6", "6", "6", "0", "18", "0", sentences[0]]
+    assert gallery == ["gallery", "2", "0", "4", "4", "4", "4", "0", "12", "0", sentences[1]]
     assert query == ["query", "=", "gallery"]
     assert f"digest    {manifest.digest}" in done.stdout
     assert re.search(r"prepare  10/10 samples  100%  about 0 s left", done.stderr)
@@ -104,9 +99,12 @@ def test_a_dry_run_counts_and_writes_nothing(raw, tmp_path, run):
 
 def test_check_approves_sound_shards_and_points_at_a_flipped_byte(raw, tmp_path, run):
     run("--card", CARD, "--source", raw, "--out", tmp_path / "out")
-    assert (
-        "every byte and every image is as it should be" in run("--check", tmp_path / "out").stdout
-    )
+    done = run("--check", tmp_path / "out")
+    assert "every byte and every image is as it should be" in done.stdout
+    assert re.search(r"images that do not decode +30 +0\n", done.stdout)
+    assert re.search(r"train identities in gallery or query +3 +0\n", done.stdout)
+    assert re.search(r"gallery identities with one sample +2 +0\n", done.stdout)
+    assert "check  10/10 samples  100%" in done.stderr
     shard = tmp_path / "out" / "gallery" / "00000.parquet"
     data = bytearray(shard.read_bytes())
     data[1000] ^= 1
@@ -114,6 +112,64 @@ def test_check_approves_sound_shards_and_points_at_a_flipped_byte(raw, tmp_path,
     done = run("--check", tmp_path / "out")
     assert done.returncode == 2
     assert re.search(r"error: .*gallery/00000\.parquet: its sha256 is not", done.stderr)
+
+
+def test_check_names_the_identities_that_leak(raw, tmp_path, run):
+    for modality in ("RGB", "NI", "TI"):
+        image = sorted((raw / "train" / modality).iterdir())[0]
+        image.rename(raw / "test" / modality / image.name)
+    run("--card", CARD, "--source", raw, "--out", tmp_path / "out")
+    done = run("--check", tmp_path / "out", "--json")
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["leaked_identities"] == [1]
+    assert "LEAK      in train and test: 1\n" in run("--check", tmp_path / "out").stdout
+
+
+def test_a_contact_sheet_shows_each_split(raw, tmp_path, run, monkeypatch):
+    (raw / "train" / "NI" / sorted(os.listdir(raw / "train" / "NI"))[0]).unlink()
+    card = tmp_path / "card.toml"
+    card.write_text(Path(CARD).read_text().replace('missing = "error"', 'missing = "keep"'))
+    run("--card", card, "--source", raw, "--out", tmp_path / "out")
+    done = run("--peek", tmp_path / "out", "--picture", tmp_path / "sheet.png")
+    assert done.stdout == f"picture   {tmp_path / 'sheet.png'}\n"
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.height > sheet.width > 600
+    monkeypatch.chdir(tmp_path)
+    assert json.loads(run("--out", "out", "--peek", "--json").stdout) == {
+        "picture": str(tmp_path / "peek-demo.png")
+    }
+    done = run("--peek", tmp_path / "out", "--picture", tmp_path / "sheet.jpg")
+    assert done.returncode == 2
+    assert "written as .png" in done.stderr
+
+
+def test_the_order_is_shown_to_be_the_same_for_every_number_of_workers(raw, tmp_path, run):
+    from next.training.launch import training_pids
+
+    run("--card", CARD, "--source", raw, "--out", tmp_path / "out")
+    settings = {"seed": 3, "batch.identities": 2, "selection.holdout": 0, "selection.split": "test"}
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items()))
+    arguments = ("--out", tmp_path / "out", "--verify-order", "--world", "1,2,4,8")
+    done = run(*arguments, "--recipe", recipe)
+    assert done.returncode == 0, done.stderr
+    manifest = open_manifest(tmp_path / "out")
+    config = override(base_config(manifest.benchmark.recipe, None), settings)
+    plan = epoch_plan(training_pids(config, manifest), seed=3, epoch=0, p=2, k=4)
+    first = done.stdout.splitlines()[1].split()
+    assert first == ["0", str(len(plan)), str(plan.size), *[plan_hash(plan)[:12]] * 5]
+    assert f"plan      {plan_hash(plan)} (epoch 0, seed 3" in done.stdout
+    assert "the same global batches for 1, 2, 4, 8 workers" in done.stdout
+    answer = json.loads(run(*arguments, "--recipe", recipe, "--epochs", "1", "--json").stdout)
+    assert (answer["equal"], set(answer["epochs"][0]["joined"])) == (True, {"1", "2", "4", "8"})
+    done = run(*arguments[:2], "--verify-order", "--world", "1,3", "--recipe", recipe)
+    assert (done.returncode, "must be a multiple of scaling.num_workers" in done.stderr) == (
+        2,
+        True,
+    )
+    done = run(*arguments[:2], "--verify-order", "--world", "two")
+    assert done.returncode == 2
+    assert "--world must be numbers" in done.stderr
 
 
 def test_what_is_skipped_is_said(raw, tmp_path, run):
@@ -187,7 +243,10 @@ def test_shards_of_another_source_are_kept(raw, tmp_path, run):
     [
         ((), "--card, --source and --out are needed"),
         (("--card", CARD, "--source", "x"), "--card, --source and --out are needed"),
-        (("--check", "x", "--out", "y"), "--check takes no --card, --source or --out"),
+        (("--check", "x", "--out", "y"), "without --card, --source or --out"),
+        (("--check", "x", "--peek", "y"), "give one of them"),
+        (("--peek",), "--peek needs a folder of shards, its own or that of --out"),
+        (("--card", CARD, "--source", "x", "--out", "y", "--workers", "-1"), "must be 0 or more"),
         (("--check", "nowhere"), "nowhere/manifest.json: there is no manifest"),
         (("--card", "dem.toml", "--source", "x", "--out", "y"), "dem.toml: there is no such card"),
         (("--on-bed", "skip"), "on_bad"),
