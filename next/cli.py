@@ -31,19 +31,9 @@ REQUIRED: Any = tyro.MISSING
 DEMO_CARD = Path(__file__).resolve().parents[1] / "datasets" / "demo.toml"
 """Card of the procedural benchmark, in a checkout of the project."""
 
-_OUTSIDE = frozenset(
-    [
-        "check",
-        "checkpoint",
-        "data",
-        "figures",
-        "folder",
-        "labels",
-        "ledger",
-        "out",
-        "shards",
-        "source",
-    ]
+_OUTSIDE = (
+    *("check", "checkpoint", "data", "figures", "folder"),
+    *("labels", "ledger", "out", "shards", "source"),
 )
 """Fields of jobs that name data or results, which are never part of the project's own files."""
 

@@ -22,6 +22,7 @@ LEVEL = {
     "training": 4,
     "tuning": 5,
     "cli": 6,
+    "doctor": 6,
 }
 HOMES = {
     "pyarrow": ("next/storage.py", "next/data/shards.py", "next/data/writer.py"),

@@ -1,0 +1,187 @@
+"""Each mistake around a run made on purpose, with real servers, and the check that finds it."""
+
+import email.utils
+import http.server
+import shutil
+import socket
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from next.config import RunConfig, override
+from next.doctor import services
+from next.doctor.examination import CHECKS, examine, table
+from next.doctor.finding import Finding, Inquiry
+from next.tracking.run import open_run, start_server
+
+LOCK = Path(__file__).resolve().parents[2] / "requirements.txt"
+
+
+def inquire(settings: dict | None = None) -> Inquiry:
+    return Inquiry(override(RunConfig(), settings or {}), LOCK)
+
+
+@pytest.fixture(autouse=True)
+def _shell_that_names_no_cluster(monkeypatch, tmp_path):
+    names = ["RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"]
+    for name in [*names, "RAY_AUTH_TOKEN_PATH"]:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+def test_a_cluster_without_a_token_is_found(monkeypatch, tmp_path):
+    assert services.token(inquire()).verdict == "ok", "a Ray of its own makes its own"
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
+    found = services.token(inquire())
+    assert (found.verdict, found.mend.split("  #")[0]) == ("error", "export RAY_AUTH_MODE=token")
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    found = services.token(inquire())
+    assert "there is neither RAY_AUTH_TOKEN nor" in found.found
+    assert "ray get-auth-token --generate" in found.mend
+    file = tmp_path / ".ray" / "auth_token"
+    file.parent.mkdir()
+    file.write_text("ab" * 32)
+    file.chmod(0o644)
+    found = services.token(inquire())
+    assert (found.verdict, found.mend) == ("error", f"chmod 600 {file}")
+    file.chmod(0o600)
+    assert services.token(inquire()).verdict == "ok"
+
+
+def test_a_cluster_that_does_not_answer_is_found(monkeypatch):
+    assert services.cluster(inquire()).verdict == "skipped"
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.7:6379")
+    assert services.cluster_address() == "http://10.0.0.7:8265"
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
+    found = services.cluster(inquire())
+    assert "nobody answers as a Ray head at http://127.0.0.1:1" in found.found
+    assert "export RAY_API_SERVER_ADDRESS=" in found.mend
+
+
+def test_more_workers_than_cores_share_them_and_missing_gpus_are_an_error():
+    assert services.capacity(inquire()).verdict == "ok"
+    found = services.capacity(inquire({"scaling.num_workers": 64}))
+    assert found.verdict == "warning"
+    assert "asked: 64 x (1 CPU, 0 GPU); this machine has" in found.found
+    wanted = torch.cuda.device_count() + 1
+    settings = {"scaling.num_workers": wanted, "scaling.use_gpu": True, "batch.identities": 8}
+    found = services.capacity(inquire(settings))
+    assert found.verdict == "error"
+    assert f"and {wanted - 1} GPUs that torch sees" in found.found
+    assert found.mend.startswith("--scaling.")
+
+
+def test_storage_that_cannot_be_written_is_found_and_none_is_made(tmp_path, s3):
+    good = services.storage(inquire({"run.storage_path": str(tmp_path / "a" / "runs")}))
+    assert good.verdict == "ok"
+    assert not (tmp_path / "a").exists(), "a check leaves nothing behind"
+    (tmp_path / "file").write_text("")
+    found = services.storage(inquire({"run.storage_path": str(tmp_path / "file" / "runs")}))
+    assert found.verdict == "error"
+    assert services.storage(inquire({"run.storage_path": f"{s3}/runs"})).verdict == "ok"
+    found = services.storage(inquire({"run.storage_path": "s3://no-such-bucket-here/runs"}))
+    assert found.verdict == "error"
+    assert "no-such-bucket-here" in found.found
+
+
+@pytest.mark.slow
+def test_a_tracking_server_that_is_away_or_refuses_the_host_is_found(tmp_path):
+    assert services.tracking(inquire()).verdict == "ok"
+    assert services.tracking(inquire({"tracking.enabled": False})).verdict == "skipped"
+    with start_server(tmp_path / "mlflow") as server:
+        assert services.tracking(inquire({"tracking.uri": server.uri})).verdict == "ok"
+        port = server.uri.rpartition(":")[2]
+        # 127.0.0.1, written so that the server does not know the name.
+        found = services.tracking(inquire({"tracking.uri": f"http://2130706433:{port}"}))
+        assert found.verdict == "error"
+        assert "Invalid Host header" in found.found
+        assert found.mend == f"mlflow server ... --allowed-hosts '2130706433,2130706433:{port}'"
+    found = services.tracking(inquire({"tracking.uri": server.uri}))
+    assert "must take runs, but it does not" in found.found
+    assert found.mend.startswith(f"curl {server.uri}/health")
+
+
+@contextmanager
+def serving(ahead: float):
+    """A server whose clock is so many seconds ahead."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def date_time_string(self, timestamp=None):
+            return email.utils.formatdate(time.time() + ahead, usegmt=True)
+
+        def log_message(self, *words):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def test_a_clock_that_differs_from_a_servers_is_found():
+    with serving(ahead=0) as uri:
+        found = services.clock(inquire({"tracking.uri": uri}))
+        assert (found.verdict, found.found.split(" and")[0]) == ("ok", "agrees with 1 servers")
+    with serving(ahead=-3600) as uri:
+        found = services.clock(inquire({"tracking.uri": uri}))
+    assert found.verdict == "error"
+    assert "the clock of the tracking server is 3" in found.found
+    assert "in the past of this machine's clock" in found.found
+
+
+def test_missing_damaged_and_other_data_are_found(demo_shards, tmp_path):
+    assert services.data(inquire()).verdict == "skipped"
+    found = services.data(inquire({"data.uri": str(tmp_path / "none")}))
+    assert "there is no manifest" in found.found
+    assert "jobs/prepare.py" in found.mend
+    copy = tmp_path / "shards"
+    shutil.copytree(demo_shards, copy)
+    runs = {"run.storage_path": str(tmp_path / "runs"), "run.name": "first"}
+    settings = {"data.uri": str(copy)} | runs
+    assert "every byte of 2 of 2 shards agrees" in services.data(inquire(settings)).found
+    tags = {"next.data_digest": "0" * 64}
+    where = {"uri": None, "experiment": "demo", "name": "first"}
+    open_run(**where, folder=tmp_path / "runs" / "first", tags=tags).close()
+    found = services.data(inquire(settings))
+    assert found.verdict == "error"
+    assert "run first was trained on digest 0000000000000000, these shards have" in found.found
+    shard = next(copy.rglob("*.parquet"))
+    changed = bytearray(shard.read_bytes())
+    changed[len(changed) // 2] ^= 1
+    shard.write_bytes(changed)
+    found = services.data(inquire(settings | {"run.name": "second"}))
+    assert found.verdict == "error"
+    assert "its sha256 is not the manifest's" in found.found
+
+
+def test_a_check_that_hangs_is_an_error_and_holds_nobody_up(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, says nothing
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setenv("RAY_API_SERVER_ADDRESS", uri)
+        findings = {found.check: found for found in examine(inquire(), seconds=1.5)}
+    assert list(findings) == list(CHECKS)
+    assert findings["cluster"].found == "no answer within 2 s; what it asks hangs"
+    assert findings["versions"].verdict == "ok"
+
+
+def test_a_check_that_breaks_is_an_error_of_its_own_and_the_table_shows_what_mends(tmp_path):
+    (tmp_path / "file").write_text("")
+    findings = examine(inquire({"data.cache": str(tmp_path / "file")}))
+    broken = next(found for found in findings if found.check == "cache")
+    assert broken.verdict == "error"
+    assert "data.cache must be a folder" in broken.found
+    lines = table([Finding("token", "error", "none", "chmod"), Finding("data", "ok", "fine")])
+    assert lines == [
+        "ERROR token          none",
+        "                     mend: chmod",
+        "ok    data           fine",
+    ]
