@@ -19,7 +19,7 @@ from next.data.audit import Audit, audit
 from next.data.benchmark import load_card
 from next.data.ingest import ScanOptions, prepare, scan
 from next.data.manifest import SplitEntry
-from next.data.plan import epoch_plan, plan_hash, worker_slice
+from next.data.plan import epoch_plan, plan_hash, split_train, worker_slice
 from next.data.shards import Manifest, open_manifest
 from next.data.writer import Run
 
@@ -193,14 +193,13 @@ def _peek(job: PrepareJob, manifest: Manifest) -> int:
 
 
 def _verify_order(job: PrepareJob, manifest: Manifest) -> int:
-    from next.training.launch import training_pids  # torch is slow to import
-
     try:
         worlds = [int(number) for number in job.world.split(",")]
     except ValueError:
         raise ValueError(f"--world must be numbers, such as 1,2,4,8, but got {job.world}") from None
     config = base_config(manifest.benchmark.recipe, job.recipe)
-    size, pids = config.batch, training_pids(config, manifest)
+    pids = manifest.labels("train").pid
+    pids, size = pids[split_train(config, pids)[0]], config.batch
     epochs: list[dict[str, Any]] = []
     for epoch in range(job.epochs):
         plan = epoch_plan(pids, seed=config.seed, epoch=epoch, p=size.identities, k=size.instances)

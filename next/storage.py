@@ -110,9 +110,12 @@ class Folder:
 
     def names(self, below: str = "") -> list[str]:
         """Files and folders directly in a folder, sorted; none if there is no such folder."""
-        selector = pa.fs.FileSelector(self._path(below), allow_not_found=True)
         with self._errors(below):
-            return sorted(info.base_name for info in self.filesystem.get_file_info(selector))
+            try:
+                found = self.filesystem.get_file_info(pa.fs.FileSelector(self._path(below)))
+            except FileNotFoundError:  # with allow_not_found a missing bucket would be none, too
+                return []
+        return sorted(info.base_name for info in found)
 
     def size(self, path: str) -> int | None:
         """Bytes of a file; None: there is no such file."""
@@ -153,20 +156,8 @@ class Folder:
 
         An older one of its name is replaced. Nothing of what a failed block wrote is left.
         """
-        with self._errors(path, writing=True):
-            if self.is_local:
-                with _replacing(Path(self._path(path))) as file:
-                    yield file
-                return
-            file = self.filesystem.open_output_stream(self._path(path))
-            try:
-                yield file
-            except BaseException:
-                with suppress(OSError):  # closing it makes an object of what was written so far
-                    file.close()
-                    self.filesystem.delete_file(self._path(path))
-                raise
-            file.close()
+        with self._errors(path, writing=True), self._replacing(path) as file:
+            yield file
 
     def write(self, path: str, data: bytes) -> None:
         """Write a file, whole or not at all; an older one of its name is replaced."""
@@ -176,7 +167,8 @@ class Folder:
     def require_writable(self) -> None:
         """Write and remove a file, so that work that could not be kept is not begun."""
         probe = f".writable-{os.getpid()}"
-        self.write(probe, b"")
+        with self._errors("", writing=True), self._replacing(probe) as file:
+            file.write(b"")
         self.delete(probe)
 
     def delete(self, path: str) -> None:
@@ -262,6 +254,22 @@ class Folder:
             shutil.rmtree(draft, ignore_errors=True)
         return target
 
+    @contextmanager
+    def _replacing(self, path: str) -> Iterator[Any]:
+        if self.is_local:
+            with _replacing(Path(self._path(path))) as local:
+                yield local
+            return
+        file = self.filesystem.open_output_stream(self._path(path))
+        try:
+            yield file
+        except BaseException:
+            with suppress(OSError):  # closing it makes an object of what was written so far
+                file.close()
+                self.filesystem.delete_file(self._path(path))
+            raise
+        file.close()
+
     def _path(self, path: str) -> str:
         return f"{self.base}/{path}" if path not in ("", ".") else self.base
 
@@ -270,11 +278,7 @@ class Folder:
 
     def _neighbours(self, path: str) -> str:
         parent, _, name = path.rpartition("/")
-        selector = pa.fs.FileSelector(self._path(parent), allow_not_found=self.is_local)
-        try:
-            names = sorted(info.base_name for info in self.filesystem.get_file_info(selector))
-        except FileNotFoundError:  # a missing bucket is another error, and is let through
-            names = []
+        names = self.names(parent)
         close = near_matches(name, names)
         if close:
             return f"; did you mean {' or '.join(close)}?"

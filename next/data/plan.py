@@ -10,6 +10,7 @@ import hashlib
 
 import numpy as np
 
+from next.config import RunConfig
 from next.data.draws import uniform
 
 
@@ -164,6 +165,13 @@ def holdout_rows(pids: np.ndarray, share: float, seed: int) -> tuple[np.ndarray,
     chosen[np.argsort(rank, kind="stable")[:number]] = True
     held_out = chosen[code]
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def split_train(config: RunConfig, pids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of ``train`` that are trained on, and the held-out rows that choose the best epoch."""
+    if config.selection.split == "test":
+        return np.arange(len(pids)), np.empty(0, dtype=np.int64)
+    return holdout_rows(pids, config.selection.holdout, config.selection.seed)
 
 
 def _runs(ordered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -176,6 +176,7 @@ def open_manifest(uri: str | Path) -> Manifest:
     try:
         text = folder.read(MANIFEST)
     except FileNotFoundError:
+        folder.names()  # a missing bucket is an error of its own
         raise FileNotFoundError(
             f"{where}: there is no manifest, so this is no finished set of shards; "
             f"write one with jobs/prepare.py --out {folder.uri}"
@@ -249,13 +250,16 @@ def _check_shard(folder: Folder, shard: ShardEntry, expected: Any) -> None:
     size = folder.size(shard.file)
     if size is None:
         raise FileNotFoundError(f"{where}: the manifest lists it, but it is not there; {again}")
-    if size != shard.bytes:
-        raise ValueError(f"{where}: has {size} bytes, but the manifest says {shard.bytes}; {again}")
+    resized = f"{where}: has {size} bytes, but the manifest says {shard.bytes}; {again}"
     try:
         with folder.opened(shard.file) as file:
             parquet = pq.ParquetFile(file)
             found, rows = parquet.schema_arrow, parquet.metadata.num_rows
+    except (ConnectionError, PermissionError):
+        raise
     except (pa.ArrowInvalid, OSError) as error:
+        if size != shard.bytes:
+            raise ValueError(resized) from None
         raise ValueError(f"{where} is no Parquet file ({error}); {again}") from None
     for column in expected:
         if column.name not in found.names:
@@ -267,6 +271,8 @@ def _check_shard(folder: Folder, shard: ShardEntry, expected: Any) -> None:
             )
     if rows != shard.rows:
         raise ValueError(f"{where}: has {rows} rows, but the manifest says {shard.rows}; {again}")
+    if size != shard.bytes:
+        raise ValueError(resized)
 
 
 class Matrix(NamedTuple):

@@ -356,7 +356,11 @@ def _draft_of(target: Folder) -> Iterator[Folder | None]:
     if target.size(MANIFEST) is not None:
         yield None
         return
-    present = target.names() if not target.is_local else _local_names(target)
+    if target.is_local and os.path.isfile(target.base):
+        raise FileExistsError(
+            f"{target.uri} is a file; shards are written to a folder of their own"
+        )
+    present = target.names()
     if present and RECORDS not in present:
         raise FileExistsError(
             f"{target.uri} is there already and holds no {MANIFEST}; shards are written to a new "
@@ -372,8 +376,9 @@ def _draft_of(target: Folder) -> Iterator[Folder | None]:
             raise
         return
     path = Path(target.base)
+    open_folder(path.parent).require_writable()
     draft = path.with_name(f".{path.name}.partial")
-    open_folder(draft).require_writable()
+    draft.mkdir(exist_ok=True)
     lock = FileLock(draft / _LOCK)
     try:
         lock.acquire(timeout=0)
@@ -387,13 +392,6 @@ def _draft_of(target: Folder) -> Iterator[Folder | None]:
         lock.release()
         if not any((draft / RECORDS).glob("*")):  # the same
             shutil.rmtree(draft, ignore_errors=True)
-
-
-def _local_names(target: Folder) -> list[str]:
-    path = Path(target.base)
-    if path.exists() and not path.is_dir():
-        return [path.name]
-    return target.names()
 
 
 def _commit(draft: Folder, target: Folder, parts: Sequence[Part], file: ManifestFile) -> None:

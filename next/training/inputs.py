@@ -9,7 +9,7 @@ import numpy as np
 
 from next.config import BackboneConfig, RunConfig, near_matches, override
 from next.data.loader import SampleSet, open_samples
-from next.data.plan import holdout_rows
+from next.data.plan import split_train
 from next.data.shards import Manifest
 from next.model.text import TextTower
 from next.training.loop import TrainingData
@@ -76,13 +76,6 @@ def resolve(config: RunConfig, manifest: Manifest) -> RunConfig:
             **facts,
         },
     )
-
-
-def split_train(config: RunConfig, pids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of ``train`` that are trained on, and the held-out rows that choose the best epoch."""
-    if config.selection.split == "test":
-        return np.arange(len(pids)), np.empty(0, dtype=np.int64)
-    return holdout_rows(pids, config.selection.holdout, config.selection.seed)
 
 
 def training_data(config: RunConfig, manifest: Manifest) -> TrainingData:

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 
 from next.config import RunConfig, differences, from_toml, to_toml
-from next.data.plan import epoch_plan, plan_hash
+from next.data.plan import epoch_plan, plan_hash, split_train
 from next.data.shards import Manifest, open_manifest
 from next.tracking.provenance import provenance_tags
 from next.tracking.run import check_server, open_run, read_metrics, start_server
 from next.training.assessment import Assessment, assess
-from next.training.inputs import resolve, split_train, training_data
+from next.training.inputs import resolve, training_data
 from next.training.loop import Outcome, Worker, train
 from next.training.report import FolderReporter, Metrics, TrainReporter
 

@@ -1,18 +1,15 @@
 import json
 import os
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from PIL import Image
 
 from next.cli import base_config
 from next.config import override
-from next.data.demo import DemoSize, write_demo
 from next.data.plan import epoch_plan, plan_hash
 from next.data.shards import open_manifest
 
@@ -21,37 +18,12 @@ JOB = str(ROOT / "jobs" / "prepare.py")
 CARD = str(ROOT / "datasets" / "demo.toml")
 
 
-@pytest.fixture
-def raw(tmp_path) -> Path:
-    write_demo(tmp_path / "raw", DemoSize(3, 2, 2, 2, image_size=(32, 16)))
-    return tmp_path / "raw"
-
-
-class Done(NamedTuple):
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs the job as a script, within this process."""
-
-    def run(*arguments: str | Path) -> Done:
-        monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(JOB, run_name="__main__")
-        return Done(end.value.code, *capsys.readouterr())
-
-    return run
-
-
 def files(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_a_benchmark_becomes_shards_and_a_table_of_what_is_in_them(raw, tmp_path, run):
-    done = run("--card", CARD, "--source", raw, "--out", tmp_path / "out")
+def test_a_benchmark_becomes_shards_and_a_table_of_what_is_in_them(raw, tmp_path, prepare):
+    done = prepare("--card", CARD, "--source", raw, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     manifest = open_manifest(tmp_path / "out")
     head, train, gallery, query = (line.split() for line in done.stdout.splitlines()[:4])
@@ -81,25 +53,25 @@ def test_the_command_runs_from_anywhere_and_its_stderr_is_the_error_alone(tmp_pa
     assert re.fullmatch(r"error: .*nowhere/manifest\.json: there is no manifest.*\n", done.stderr)
 
 
-def test_json_says_it_to_machines_and_a_second_call_finds_the_work_done(raw, tmp_path, run):
+def test_json_says_it_to_machines_and_a_second_call_finds_the_work_done(raw, tmp_path, prepare):
     arguments = ("--card", CARD, "--source", raw, "--out", tmp_path / "out", "--json")
-    first, second = json.loads(run(*arguments).stdout), json.loads(run(*arguments).stdout)
+    first, second = json.loads(prepare(*arguments).stdout), json.loads(prepare(*arguments).stdout)
     assert first == second
     assert first["digest"] == open_manifest(tmp_path / "out").digest
     assert first["splits"]["train"]["identities"] == 3
     assert files(tmp_path) == {"raw", "out"}
 
 
-def test_a_dry_run_counts_and_writes_nothing(raw, tmp_path, run):
-    done = run("--card", CARD, "--source", raw, "--dry-run")
+def test_a_dry_run_counts_and_writes_nothing(raw, tmp_path, prepare):
+    done = prepare("--card", CARD, "--source", raw, "--dry-run")
     assert done.returncode == 0
     assert "nothing was decoded or written" in done.stdout
     assert files(tmp_path) == {"raw"}
 
 
-def test_check_approves_sound_shards_and_points_at_a_flipped_byte(raw, tmp_path, run):
-    run("--card", CARD, "--source", raw, "--out", tmp_path / "out")
-    done = run("--check", tmp_path / "out")
+def test_check_approves_sound_shards_and_points_at_a_flipped_byte(raw, tmp_path, prepare):
+    prepare("--card", CARD, "--source", raw, "--out", tmp_path / "out")
+    done = prepare("--check", tmp_path / "out")
     assert "every byte and every image is as it should be" in done.stdout
     assert re.search(r"images that do not decode +30 +0\n", done.stdout)
     assert re.search(r"train identities in gallery or query +3 +0\n", done.stdout)
@@ -109,49 +81,49 @@ def test_check_approves_sound_shards_and_points_at_a_flipped_byte(raw, tmp_path,
     data = bytearray(shard.read_bytes())
     data[1000] ^= 1
     shard.write_bytes(data)
-    done = run("--check", tmp_path / "out")
+    done = prepare("--check", tmp_path / "out")
     assert done.returncode == 2
     assert re.search(r"error: .*gallery/00000\.parquet: its sha256 is not", done.stderr)
 
 
-def test_check_names_the_identities_that_leak(raw, tmp_path, run):
+def test_check_names_the_identities_that_leak(raw, tmp_path, prepare):
     for modality in ("RGB", "NI", "TI"):
         image = sorted((raw / "train" / modality).iterdir())[0]
         image.rename(raw / "test" / modality / image.name)
-    run("--card", CARD, "--source", raw, "--out", tmp_path / "out")
-    done = run("--check", tmp_path / "out", "--json")
+    prepare("--card", CARD, "--source", raw, "--out", tmp_path / "out")
+    done = prepare("--check", tmp_path / "out", "--json")
     assert done.returncode == 0
     assert json.loads(done.stdout)["leaked_identities"] == [1]
-    assert "LEAK      in train and test: 1\n" in run("--check", tmp_path / "out").stdout
+    assert "LEAK      in train and test: 1\n" in prepare("--check", tmp_path / "out").stdout
 
 
-def test_a_contact_sheet_shows_each_split(raw, tmp_path, run, monkeypatch):
+def test_a_contact_sheet_shows_each_split(raw, tmp_path, prepare, monkeypatch):
     (raw / "train" / "NI" / sorted(os.listdir(raw / "train" / "NI"))[0]).unlink()
     card = tmp_path / "card.toml"
     card.write_text(Path(CARD).read_text().replace('missing = "error"', 'missing = "keep"'))
-    run("--card", card, "--source", raw, "--out", tmp_path / "out")
-    done = run("--peek", tmp_path / "out", "--picture", tmp_path / "sheet.png")
+    prepare("--card", card, "--source", raw, "--out", tmp_path / "out")
+    done = prepare("--peek", tmp_path / "out", "--picture", tmp_path / "sheet.png")
     assert done.stdout == f"picture   {tmp_path / 'sheet.png'}\n"
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.height > sheet.width > 600
     monkeypatch.chdir(tmp_path)
-    assert json.loads(run("--out", "out", "--peek", "--json").stdout) == {
+    assert json.loads(prepare("--out", "out", "--peek", "--json").stdout) == {
         "picture": str(tmp_path / "peek-demo.png")
     }
-    done = run("--peek", tmp_path / "out", "--picture", tmp_path / "sheet.jpg")
+    done = prepare("--peek", tmp_path / "out", "--picture", tmp_path / "sheet.jpg")
     assert done.returncode == 2
     assert "written as .png" in done.stderr
 
 
-def test_the_order_is_shown_to_be_the_same_for_every_number_of_workers(raw, tmp_path, run):
+def test_the_order_is_shown_to_be_the_same_for_every_number_of_workers(raw, tmp_path, prepare):
     from next.training.launch import training_pids
 
-    run("--card", CARD, "--source", raw, "--out", tmp_path / "out")
+    prepare("--card", CARD, "--source", raw, "--out", tmp_path / "out")
     settings = {"seed": 3, "batch.identities": 2, "selection.holdout": 0, "selection.split": "test"}
     recipe = tmp_path / "recipe.toml"
     recipe.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items()))
     arguments = ("--out", tmp_path / "out", "--verify-order", "--world", "1,2,4,8")
-    done = run(*arguments, "--recipe", recipe)
+    done = prepare(*arguments, "--recipe", recipe)
     assert done.returncode == 0, done.stderr
     manifest = open_manifest(tmp_path / "out")
     config = override(base_config(manifest.benchmark.recipe, None), settings)
@@ -160,23 +132,23 @@ def test_the_order_is_shown_to_be_the_same_for_every_number_of_workers(raw, tmp_
     assert first == ["0", str(len(plan)), str(plan.size), *[plan_hash(plan)[:12]] * 5]
     assert f"plan      {plan_hash(plan)} (epoch 0, seed 3" in done.stdout
     assert "the same global batches for 1, 2, 4, 8 workers" in done.stdout
-    answer = json.loads(run(*arguments, "--recipe", recipe, "--epochs", "1", "--json").stdout)
+    answer = json.loads(prepare(*arguments, "--recipe", recipe, "--epochs", "1", "--json").stdout)
     assert (answer["equal"], set(answer["epochs"][0]["joined"])) == (True, {"1", "2", "4", "8"})
-    done = run(*arguments[:2], "--verify-order", "--world", "1,3", "--recipe", recipe)
+    done = prepare(*arguments[:2], "--verify-order", "--world", "1,3", "--recipe", recipe)
     assert (done.returncode, "must be a multiple of scaling.num_workers" in done.stderr) == (
         2,
         True,
     )
-    done = run(*arguments[:2], "--verify-order", "--world", "two")
+    done = prepare(*arguments[:2], "--verify-order", "--world", "two")
     assert done.returncode == 2
     assert "--world must be numbers" in done.stderr
 
 
-def test_what_is_skipped_is_said(raw, tmp_path, run):
+def test_what_is_skipped_is_said(raw, tmp_path, prepare):
     (raw / "train" / "NI" / "Copy of 1.jpg").write_bytes(b"")
     bad = sorted((raw / "test" / "TI").iterdir())[0]
     bad.write_bytes(bad.read_bytes()[:-200])
-    done = run("--card", CARD, "--source", raw, "--out", tmp_path / "out", "--on-bad", "skip")
+    done = prepare("--card", CARD, "--source", raw, "--out", tmp_path / "out", "--on-bad", "skip")
     assert done.returncode == 0, done.stderr
     assert "left out  2 files, which manifest.json lists" in done.stdout
     listed = [item.file for item in open_manifest(tmp_path / "out").file.findings.skipped]
@@ -215,10 +187,10 @@ def no_json(raw: Path) -> None:
     ],
 )
 def test_a_source_that_does_not_fit_is_one_clear_message_and_no_output(
-    raw, tmp_path, run, damage, message
+    raw, tmp_path, prepare, damage, message
 ):
     damage(raw)
-    done = run("--card", CARD, "--source", raw, "--out", tmp_path / "out")
+    done = prepare("--card", CARD, "--source", raw, "--out", tmp_path / "out")
     assert done.returncode == 2
     assert re.search(rf"^error: .*{message}", done.stderr, re.MULTILINE)
     assert "Traceback" not in done.stderr
@@ -226,12 +198,12 @@ def test_a_source_that_does_not_fit_is_one_clear_message_and_no_output(
     assert files(tmp_path) == {"raw"}
 
 
-def test_shards_of_another_source_are_kept(raw, tmp_path, run):
-    run("--card", CARD, "--source", raw, "--out", tmp_path / "out")
+def test_shards_of_another_source_are_kept(raw, tmp_path, prepare):
+    prepare("--card", CARD, "--source", raw, "--out", tmp_path / "out")
     digest = open_manifest(tmp_path / "out").digest
     for folder in ("RGB", "NI", "TI"):
         sorted((raw / "train" / folder).iterdir())[0].unlink()
-    done = run("--card", CARD, "--source", raw, "--out", tmp_path / "out")
+    done = prepare("--card", CARD, "--source", raw, "--out", tmp_path / "out")
     assert done.returncode == 2
     assert re.search(rf"error: .*digest {digest[:12]}, but this source and card give", done.stderr)
     assert open_manifest(tmp_path / "out").digest == digest
@@ -252,8 +224,8 @@ def test_shards_of_another_source_are_kept(raw, tmp_path, run):
         (("--on-bed", "skip"), "on_bad"),
     ],
 )
-def test_a_wrong_command_is_refused_with_code_2(run, arguments, message):
-    done = run(*arguments)
+def test_a_wrong_command_is_refused_with_code_2(prepare, arguments, message):
+    done = prepare(*arguments)
     assert done.returncode == 2
     assert message in done.stderr + done.stdout
     assert "Traceback" not in done.stderr
