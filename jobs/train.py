@@ -47,12 +47,16 @@ def main(argv: Sequence[str]) -> int:
     result = launch(config)
     scores = result.assessment.metrics | {"val/mAP": result.outcome.best}
     if job.json:
-        print(json.dumps({"folder": str(result.folder), "metrics": scores}))
+        found = {"folder": str(result.folder), "metrics": scores, "url": result.url}
+        print(json.dumps(found))
         return 0
     print("  ".join(f"{name} {value:.1f}" for name, value in scores.items()))
     for picture in result.assessment.pictures:
         print(f"picture     {picture}")
     print(f"checkpoint  {result.checkpoint}")
+    if result.url is not None:
+        opened = f"{result.serve}  then open  " if result.serve else ""
+        print(f"mlflow      {opened}{result.url}")
     return 0
 
 

@@ -332,6 +332,8 @@ class TrackingConfig(Section):
     """Experiment; None: the benchmark's name."""
     enabled: bool = True
     """Off: the journal beside the run is still written."""
+    system_seconds: float | None = Field(default=10.0, ge=0.1)
+    """Seconds between samples of CPU, memory and GPUs (``system/*``); None: none are taken."""
 
 
 class RunConfig(Section):

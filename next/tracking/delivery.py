@@ -31,6 +31,7 @@ from next.tracking.journal import (
     Artifact,
     Data,
     Entry,
+    ExperimentTags,
     Metrics,
     Opened,
     Params,
@@ -150,6 +151,9 @@ class Delivery:
                 self._send_artifact(self._client, record)
             elif isinstance(record, Data):
                 self._send_data(self._client, record)
+            elif isinstance(record, ExperimentTags):
+                for name, value in record.values.items():
+                    self._client.set_experiment_tag(self.address.experiment_id, name, value)
             elif isinstance(record, Status):
                 self._send_status(self._client, record)
             elif not isinstance(record, Opened):
@@ -211,6 +215,8 @@ class Delivery:
             digest=record.digest[:_DIGEST_LENGTH],
             source_type=source_type,
             source=json.dumps({"uri": record.source, "digest": record.digest}),
+            schema=_schema(record.schema),
+            profile=None if record.rows is None else json.dumps({"num_rows": record.rows}),
         )
         tag = InputTag("mlflow.data.context", record.context)
         client.log_inputs(self.address.run_id, datasets=[DatasetInput(dataset, [tag])])
@@ -330,6 +336,19 @@ def _opened(folder: Path) -> Opened:
         if isinstance(entry.record, Opened):
             return entry.record
     raise ValueError(f"{folder} must hold the journal of a run, but its journal has no beginning")
+
+
+def _schema(columns: dict[str, str]) -> str | None:
+    """Columns in the form that MLflow's pages show."""
+    if not columns:
+        return None
+    listed: list[dict[str, Any]] = []
+    for name, kind in columns.items():
+        column: dict[str, Any] = {"name": name, "type": kind, "required": True}
+        if kind.endswith("[]"):
+            column |= {"type": "array", "items": {"type": kind.removesuffix("[]")}}
+        listed.append(column)
+    return json.dumps({"mlflow_colspec": listed})
 
 
 def _require_active(run: Any) -> None:

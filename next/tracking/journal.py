@@ -17,7 +17,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,6 +85,17 @@ class Data:
     digest: str
     source: str
     context: str
+    schema: dict[str, str] = field(default_factory=dict)
+    """Column -> type, as MLflow names types."""
+    rows: int | None = None
+    """Samples."""
+
+
+@dataclass(frozen=True)
+class ExperimentTags:
+    """Tags of the experiment that the run belongs to: its description and its saved views."""
+
+    values: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -95,7 +106,7 @@ class Status:
     time: float
 
 
-Record = Opened | Metrics | Params | Tags | Artifact | Data | Status
+Record = Opened | Metrics | Params | Tags | Artifact | Data | ExperimentTags | Status
 
 _KINDS: dict[str, type[Record]] = {
     "run": Opened,
@@ -104,6 +115,7 @@ _KINDS: dict[str, type[Record]] = {
     "tags": Tags,
     "artifact": Artifact,
     "data": Data,
+    "experiment": ExperimentTags,
     "status": Status,
 }
 _NAMES = {kind: name for name, kind in _KINDS.items()}

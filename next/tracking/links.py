@@ -72,6 +72,19 @@ def children_url(uri: str, experiment_id: str, parent_id: str, best_by: str | No
     )
 
 
+def view_url(uri: str, experiment_id: str, key: str) -> str:
+    """A saved view of :mod:`next.tracking.views`: its runs, columns, charts and pictures.
+
+    MLflow takes no filter or order beside the view's own.
+    """
+    return _page(
+        uri,
+        f"experiments/{experiment_id}/runs",
+        compareRunsMode="CHART",
+        viewStateShareKey=key,
+    )
+
+
 def _page(uri: str, route: str, **query: str) -> str:
     """A page with the menus for training, which are not the ones that MLflow begins with."""
     words = urlencode(query | {"workflowType": "machine_learning"}, quote_via=quote)

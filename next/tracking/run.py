@@ -9,20 +9,23 @@ server has not got when the run closes stays in the journal: opening the run aga
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, SupportsFloat
 
 from next.tracking.client import check_server, child_run_ids
 from next.tracking.delivery import Address, Delivery
+from next.tracking.images import LOGGED_IMAGES, LOGGED_TABLES, add_image, table_tag, write_table
 from next.tracking.journal import (
     Artifact,
     Data,
+    ExperimentTags,
     Journal,
     Metrics,
     Opened,
@@ -39,6 +42,7 @@ from next.tracking.links import check_uri, children_url, compare_url, experiment
 from next.tracking.replay import Replay, replay
 from next.tracking.sender import Sender
 from next.tracking.server import TrackingServer, start_server, view_command
+from next.tracking.system import SystemMonitor
 
 __all__ = [
     "Replay",
@@ -78,6 +82,7 @@ class Run:
         self._earlier = earlier
         self._checked: set[str] = set()
         self._sender = Sender(journal, Delivery(self.folder, uri) if uri else None)
+        self._monitor: SystemMonitor | None = None
         self._closed = False
 
     @property
@@ -150,6 +155,36 @@ class Run:
             path = copy
         self._journal.append(Artifact(path.relative_to(self.folder).as_posix(), place))
 
+    def log_image(self, picture: str | Path, key: str, *, step: int) -> None:
+        """Log a PNG for MLflow's image grid, which lays the pictures of one key side by side.
+
+        Args:
+            picture: the file.
+            key: what it is of, such as ``figures/cmc``.
+            step: when it was taken; the same key and step again replace it.
+
+        Raises:
+            ValueError: a key that MLflow would not take.
+            FileNotFoundError: there is no such file.
+        """
+        for path in add_image(self.folder / "images", Path(picture), key, step):
+            self.log_artifact(path, "images")
+        self.set_tags({LOGGED_IMAGES: "true"})
+
+    def log_table(self, columns: Mapping[str, Sequence[Any]], name: str) -> None:
+        """Log a table that MLflow's table view shows, as the artifact ``name`` (``.json``).
+
+        Raises:
+            ValueError: columns of different lengths, or another ending.
+        """
+        self.log_artifact(write_table(self.folder / "tables" / _place(name), columns), "tables")
+        self._earlier.tables = list(dict.fromkeys([*self._earlier.tables, f"tables/{name}"]))
+        self.set_tags({LOGGED_TABLES: table_tag(self._earlier.tables)})
+
+    def describe_experiment(self, tags: Mapping[str, str]) -> None:
+        """Set tags of the experiment: :func:`next.tracking.views.experiment_tags`."""
+        self._journal.append(ExperimentTags(dict(tags)))
+
     def log_text(self, text: str, name: str) -> None:
         """Log a text as the artifact ``name``, for example ``config.toml`` or ``git/diff.txt``."""
         path = self.folder / "artifacts" / _place(name)
@@ -158,7 +193,16 @@ class Run:
         folder = path.parent.relative_to(self.folder / "artifacts").as_posix()
         self.log_artifact(path, "" if folder == "." else folder)
 
-    def log_data(self, name: str, digest: str, source: str, context: str) -> None:
+    def log_data(
+        self,
+        name: str,
+        digest: str,
+        source: str,
+        context: str,
+        *,
+        schema: Mapping[str, str] | None = None,
+        rows: int | None = None,
+    ) -> None:
         """Log a data set that the run reads.
 
         Args:
@@ -166,8 +210,10 @@ class Run:
             digest: of the manifest; MLflow's own column keeps the first 36 characters.
             source: where the shards lie.
             context: ``train``, ``test``, ...
+            schema: column -> type (``long``, ``string``, ``binary``; ``string[]`` is a list).
+            rows: samples.
         """
-        self._journal.append(Data(name, digest, source, context))
+        self._journal.append(Data(name, digest, source, context, dict(schema or {}), rows))
 
     def close(self, status: RunStatus = "FINISHED", *, timeout: float = 20.0) -> None:
         """End the run and deliver what is left; a second call does nothing.
@@ -180,6 +226,8 @@ class Run:
         if self._closed:
             return
         self._closed = True
+        if self._monitor is not None:
+            self._monitor.stop()
         self._journal.append(Status(status, now()))
         self._sender.finish(timeout)
 
@@ -196,6 +244,17 @@ class Run:
             self.close("FINISHED")
         else:
             self.close("FAILED" if isinstance(error, Exception) else "KILLED")
+
+    def monitor_system(self, every: float) -> None:
+        """Log CPU, memory and GPUs of this machine as ``system/*`` until the run is closed.
+
+        Args:
+            every: seconds between samples.
+        """
+        began = self._earlier.opened.time if self._earlier.opened else now()
+        self._monitor = SystemMonitor(
+            lambda values, step: self.log_metrics(values, step=step), every, began
+        )
 
     def _address(self) -> Address:
         return self._sender.address(_PATIENCE)
@@ -216,6 +275,7 @@ def open_run(
     parent: str | None = None,
     params: Mapping[str, Any] | None = None,
     tags: Mapping[str, Any] | None = None,
+    system_seconds: float | None = None,
 ) -> Run:
     """Begin a run, or go on with the one of this folder.
 
@@ -231,6 +291,7 @@ def open_run(
             MLflow id.
         params: what MLflow shows as parameters: for a child only what the sweep varies.
         tags: provenance and the like.
+        system_seconds: seconds between samples of CPU, memory and GPUs; None: none are taken.
 
     Raises:
         ValueError: a bad address, a name that MLflow would not take, or a folder whose run belongs
@@ -249,6 +310,7 @@ def open_run(
         if opened is None:
             opened = Opened(str(uuid.uuid4()), experiment, name, parent, now())
             journal.append(opened)
+            earlier.opened = opened
         elif opened.experiment != experiment:
             raise ValueError(
                 f"{folder} must be used with one experiment, but it holds a run of "
@@ -263,7 +325,10 @@ def open_run(
     except BaseException:
         journal.close()
         raise
-    return Run(journal, opened.key, uri, earlier)
+    run = Run(journal, opened.key, uri, earlier)
+    if system_seconds is not None:
+        run.monitor_system(system_seconds)
+    return run
 
 
 def check_name(name: str) -> None:
@@ -287,6 +352,7 @@ class _Earlier:
     def __init__(self, folder: Path) -> None:
         self.opened: Opened | None = None
         self.metrics: dict[int, dict[str, float]] = {}
+        self.tables: list[str] = []
         self._params: dict[str, str] = {}
         for record in (entry.record for entry in read_records(folder)):
             if isinstance(record, Opened):
@@ -295,6 +361,8 @@ class _Earlier:
                 self.metrics.setdefault(record.step, {}).update(record.values)
             elif isinstance(record, Params):
                 self._params |= record.values
+            elif isinstance(record, Tags) and LOGGED_TABLES in record.values:
+                self.tables = [table["path"] for table in json.loads(record.values[LOGGED_TABLES])]
 
     def without_repeats(self, values: dict[str, float], step: int) -> dict[str, float]:
         """The values that the step does not have already (NaN repeats NaN)."""

@@ -20,10 +20,11 @@ from next.config import RunConfig, differences, from_toml, to_toml
 from next.data.plan import epoch_plan, plan_hash, split_train
 from next.data.shards import Manifest, open_manifest
 from next.tracking.provenance import provenance_tags
-from next.tracking.run import check_server, open_run, read_metrics, start_server
+from next.tracking.run import check_server, open_run, read_metrics, start_server, view_command
 from next.training.assessment import Assessment, assess
 from next.training.inputs import resolve, training_data
 from next.training.loop import Outcome, Worker, train
+from next.training.record import record_assessment, record_inputs, seed_tags
 from next.training.report import FolderReporter, Metrics, TrainReporter
 
 _log = logging.getLogger(__name__)
@@ -53,6 +54,8 @@ class RunResult(NamedTuple):
     """Test scores of that checkpoint, and the pictures."""
     url: str | None
     """The run's page in MLflow, while its server runs."""
+    serve: str | None
+    """Shell command that serves that address again; None where a server of its own does."""
 
 
 def launch(config: RunConfig, *, on_report: Callable[[Metrics], None] | None = None) -> RunResult:
@@ -78,23 +81,22 @@ def launch(config: RunConfig, *, on_report: Callable[[Metrics], None] | None = N
             "folder": str(folder),
             "params": headline(config),
             "tags": run_tags(config, manifest),
+            "system_seconds": config.tracking.system_seconds,
         }
         if config.scaling.num_workers == 1:
             outcome, checkpoint = _train_here(config, manifest, folder, tracked, on_report)
         else:
             outcome, checkpoint = _train_on_ray(config, manifest, folder, tracked, on_report)
         with open_run(**tracked) as run:
-            run.log_artifact(folder / "config.toml")
-            run.log_data(manifest.benchmark.name, manifest.digest, str(manifest.uri), "train")
             assessment = assess(
                 checkpoint, manifest, folder, device=device(config), history=read_history(folder)
             )
-            run.log_metrics(assessment.metrics, step=outcome.step)
-            for picture in assessment.pictures:
-                run.log_artifact(picture, "figures")
+            record_assessment(run, assessment, step=outcome.step)
+            run.set_tags({"next.checkpoint_uri": str(checkpoint)})
             write_result(folder, outcome, assessment)
             url = run.url
-    return RunResult(folder, outcome, checkpoint, assessment, url)
+    serve = None if config.tracking.uri else view_command(folder.parent / "mlflow")
+    return RunResult(folder, outcome, checkpoint, assessment, url, serve)
 
 
 def claim_folder(config: RunConfig, *, prefix: str = "run") -> Path:
@@ -167,7 +169,7 @@ def run_tags(config: RunConfig, manifest: Manifest) -> dict[str, str]:
     return provenance_tags() | {
         "next.data_digest": manifest.digest,
         "next.plan_hash": plan_hash(first),
-        "next.seed": str(config.seed),
+        **seed_tags(config),
     }
 
 
@@ -239,6 +241,7 @@ def _train_here(
 ) -> tuple[Outcome, Path]:
     reporter = FolderReporter(folder / "checkpoints", on_report)
     with open_run(**tracked) as run:
+        record_inputs(run, config, manifest)
         outcome = train(
             config,
             training_data(config, manifest),
@@ -337,8 +340,11 @@ def _ray_worker(settings: dict[str, Any]) -> dict[str, Any]:
     configure_torch(config)
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
+    manifest = open_manifest(str(config.data.uri))
     with ExitStack() as stack:
         run = stack.enter_context(open_run(**settings["tracked"])) if rank == 0 else None
+        if run is not None:
+            record_inputs(run, config, manifest)
 
         def log_metrics(metrics: dict[str, float], step: int) -> None:
             if run is not None:
@@ -346,7 +352,7 @@ def _ray_worker(settings: dict[str, Any]) -> dict[str, Any]:
 
         outcome = train(
             config,
-            training_data(config, open_manifest(str(config.data.uri))),
+            training_data(config, manifest),
             TrainReporter(rank),
             Worker(rank, world, ray.train.torch.get_device()),
             log_metrics,

@@ -27,13 +27,12 @@ from next.config import RunConfig, Section, from_toml, override, to_toml
 from next.data.shards import Manifest, open_manifest
 from next.tracking.run import (
     Run,
-    child_run_ids,
-    compare_url,
     open_run,
     read_status,
     replay,
     view_command,
 )
+from next.tracking.views import SWEEP
 from next.training.assessment import assess
 from next.training.inputs import resolve, training_data
 from next.training.launch import (
@@ -47,7 +46,9 @@ from next.training.launch import (
     tracking_address,
 )
 from next.training.loop import Worker, train
+from next.training.record import record_assessment, record_inputs, seed_tags
 from next.training.report import TuneReporter
+from next.tuning.comparison import comparison_link, record_pictures, set_up_comparison
 from next.tuning.progress import Progress
 from next.tuning.results import (
     METRIC,
@@ -79,6 +80,8 @@ class SweepConfig(Section):
     """Of the trials that reach a rung, one in so many goes on."""
     seed: int = Field(default=0, ge=0)
     """Seed of the sampler (exact only with one trial at a time)."""
+    pictures: int = Field(default=4, ge=0)
+    """Best trials of which pictures are drawn, for MLflow's image grid."""
     gpus_per_trial: float = Field(default=0.0, ge=0)
     """GPUs of one trial; a fraction lets trials share one."""
 
@@ -118,10 +121,11 @@ def run_sweep(
             folder=folder,
             params={"space": space.name, "trials": sweep.trials, "sampler": sweep.sampler},
             tags=run_tags(base, manifest) | {"next.kind": "sweep"},
+            system_seconds=base.tracking.system_seconds,
         ) as parent,
     ):
-        parent.log_artifact(folder / "config.toml")
-        parent.log_data(manifest.benchmark.name, manifest.digest, str(manifest.uri), "train")
+        record_inputs(parent, base, manifest)
+        set_up_comparison(parent, folder.name, manifest.benchmark.name, space, varied)
         progress.enter("opening the decoded cache and the text bank, once for all trials")
         training_data(base, manifest)
         tracked = {"uri": uri, "experiment": experiment, "parent": parent.key}
@@ -133,20 +137,28 @@ def run_sweep(
                 f"none of the {sweep.trials} trials reported {METRIC}; "
                 f"the first error: {trials[0].error}"
             )
+        progress.enter(f"drawing the best {sweep.pictures} trials on the held-out identities")
+        drawn = [trial for trial in trials[: sweep.pictures] if trial.score is not None]
+        results = {Path(result.path).name: result for result in grid}
+        record_pictures(
+            [(trial, results[trial.folder].get_best_checkpoint(METRIC, "max")) for trial in drawn],
+            folder,
+            manifest,
+            device(base),
+            tracked,
+        )
         progress.enter("assessing the best trial on the test split, drawing pictures")
         checkpoint = folder / "checkpoints" / "best"
-        result = next(result for result in grid if Path(result.path).name == trials[0].folder)
-        copy_checkpoint(result.get_best_checkpoint(METRIC, "max"), checkpoint)
+        copy_checkpoint(results[trials[0].folder].get_best_checkpoint(METRIC, "max"), checkpoint)
         history = read_history(folder / "trials" / trials[0].name)
         assessment = assess(checkpoint, manifest, folder, device=device(base), history=history)
         pictures = [*assessment.pictures, draw_overview(folder / "figures", trials)]
-        parent.log_metrics(assessment.metrics | {METRIC: trials[0].score}, step=0)
-        parent.set_tags({"next.best_trial": trials[0].name})
-        for picture in pictures:
-            parent.log_artifact(picture, "figures")
+        assessment = assessment._replace(pictures=pictures)
+        parent.log_metrics({METRIC: trials[0].score}, step=0)
+        record_assessment(parent, assessment, step=0)
+        parent.set_tags({"next.best_trial": trials[0].name, "next.checkpoint_uri": str(checkpoint)})
         parent.log_artifact(write_leaderboard(folder / "leaderboard.json", trials))
-        compare = _compare_link(uri, parent)
-    assessment = assessment._replace(pictures=pictures)
+        compare = comparison_link(parent)
     serve = None if base.tracking.uri else view_command(folder.parent / "mlflow")
     return SweepResult(folder, varied, trials, assessment, checkpoint, compare, serve)
 
@@ -169,15 +181,10 @@ def _complete_children(folder: Path, trials: list[Trial], tracked: dict[str, str
             )
             run.close("FAILED" if trial.state == "failed" else "FINISHED")
         elif tracked["uri"] is not None:
-            replay(child, tracked["uri"])
-
-
-def _compare_link(uri: str | None, parent: Run) -> str | None:
-    """Address of MLflow's comparison of all trials."""
-    if uri is None or parent.run_id is None or parent.experiment_id is None:
-        return None
-    children = child_run_ids(uri, parent.experiment_id, parent.run_id)
-    return compare_url(uri, parent.experiment_id, children) if len(children) > 1 else parent.url
+            try:
+                replay(child, tracked["uri"])
+            except ConnectionError as error:  # its journal waits for the next start, or a replay
+                _log.warning("%s", error)
 
 
 def prepare_sweep(base: RunConfig, space: Space) -> tuple[Manifest, RunConfig]:
@@ -296,8 +303,10 @@ def _run_trial(
         folder=Path(folder) / "trials" / name,
         parent=tracked["parent"],
         params=settings,
-        tags={"next.kind": "trial", "next.seed": str(config.seed)},
+        tags={"next.kind": "trial", SWEEP: tracked["parent"], **seed_tags(config)},
+        system_seconds=config.tracking.system_seconds,
     )
+    run.log_text(to_toml(config), "config.toml")
     gc.collect()  # what the actor's last trial left in reference cycles
     with run:
         ended = _train_until_tune_ends_it(config, run)

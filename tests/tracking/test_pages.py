@@ -2,11 +2,16 @@
 
 import re
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 
-from next.tracking.links import children_url, compare_url, run_url
+from next.evaluation.figures import cmc_curve
+from next.tracking.links import compare_url, run_url, view_url
 from next.tracking.run import child_run_ids, open_run
+from next.tracking.views import SWEEP, experiment_tags, sweep_view
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -16,29 +21,50 @@ pytestmark = [
 ]
 
 
+TRIALS = 100
+NAMES = ["model.semantic.experts", "model.routing.temperature", "captions.sampling"]
+
+
 @pytest.fixture(scope="module")
 def sweep(server, tmp_path_factory):
-    """Experiment id, parent id and children's ids of a sweep of six trials."""
+    """The parent of a hundred trials; the ten best have pictures."""
     folder = tmp_path_factory.mktemp("sweep")
     place = {"uri": server.uri, "experiment": "pages"}
     with open_run(**place, name="sweep", folder=folder / "sweep") as parent:
-        for number in range(6):
-            params = {
-                "captions.sampling": ["all", "subset", "split"][number % 3],
-                "model.semantic.experts": number,
-                "model.routing.temperature": 0.5 + number / 4,
-            }
+        parent.describe_experiment(
+            experiment_tags("# How to read these runs")
+            | sweep_view(
+                "the sweep",
+                parent.key,
+                time.time(),
+                parameters=NAMES,
+                numeric=NAMES[:2],
+                images=["figures/cmc"],
+            )
+        )
+        for number in range(TRIALS - 10, TRIALS):
+            cmc = np.linspace(number / 2, 100, 20)
+            cmc_curve(folder / f"{number}.png", {"this run": cmc})
+
+        def run_trial(number: int) -> None:
+            drawn = [1 + number % 8, 0.5 + number / 40, ["all", "subset", "split"][number % 3]]
             with open_run(
                 **place,
                 name=f"trial-{number}",
                 folder=folder / str(number),
                 parent=parent.key,
-                params=params,
+                params=dict(zip(NAMES, drawn, strict=True)),
+                tags={SWEEP: parent.key},
             ) as trial:
                 for step in range(5):
-                    trial.log_metrics({"val/mAP": 30.0 + number * step}, step=step)
-    ids = child_run_ids(server.uri, parent.experiment_id, parent.run_id)
-    return parent.experiment_id, parent.run_id, ids
+                    trial.log_metrics({"val/mAP": 30.0 + number * step / 10}, step=step)
+                    trial.log_metrics({"train/loss": 1.0 / (step + 1)}, step=step)
+                if number >= TRIALS - 10:
+                    trial.log_image(folder / f"{number}.png", "figures/cmc", step=0)
+
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(run_trial, range(TRIALS)))
+    return parent
 
 
 @pytest.fixture(scope="module")
@@ -65,29 +91,55 @@ def page(browser):
     assert not failures
 
 
-def test_the_comparison_shows_what_the_sweep_varied(server, sweep, page):
-    experiment_id, _, children = sweep
-    page.goto(compare_url(server.uri, experiment_id, children))
-    page.get_by_text("Comparing 6 Runs from 1 Experiment").wait_for()
+def test_the_view_shows_the_trials_with_our_names_on_the_axes_and_their_pictures(
+    server, sweep, page
+):
+    page.goto(view_url(server.uri, sweep.experiment_id, sweep.key))
+    page.get_by_text(f"{TRIALS} matching runs").wait_for()
+    page.get_by_text("How to read these runs").wait_for()
+    axes = page.locator("svg .axis-title, svg .axis-heading text, svg g.axis-heading, svg .label")
+    axes.first.wait_for()
+    drawn = " ".join(text.text_content() or "" for text in page.locator("svg text").all())
+    assert "val/mAP" in drawn
+    contour = page.locator(".js-plotly-plot .g-xtitle, .js-plotly-plot .g-ytitle")
+    contour.nth(1).wait_for()
+    titles = contour.all_text_contents()
+    assert NAMES[0] in titles
+    assert NAMES[1] in titles
+    best = page.get_by_role("link", name=re.compile(r"^trial-\d+$")).first
+    assert best.text_content() == f"trial-{TRIALS - 1}"
+
+    image = page.locator("img[src^='blob:'], img[src*='get-artifact'], img[src*='artifacts']")
+    page.get_by_text("figures/cmc").first.scroll_into_view_if_needed()
+    image.first.wait_for()
+    shown = image.evaluate_all("all => all.map(one => [one.complete, one.naturalWidth])")
+    assert len(shown) == 10
+    assert all(complete and width > 300 for complete, width in shown)
+
+
+def test_the_table_of_the_view_has_what_was_varied_as_its_columns(server, sweep, page):
+    address = view_url(server.uri, sweep.experiment_id, sweep.key)
+    page.goto(address.replace("compareRunsMode=CHART", "compareRunsMode=TABLE"))
+    page.get_by_text(f"{TRIALS} matching runs").wait_for()
+    header = page.locator(".ag-header-cell-text, .ag-header-cell")
+    header.filter(has_text="val/mAP").first.wait_for()
+    named = " ".join(header.all_text_contents())
+    assert all(name in named for name in NAMES)
+
+
+def test_the_comparison_of_all_trials_shows_what_the_sweep_varied(server, sweep, page):
+    children = child_run_ids(server.uri, sweep.experiment_id, sweep.run_id)
+    assert len(children) == TRIALS
+    page.goto(compare_url(server.uri, sweep.experiment_id, children))
+    page.get_by_text(f"Comparing {TRIALS} Runs from 1 Experiment").wait_for()
     axes = page.locator("svg .axis-title, svg .axis-heading text, svg g.axis-heading")
     axes.first.wait_for()
     drawn = " ".join(axes.all_text_contents())
-    for name in ("captions.sampling", "model.semantic.experts", "val/mAP"):
+    for name in (*NAMES, "val/mAP"):
         assert name in drawn
 
 
-def test_the_charts_show_the_children_with_the_best_first(server, sweep, page):
-    experiment_id, parent_id, _ = sweep
-    page.goto(children_url(server.uri, experiment_id, parent_id, "val/mAP"))
-    page.get_by_text("6 matching runs").wait_for()
-    page.get_by_text("val/mAP").first.wait_for()
-    names = page.get_by_role("link", name=re.compile(r"^trial-\d$"))
-    names.nth(5).wait_for()
-    assert names.all_text_contents() == [f"trial-{number}" for number in reversed(range(6))]
-
-
 def test_a_run_page_names_its_children(server, sweep, page):
-    experiment_id, parent_id, _ = sweep
-    page.goto(run_url(server.uri, experiment_id, parent_id))
+    page.goto(run_url(server.uri, sweep.experiment_id, sweep.run_id))
     page.get_by_text("Child runs", exact=True).wait_for()
-    page.get_by_role("link", name="trial-5").wait_for()
+    page.get_by_role("link", name=re.compile(r"^trial-\d+$")).first.wait_for()

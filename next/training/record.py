@@ -1,0 +1,53 @@
+"""What a run leaves in MLflow beside its curves: inputs, provenance, scores and pictures."""
+
+from __future__ import annotations
+
+from next.config import RunConfig, to_toml
+from next.data.shards import Manifest
+from next.tracking.provenance import provenance_diff
+from next.tracking.run import Run
+from next.training.assessment import Assessment
+
+
+def record_inputs(run: Run, config: RunConfig, manifest: Manifest) -> None:
+    """The whole configuration, the data by digest and schema, and what the commit lacks."""
+    run.log_text(to_toml(config), "config.toml")
+    run.log_data(
+        manifest.benchmark.name,
+        manifest.digest,
+        str(manifest.uri),
+        "train",
+        schema=data_schema(manifest),
+        rows=manifest.splits[manifest.resolve("train")].rows,
+    )
+    diff = provenance_diff()
+    if diff:
+        run.log_text(diff, "git/diff.txt")
+
+
+def record_assessment(run: Run, assessment: Assessment, *, step: int) -> None:
+    """Scores, pictures (as files and for the image grid) and the table of queries."""
+    if assessment.metrics:
+        run.log_metrics(assessment.metrics, step=step)
+    for picture in assessment.pictures:
+        run.log_artifact(picture, "figures")
+        run.log_image(picture, f"figures/{picture.stem}", step=0)
+
+
+def data_schema(manifest: Manifest) -> dict[str, str]:
+    """The columns of the shards, with the types that MLflow has for them."""
+    modalities = manifest.benchmark.modalities
+    return (
+        {"sample_id": "string", "pid": "long", "camera": "long", "scene": "long"}
+        | {f"image_{name}": "binary" for name in modalities}
+        | {f"sentences_{name}": "string[]" for name in modalities}
+    )
+
+
+def seed_tags(config: RunConfig) -> dict[str, str]:
+    """Every seed of a run."""
+    return {
+        "next.seed": str(config.seed),
+        "next.seed.selection": str(config.selection.seed),
+        "next.seed.backbone": str(config.model.backbone.seed),
+    }

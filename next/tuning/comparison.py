@@ -1,0 +1,111 @@
+"""What the user compares a sweep's trials in: MLflow's page, set up, and its address."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+
+from next.data.shards import Manifest
+from next.tracking.links import view_url
+from next.tracking.run import Run, open_run
+from next.tracking.views import experiment_tags, sweep_view
+from next.training.assessment import assess
+from next.training.launch import read_history
+from next.training.record import record_assessment
+from next.tuning.results import Trial
+from next.tuning.space import Space
+
+PICTURES = (
+    "learning_curves",
+    "cmc",
+    "rank_lists",
+    "expert_usage",
+    "routing_maps",
+    "embedding_map",
+)
+"""Pictures of a trial in the image grid, in that order."""
+
+_NOTE = """\
+**{benchmark}**: sweeps and runs of NEXT, multi-modal re-identification with experts.
+
+* *Views* (above, on the right) holds one set-up for each sweep: its trials by `val/mAP`, what was
+  varied as columns, parallel coordinates and contour, pictures side by side.
+* `val/*` is measured on held-out **train** identities and chooses epoch and trial; `test/*` is
+  measured once, for the chosen checkpoint, and stands in the sweep's own run.
+* All scores are percent. A step is an optimizer step; `system/*` counts seconds.
+* Parameters are only what a sweep varies; the whole configuration is the artifact `config.toml`.
+"""
+
+
+def set_up_comparison(
+    parent: Run, name: str, benchmark: str, space: Space, varied: list[str]
+) -> None:
+    """Describe the experiment, and save the view of this sweep in it."""
+    numeric = [setting for setting in varied if setting in _numeric_settings(space)]
+    parent.describe_experiment(
+        experiment_tags(_NOTE.format(benchmark=benchmark))
+        | sweep_view(
+            name,
+            parent.key,
+            time.time(),
+            parameters=varied,
+            numeric=numeric,
+            images=[f"figures/{picture}" for picture in PICTURES],
+        )
+    )
+
+
+def comparison_link(parent: Run) -> str | None:
+    """Address of the trials in MLflow; None without a server, or while it is away."""
+    if parent.uri is None or parent.experiment_id is None:
+        return None
+    return view_url(parent.uri, parent.experiment_id, parent.key)
+
+
+def record_pictures(
+    trials: list[tuple[Trial, Any]],
+    folder: Path,
+    manifest: Manifest,
+    device: torch.device,
+    tracked: dict[str, str | None],
+) -> None:
+    """Draw trials on the held-out identities, and log that to their runs for the image grid.
+
+    Args:
+        trials: with the Ray checkpoint of each.
+        folder: of the sweep.
+        manifest: the data.
+        device: where to compute.
+        tracked: address, experiment and parent of the runs.
+    """
+    for trial, checkpoint in trials:
+        own = folder / "trials" / trial.name
+        with checkpoint.as_directory() as local:
+            assessment = assess(
+                Path(local), manifest, own, device=device, split="val", history=read_history(own)
+            )
+        with open_run(
+            uri=tracked["uri"],
+            experiment=str(tracked["experiment"]),
+            name=trial.name,
+            folder=own,
+            parent=tracked["parent"],
+            tags={"next.checkpoint_uri": checkpoint.path},
+        ) as run:
+            # Its scores are in the run already, at the steps at which they were measured.
+            record_assessment(run, assessment._replace(metrics={}), step=0)
+
+
+def _numeric_settings(space: Space, samples: int = 20) -> set[str]:
+    """Settings of which every drawn value is a number; a contour plot needs two of them."""
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    numbers: dict[str, bool] = {}
+    for _ in range(samples):
+        for setting, value in space.suggest(study.ask()).items():
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            numbers[setting] = numbers.get(setting, True) and number
+    return {setting for setting, number in numbers.items() if number}
