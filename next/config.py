@@ -309,7 +309,11 @@ class CheckpointConfig(Section):
     """Named after ``ray.train.CheckpointConfig``."""
 
     num_to_keep: int = Field(default=1, ge=1)
-    """Best checkpoints kept, beside the latest."""
+    """Best checkpoints kept, beside the two latest."""
+    every_steps: int | None = Field(default=None, ge=1)
+    """Write one within an epoch, too, each so many optimizer steps; None: at evaluations only."""
+    patience_s: float = Field(default=600, ge=0)
+    """Seconds for which one that cannot be written (disk full, storage away) is tried again."""
 
 
 class RunSection(Section):

@@ -10,6 +10,9 @@ A checkpoint is a folder::
 
 ``state.json`` is written last, so a folder without it, or with a file that differs from what it
 says, is torn and is refused.
+
+To write takes longer than a training step may wait. So :func:`take_snapshot` copies what training
+changes, which costs the step a memory copy, and :func:`write_snapshot` writes the copy in a thread.
 """
 
 from __future__ import annotations
@@ -21,8 +24,9 @@ import shutil
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import safetensors
 import safetensors.torch
 import torch
 
@@ -30,7 +34,13 @@ from next.config import RunConfig, from_toml, to_toml
 from next.model.network import NEXT
 from next.training.optimizer import WeightAverage
 
-_FORMAT = 1
+DRAFT = ".draft-"
+"""Beginning of the name of a folder that is being written."""
+
+_FORMAT = 2
+
+Row = tuple[int, dict[str, float]]
+"""What was logged at once: an optimizer step and values by name."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,84 @@ class Progress:
     """What was last reported."""
     best: float | None = None
     """Best value of the selection metric so far."""
+    step_in_epoch: int = 0
+    """Optimizer steps completed of the epoch that is under way; 0 between epochs."""
+    loss_sum: float = 0.0
+    """Sum of the losses of these steps."""
+    plan_hash: str = ""
+    """Hash of the plan of the epoch that is under way (between epochs: of the one before)."""
+    rows: tuple[Row, ...] = ()
+    """What was logged since the checkpoint before. It is logged again on resuming, because a
+    process that dies may have written its checkpoint and not have handed over its metrics."""
+
+    @property
+    def score(self) -> float | None:
+        """The selection metric of the checkpoint's own weights; None within an epoch."""
+        return self.metrics.get("val/mAP") if self.evaluated else None
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether ``metrics`` are of the checkpoint's own weights."""
+        return self.step_in_epoch == 0 and self.metrics.get("step") == self.step
+
+
+class Snapshot(NamedTuple):
+    """All that a checkpoint holds, in memory of its own."""
+
+    weights: dict[str, torch.Tensor]
+    """Of the network that is evaluated."""
+    trained: dict[str, torch.Tensor] | None
+    """Of the network that training goes on from, where it is another one."""
+    training: dict[str, Any]
+    """Optimizer state and RNG states."""
+    progress: Progress
+    config: RunConfig
+
+
+def take_snapshot(
+    network: NEXT,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    config: RunConfig,
+    average: WeightAverage | None = None,
+) -> Snapshot:
+    """Copy what training changes, to the CPU; the step after waits for nothing else.
+
+    With an average of the weights, ``model.safetensors`` holds the average, because that is what
+    was evaluated and what will be used.
+    """
+    training = {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        training["cuda_rng"] = torch.cuda.get_rng_state()
+    trained = _copied(network.state_dict())
+    return Snapshot(
+        weights=trained if average is None else _copied(average.network.state_dict()),
+        trained=None if average is None else trained,
+        training=_copied(training),
+        progress=progress,
+        config=config,
+    )
+
+
+def write_snapshot(folder: Path, snapshot: Snapshot) -> Path:
+    """Write a checkpoint to ``folder``, by way of a temporary folder and a rename.
+
+    Raises:
+        OSError: the disk is full or not writable; nothing is left behind.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f"{DRAFT}{folder.name}-", dir=folder.parent))
+    try:
+        _write_files(draft, snapshot)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(draft, folder)
+    except (safetensors.SafetensorError, RuntimeError) as error:  # theirs for what the disk says
+        free = shutil.disk_usage(folder.parent).free
+        raise OSError(f"{folder} ({free / 2**20:.0f} MiB free): {error}") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return folder
 
 
 def save_checkpoint(
@@ -57,36 +145,12 @@ def save_checkpoint(
     config: RunConfig,
     average: WeightAverage | None = None,
 ) -> Path:
-    """Write a checkpoint to ``folder``, by way of a temporary folder and a rename.
-
-    With an average of the weights, ``model.safetensors`` holds the average, because that is what
-    was evaluated and what will be used.
+    """Snapshot and write at once, in the caller's thread.
 
     Raises:
         OSError: the disk is full or not writable; nothing is left behind.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        if average is None:
-            _save_weights(network, draft / "model.safetensors")
-        else:
-            _save_weights(average.network, draft / "model.safetensors")
-            _save_weights(network, draft / "trained.safetensors")
-        torch.save(
-            {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()},
-            draft / "optimizer.pt",
-        )
-        (draft / "config.toml").write_text(to_toml(config))
-        files = {path.name: _fingerprint(path) for path in sorted(draft.iterdir())}
-        state = {"format": _FORMAT, "progress": asdict(progress), "files": files}
-        (draft / "state.json").write_text(json.dumps(state, indent=2))
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(draft, folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    return folder
+    return write_snapshot(folder, take_snapshot(network, optimizer, progress, config, average))
 
 
 def read_progress(folder: Path) -> Progress:
@@ -102,7 +166,10 @@ def read_progress(folder: Path) -> Progress:
             f"{folder} holds no checkpoint (there is no state.json); give the folder that a run "
             f"wrote, such as runs/NAME/checkpoints/best"
         )
-    state = json.loads(record.read_text())
+    try:
+        state = json.loads(record.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{record} is torn: {error}; use another checkpoint") from None
     if state["format"] > _FORMAT:
         raise ValueError(
             f"{record} has format {state['format']}, but this version reads up to {_FORMAT}; "
@@ -115,7 +182,8 @@ def read_progress(folder: Path) -> Progress:
             raise ValueError(
                 f"{path} is torn: expected {expected}, found {found}; use another checkpoint"
             )
-    return Progress(**state["progress"])
+    rows = tuple((step, values) for step, values in state["progress"].pop("rows", []))
+    return Progress(**state["progress"], rows=rows)
 
 
 def read_config(folder: Path) -> RunConfig:
@@ -168,6 +236,8 @@ def load_training_state(
     state: dict[str, Any] = torch.load(Path(folder) / "optimizer.pt", weights_only=True)
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["rng"])
+    if "cuda_rng" in state and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(state["cuda_rng"])
     return progress
 
 
@@ -187,9 +257,26 @@ def load_network(folder: Path) -> tuple[NEXT, RunConfig]:
     return network.eval(), config
 
 
-def _save_weights(network: NEXT, path: Path) -> None:
-    weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
-    safetensors.torch.save_file(weights, path)
+def _copied(tree: Any) -> Any:
+    """The same tree of dicts, lists and tensors, with all tensors copied to the CPU."""
+    if isinstance(tree, torch.Tensor):
+        return tree.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    if isinstance(tree, dict):
+        return {name: _copied(value) for name, value in tree.items()}
+    if isinstance(tree, list):
+        return [_copied(value) for value in tree]
+    return tree
+
+
+def _write_files(folder: Path, snapshot: Snapshot) -> None:
+    safetensors.torch.save_file(snapshot.weights, folder / "model.safetensors")
+    if snapshot.trained is not None:
+        safetensors.torch.save_file(snapshot.trained, folder / "trained.safetensors")
+    torch.save(snapshot.training, folder / "optimizer.pt")
+    (folder / "config.toml").write_text(to_toml(snapshot.config))
+    files = {path.name: _fingerprint(path) for path in sorted(folder.iterdir())}
+    state = {"format": _FORMAT, "progress": asdict(snapshot.progress), "files": files}
+    (folder / "state.json").write_text(json.dumps(state, indent=2))
 
 
 def _fingerprint(path: Path) -> str:

@@ -23,9 +23,11 @@ from next.tracking.provenance import provenance_tags
 from next.tracking.run import check_server, open_run, read_metrics, start_server, view_command
 from next.training.assessment import Assessment, assess
 from next.training.inputs import resolve, training_data
+from next.training.interruption import Bell, listening
 from next.training.loop import Outcome, Worker, train
 from next.training.record import record_assessment, record_inputs, seed_tags
 from next.training.report import FolderReporter, Metrics, TrainReporter
+from next.training.store import CheckpointStore
 
 _log = logging.getLogger(__name__)
 
@@ -239,8 +241,14 @@ def _train_here(
     tracked: dict[str, Any],
     on_report: Callable[[Metrics], None] | None,
 ) -> tuple[Outcome, Path]:
-    reporter = FolderReporter(folder / "checkpoints", on_report)
-    with open_run(**tracked) as run:
+    bell = Bell()
+    with (
+        open_run(**tracked) as run,
+        listening(bell),
+        FolderReporter(
+            folder / "checkpoints", on_report, checkpoint=config.checkpoint, bell=bell
+        ) as reporter,
+    ):
         record_inputs(run, config, manifest)
         outcome = train(
             config,
@@ -270,7 +278,11 @@ def _train_on_ray(
     try:
         result = TorchTrainer(
             _ray_worker,
-            train_loop_config={"config": to_toml(config), "tracked": tracked},
+            train_loop_config={
+                "config": to_toml(config),
+                "checkpoints": str(folder / "checkpoints"),
+                "tracked": tracked,
+            },
             scaling_config=ray.train.ScalingConfig(
                 num_workers=config.scaling.num_workers,
                 use_gpu=config.scaling.use_gpu,
@@ -280,22 +292,15 @@ def _train_on_ray(
             run_config=ray.train.RunConfig(
                 name="ray",
                 storage_path=str(folder),
-                checkpoint_config=ray.train.CheckpointConfig(
-                    num_to_keep=config.checkpoint.num_to_keep,
-                    checkpoint_score_attribute="val/mAP",
-                    checkpoint_score_order="max",
-                ),
             ),
         ).fit()
-        checkpoint, metrics = max(result.best_checkpoints, key=lambda pair: pair[1]["val/mAP"])
-        best = folder / "checkpoints" / "best"
-        copy_checkpoint(checkpoint, best)
     finally:
         if started:
             ray.shutdown()
+    outcome = Outcome(**result.return_value)
     if on_report is not None:
-        on_report(metrics)
-    return Outcome(**result.return_value), best
+        on_report(outcome.metrics)
+    return outcome, CheckpointStore(folder / "checkpoints").best()
 
 
 def copy_checkpoint(checkpoint: Any, destination: Path) -> None:
@@ -350,10 +355,19 @@ def _ray_worker(settings: dict[str, Any]) -> dict[str, Any]:
             if run is not None:
                 run.log_metrics(metrics, step=step)
 
+        reporter = stack.enter_context(
+            TrainReporter(
+                Path(settings["checkpoints"]),
+                rank,
+                world,
+                checkpoint=config.checkpoint,
+                bell=Bell(),
+            )
+        )
         outcome = train(
             config,
             training_data(config, manifest),
-            TrainReporter(rank),
+            reporter,
             Worker(rank, world, ray.train.torch.get_device()),
             log_metrics,
         )

@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,10 +27,12 @@ from next.data.plan import epoch_plan, occurrences, plan_hash, worker_slice
 from next.evaluation.protocol import evaluate
 from next.model.losses import Losses, objective
 from next.model.network import NEXT
-from next.training.checkpoint import Progress, load_training_state, save_checkpoint
+from next.training.checkpoint import Progress, Snapshot, load_training_state, take_snapshot
 from next.training.cost import explain_shortage, is_shortage
+from next.training.interruption import Ask, Interrupted
 from next.training.optimizer import WeightAverage, build_optimizer, set_learning_rates
 from next.training.report import Reporter
+from next.training.step_log import StepLog
 
 _log = logging.getLogger(__name__)
 
@@ -74,10 +77,6 @@ class Outcome(NamedTuple):
     """Optimizer steps in all."""
 
 
-class NonFiniteLossError(ArithmeticError):
-    """The loss became NaN or infinite; the last good checkpoint is kept."""
-
-
 def train(
     config: RunConfig,
     data: TrainingData,
@@ -90,13 +89,14 @@ def train(
     Args:
         config: resolved settings (``config.model`` knows the data's shapes).
         data: samples.
-        reporter: gets metrics and a checkpoint after each evaluation.
+        reporter: gets metrics and checkpoints, and says when to stop.
         worker: rank, world size and device of this process.
         log_metrics: gets ``(metrics, step)`` for every optimizer step, on rank 0.
 
     Raises:
-        NonFiniteLossError: naming the steps and the part of the loss.
+        NonFiniteLossError: naming the steps and the parts of the loss.
         MemoryError: the device's memory does not hold a step; with the batch that would fit.
+        Interrupted: the run was asked to stop; it handed over a checkpoint.
         ValueError: the checkpoint is of another model or other data.
     """
     torch.manual_seed(config.seed)
@@ -105,17 +105,23 @@ def train(
     average = WeightAverage(network, config.optim.ema) if config.optim.ema is not None else None
     with reporter.latest() as folder:
         progress = _restore(folder, network, optimizer, average, data.digest)
+    log = StepLog(log_metrics if worker.rank == 0 else None, progress.rows)
+
+    def snapshot() -> Snapshot:
+        now = replace(progress, rows=log.new_rows())
+        return take_snapshot(network, optimizer, now, config, average)
+
     if progress.epoch >= config.optim.epochs:
         # Tune ends a whole sweep when a resumed trial reports nothing.
-        _report(reporter, config, network, optimizer, average, progress, is_best=False)
+        reporter.report(progress.metrics, snapshot)
     batch_loss: nn.Module = GlobalLoss(network, config.loss, worker.world, config.optim.accumulate)
     if worker.world > 1:
-        batch_loss = DistributedDataParallel(batch_loss, broadcast_buffers=False)
+        batch_loss = DistributedDataParallel(batch_loss, forward_sync_buffers=False)
     classes = np.unique(data.train.labels.pid)
-    history: list[float] = []
 
     for epoch in range(progress.epoch, config.optim.epochs):
-        began = time.perf_counter()
+        began, done = time.perf_counter(), epoch + 1
+        evaluates = done % config.selection.every == 0 or done == config.optim.epochs
         plan = epoch_plan(
             data.train.labels.pid,
             seed=config.seed,
@@ -123,10 +129,12 @@ def train(
             p=config.batch.identities,
             k=config.batch.instances,
         )
+        progress = _enter_epoch(progress, plan)
+        first = progress.step_in_epoch
         batches = train_batches(
             data.train,
-            worker_slice(plan, worker.rank, worker.world),
-            worker_slice(occurrences(plan), worker.rank, worker.world),
+            worker_slice(plan, worker.rank, worker.world)[first:],
+            worker_slice(occurrences(plan), worker.rank, worker.world)[first:],
             config=config,
             epoch=epoch,
             classes=classes,
@@ -134,32 +142,31 @@ def train(
         )
         network.train()
         losses: list[Losses] = []
-        rates: dict[str, float] = {}
-        for index, batch in enumerate(batches):
-            rates = set_learning_rates(optimizer, epoch + (index + 1) / len(plan), config.optim)
+        rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+        for index, batch in enumerate(batches, first + 1):
+            rates = set_learning_rates(optimizer, epoch + index / len(plan), config.optim)
             losses.append(training_step(batch_loss, optimizer, batch, config.optim))
             if average is not None:
-                average.update(network, progress.step + index + 1)
+                average.update(network, progress.step + len(losses))
 
-        curves = _curves(losses, epoch, progress.step)
-        history += curves["loss"]
-        step = progress.step + len(plan)
+            asked = reporter.asked()
+            due = is_due(progress.step + len(losses), config.checkpoint.every_steps)
+            if asked is not Ask.GO_ON or (due and not (evaluates and index == len(plan))):
+                progress = log.steps(losses, progress)
+                losses = []
+                reporter.keep(snapshot)
+            if asked is Ask.STOP:
+                raise Interrupted(progress.step)
+
+        progress = log.steps(losses, progress)
         seconds = time.perf_counter() - began
-        if worker.rank == 0:
-            for index in range(len(plan)):
-                values = {f"train/{name}": curve[index] for name, curve in curves.items()}
-                log_metrics(values, progress.step + index + 1)
-            log_metrics(
-                {
-                    **{f"train/lr_{group}": rate for group, rate in rates.items()},
-                    "train/epoch": epoch + 1,
-                    "train/samples_per_second": plan.size / seconds,
-                },
-                step,
-            )
-        done = epoch + 1
-        progress = Progress(done, step, data.digest, progress.metrics, progress.best)
-        if done % config.selection.every and done < config.optim.epochs:
+        log.row({f"train/lr_{group}": rate for group, rate in rates.items()}, progress.step)
+        log.row({"train/epoch": done}, progress.step)
+        if first < len(plan):  # a run may have stopped just before its evaluation
+            log.row({"train/samples_per_second": plan[first:].size / seconds}, progress.step)
+        train_loss = progress.loss_sum / len(plan)
+        progress = replace(progress, epoch=done, step_in_epoch=0, loss_sum=0.0)
+        if not evaluates:
             continue
 
         # Every rank evaluates: features are needed everywhere only once, and ranks stay in step.
@@ -171,23 +178,21 @@ def train(
             config=config,
             device=worker.device,
         )
-        metrics = {f"val/{name}": value for name, value in found.metrics.as_dict().items()}
-        metrics |= {"epoch": float(done), "step": float(step)}
-        metrics["train/loss"] = sum(curves["loss"]) / len(plan)
-        is_best = progress.best is None or metrics["val/mAP"] > progress.best
-        best = metrics["val/mAP"] if is_best else progress.best
-        progress = Progress(done, step, data.digest, metrics, best)
+        scores = {f"val/{name}": value for name, value in found.metrics.as_dict().items()}
+        metrics = scores | {"epoch": done, "step": progress.step, "train/loss": train_loss}
+        best = max(metrics["val/mAP"], progress.best if progress.best is not None else -math.inf)
+        progress = replace(progress, metrics=metrics, best=best)
+        log.row(scores, progress.step)
         if worker.rank == 0:
-            log_metrics({name: metrics[name] for name in metrics if name.startswith("val/")}, step)
             _log.info(
                 "epoch %d/%d  loss %.3f  val mAP %.1f  rank1 %.1f  %.1f s  plan %s",
-                done, config.optim.epochs, metrics["train/loss"], metrics["val/mAP"],
-                metrics["val/rank1"], seconds, plan_hash(plan)[:8],
+                done, config.optim.epochs, train_loss, metrics["val/mAP"],
+                metrics["val/rank1"], seconds, progress.plan_hash[:8],
             )  # fmt: skip
-        _report(reporter, config, network, optimizer, average, progress, is_best=is_best)
+        reporter.report(metrics, snapshot)
 
     assert progress.best is not None
-    return Outcome(history, progress.metrics, progress.best, progress.step)
+    return Outcome(log.losses, progress.metrics, progress.best, progress.step)
 
 
 def training_step(
@@ -223,6 +228,11 @@ def training_step(
         came = str(error).splitlines()[0]
     # Outside of the except clause, where the failed step is no longer referred to.
     raise MemoryError(explain_shortage(batch_loss, optimizer, batch, config, came))
+
+
+def is_due(step: int, every: int | None) -> bool:
+    """Whether a checkpoint is due after this step."""
+    return every is not None and step % every == 0
 
 
 class GlobalLoss(nn.Module):
@@ -309,39 +319,19 @@ def _restore(
             f"the run's checkpoint was trained on data {progress.data_digest}, but data.uri holds "
             f"{digest}; use the same shards, or start a new run"
         )
-    _log.info("continuing after epoch %d (step %d)", progress.epoch, progress.step)
+    _log.info(
+        "continuing after epoch %d (step %d, %d in the epoch)",
+        *(progress.epoch, progress.step, progress.step_in_epoch),
+    )
     return progress
 
 
-def _report(
-    reporter: Reporter,
-    config: RunConfig,
-    network: NEXT,
-    optimizer: torch.optim.Optimizer,
-    average: WeightAverage | None,
-    progress: Progress,
-    *,
-    is_best: bool,
-) -> None:
-    reporter.report(
-        progress.metrics,
-        lambda folder: save_checkpoint(folder, network, optimizer, progress, config, average),
-        is_best=is_best,
-    )
-
-
-def _curves(losses: list[Losses], epoch: int, step: int) -> dict[str, list[float]]:
-    """The epoch's losses by part; the one place where the device is waited for."""
-    parts = {"loss": torch.stack([loss.total.detach() for loss in losses])}
-    for name in losses[0].parts:
-        parts[f"loss_{name}"] = torch.stack([loss.parts[name].detach() for loss in losses])
-    curves = {name: values.float().cpu().tolist() for name, values in parts.items()}
-    for name, curve in reversed(curves.items()):
-        bad = [index for index, value in enumerate(curve) if not math.isfinite(value)]
-        if bad:
-            raise NonFiniteLossError(
-                f"{name} is {curve[bad[0]]} from step {step + bad[0] + 1} on (epoch {epoch + 1}); "
-                f"the last good checkpoint is kept. Lower optim.lr, set optim.clip_norm, or use "
-                f"optim.precision = float32"
-            )
-    return curves
+def _enter_epoch(progress: Progress, plan: np.ndarray) -> Progress:
+    hashed = plan_hash(plan)
+    if progress.step_in_epoch and progress.plan_hash != hashed:
+        raise ValueError(
+            f"the run's checkpoint stands within epoch {progress.epoch + 1} of plan "
+            f"{progress.plan_hash[:8]}, but this version plans {hashed[:8]}; continue with the "
+            f"version that began the run, or start a new run"
+        )
+    return replace(progress, plan_hash=hashed)

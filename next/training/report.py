@@ -2,94 +2,160 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Protocol
 
+import torch.distributed as dist
+
+from next.config import CheckpointConfig
+from next.training.checkpoint import Snapshot, write_snapshot
+from next.training.interruption import Agreement, Ask, Bell
+from next.training.store import BackgroundWriter, CheckpointStore
+
 Metrics = dict[str, float]
-WriteCheckpoint = Callable[[Path], Path]
+TakeSnapshot = Callable[[], Snapshot]
 
 
 class Reporter(Protocol):
-    """Where the loop's results go, and where it finds what to continue from."""
-
-    def report(self, metrics: Metrics, write: WriteCheckpoint, *, is_best: bool) -> None:
-        """Hand over the metrics of an evaluation, and the checkpoint that ``write`` makes."""
+    """Where the loop's results go, where it finds what to continue from, and who may stop it."""
 
     def latest(self) -> AbstractContextManager[Path | None]:
         """The checkpoint to continue from, or None for a new run."""
 
+    def report(self, metrics: Metrics, take: TakeSnapshot) -> None:
+        """Hand over the metrics of an evaluation, and a checkpoint."""
+
+    def keep(self, take: TakeSnapshot) -> None:
+        """Hand over a checkpoint within an epoch."""
+
+    def asked(self) -> Ask:
+        """What the run is asked for, the same on every rank; called once a step."""
+
 
 class FolderReporter:
-    """One process, nobody to speak to: keeps ``last`` and ``best`` in the run's folder."""
+    """One process, nobody to speak to: keeps the checkpoints in the run's folder.
 
-    def __init__(self, folder: Path, on_report: Callable[[Metrics], None] | None = None) -> None:
-        self.folder = folder
-        self.on_report = on_report
+    They are written in a thread. Leaving the ``with`` block waits for the last one, so that the
+    process may end.
+    """
 
-    def report(self, metrics: Metrics, write: WriteCheckpoint, *, is_best: bool) -> None:
-        last = write(self.folder / "last")
-        if is_best:
-            draft = self.folder / ".best"
-            shutil.rmtree(draft, ignore_errors=True)
-            shutil.copytree(last, draft)
-            shutil.rmtree(self.folder / "best", ignore_errors=True)
-            draft.rename(self.folder / "best")
-        if self.on_report is not None:
-            self.on_report(metrics)
+    def __init__(
+        self,
+        folder: Path,
+        on_report: Callable[[Metrics], None] | None = None,
+        *,
+        checkpoint: CheckpointConfig = CheckpointConfig(),  # noqa: B008 (frozen)
+        bell: Bell | None = None,
+    ) -> None:
+        self._store = CheckpointStore(folder, num_to_keep=checkpoint.num_to_keep)
+        self._writer = BackgroundWriter(self._store, patience_s=checkpoint.patience_s)
+        self._on_report = on_report
+        self._bell = bell or Bell()
 
-    @contextmanager
-    def latest(self) -> Iterator[Path | None]:
-        yield self.folder / "last" if (self.folder / "last").is_dir() else None
+    def latest(self) -> AbstractContextManager[Path | None]:
+        self._writer.wait()
+        return self._store.latest()
+
+    def report(self, metrics: Metrics, take: TakeSnapshot) -> None:
+        self._writer.submit(take)
+        if self._on_report is not None:
+            self._on_report(metrics)
+
+    def keep(self, take: TakeSnapshot) -> None:
+        self._writer.submit(take)
+
+    def asked(self) -> Ask:
+        return self._bell.answer()
 
     def best(self) -> Path:
-        """The best checkpoint so far."""
-        return self.folder / "best"
+        """The best checkpoint so far.
+
+        Raises:
+            FileNotFoundError: nothing was evaluated yet.
+        """
+        self._writer.wait()
+        return self._store.best()
+
+    def __enter__(self) -> FolderReporter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._writer.close(error)
 
 
 class TuneReporter:
     """A trial that trains in Tune's own actor."""
 
-    def report(self, metrics: Metrics, write: WriteCheckpoint, *, is_best: bool) -> None:
+    def latest(self) -> AbstractContextManager[Path | None]:
+        from ray import tune
+
+        return _local(tune.get_checkpoint())
+
+    def report(self, metrics: Metrics, take: TakeSnapshot) -> None:
         from ray import tune
 
         with tempfile.TemporaryDirectory(prefix="next-checkpoint-") as parent:
-            written = write(Path(parent) / "checkpoint")
+            written = write_snapshot(Path(parent) / "checkpoint", take())
             tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(written))
 
-    @contextmanager
-    def latest(self) -> Iterator[Path | None]:
-        from ray import tune
+    def keep(self, take: TakeSnapshot) -> None:
+        """Tune takes a checkpoint with metrics only, so a trial continues from an evaluation."""
 
-        with _local(tune.get_checkpoint()) as folder:
-            yield folder
+    def asked(self) -> Ask:
+        return Ask.GO_ON
 
 
 class TrainReporter:
-    """A worker of Ray Train; every rank reports, rank 0 brings the checkpoint."""
+    """A worker of Ray Train: rank 0 writes the checkpoints, every rank continues from the same."""
 
-    def __init__(self, rank: int) -> None:
-        self.rank = rank
-
-    def report(self, metrics: Metrics, write: WriteCheckpoint, *, is_best: bool) -> None:
-        import ray.train
-
-        if self.rank != 0:
-            ray.train.report(metrics)
-            return
-        with tempfile.TemporaryDirectory(prefix="next-checkpoint-") as parent:
-            written = write(Path(parent) / "checkpoint")
-            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(written))
+    def __init__(
+        self, folder: Path, rank: int, world: int, *, checkpoint: CheckpointConfig, bell: Bell
+    ) -> None:
+        self._rank = rank
+        self._store = CheckpointStore(folder, num_to_keep=checkpoint.num_to_keep)
+        self._writer = BackgroundWriter(self._store, patience_s=checkpoint.patience_s)
+        self._asked: Callable[[], Ask] = Agreement(bell) if world > 1 else bell.answer
 
     @contextmanager
     def latest(self) -> Iterator[Path | None]:
-        import ray.train
-
-        with _local(ray.train.get_checkpoint()) as folder:
+        with ExitStack() as stack:
+            folder = stack.enter_context(self._store.latest()) if self._rank == 0 else None
+            chosen = [folder.name if folder is not None else None]
+            if dist.is_initialized():
+                dist.broadcast_object_list(chosen, src=0)
+            if self._rank != 0 and chosen[0] is not None:
+                folder = stack.enter_context(self._store.opened(chosen[0]))
             yield folder
+
+    def report(self, metrics: Metrics, take: TakeSnapshot) -> None:
+        self.keep(take)
+
+    def keep(self, take: TakeSnapshot) -> None:
+        if self._rank == 0:
+            self._writer.submit(take)
+
+    def asked(self) -> Ask:
+        return self._asked()
+
+    def __enter__(self) -> TrainReporter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._writer.close(error)
 
 
 @contextmanager

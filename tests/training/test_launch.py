@@ -26,14 +26,14 @@ def test_a_run_leaves_scores_pictures_checkpoints_and_its_configuration(tiny_con
         "config.toml",
         "result.json",
         "journal.jsonl",
-        "checkpoints/best/model.safetensors",
-        "checkpoints/last/state.json",
+        "checkpoints/step-00000011-evaluated/state.json",
         "figures/learning_curves.png",
         "figures/cmc.png",
         "figures/rank_lists.png",
         "figures/expert_usage.png",
         "figures/routing_maps.png",
     } <= files
+    assert (result.folder / "checkpoints" / "best").resolve() == result.checkpoint.resolve()
     stored = json.loads((result.folder / "result.json").read_text())
     assert stored["test"] == result.assessment.metrics
     assert 0 < stored["test"]["test/mAP"] < 100

@@ -1,8 +1,10 @@
 """The loop on real shards of a tiny benchmark: same bits, resume, world size, failures."""
 
+import inspect
+import math
 import multiprocessing
-import os
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -11,10 +13,12 @@ from safetensors.torch import load_file
 
 from next.config import RunConfig, from_toml, override, to_toml
 from next.data.shards import open_manifest
-from next.training.checkpoint import load_network
+from next.training.checkpoint import load_network, read_progress
 from next.training.inputs import resolve, training_data
-from next.training.loop import NonFiniteLossError, Outcome, Worker, train
-from next.training.report import FolderReporter
+from next.training.interruption import Ask, Bell, Interrupted
+from next.training.loop import Outcome, Worker, train
+from next.training.report import FolderReporter, TrainReporter
+from next.training.step_log import NonFiniteLossError
 
 
 @pytest.fixture
@@ -23,9 +27,10 @@ def ready(tiny_config) -> RunConfig:
     return resolve(tiny_config, open_manifest(tiny_config.data.uri))
 
 
-def run(config: RunConfig, folder: Path, worker: Worker = Worker()) -> Outcome:  # noqa: B008
+def run(config: RunConfig, folder: Path) -> Outcome:
     data = training_data(config, open_manifest(config.data.uri))
-    return train(config, data, FolderReporter(folder), worker)
+    with FolderReporter(folder) as reporter:
+        return train(config, data, reporter)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -40,29 +45,130 @@ def test_one_seed_gives_one_loss_curve_to_the_last_bit_and_another_seed_another(
     assert len(first.losses) == first.step > 0
 
 
+class Ringing(Bell):
+    """A bell that is rung after so many steps."""
+
+    def __init__(self, step: int, ask: Ask) -> None:
+        super().__init__()
+        self.step, self.ask = step, ask
+
+    def answer(self) -> Ask:
+        self.step -= 1
+        if self.step == 0:
+            self.ring(self.ask)
+        return super().answer()
+
+
+class Killed(Exception):
+    """The process dies here."""
+
+
+class Dying(Bell):
+    """Lets the process die after so many steps, without another word."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.step = step
+
+    def answer(self) -> Ask:
+        self.step -= 1
+        if self.step == 0:
+            raise Killed
+        return super().answer()
+
+
+class Rows(list):
+    """What was logged, by step and name, as the journal keeps it: the first value stays."""
+
+    def __call__(self, metrics, step):
+        self.append((step, metrics))
+
+    def values(self) -> dict:
+        found = {}
+        for step, metrics in self:
+            for name, value in metrics.items():
+                if name != "train/samples_per_second":
+                    found.setdefault((step, name), value)
+        return found
+
+
+def run_until(config, folder, rows=None, bell=None, worker=Worker()) -> Outcome:  # noqa: B008
+    data = training_data(config, open_manifest(config.data.uri))
+    rows = Rows() if rows is None else rows
+    with FolderReporter(folder, checkpoint=config.checkpoint, bell=bell) as reporter:
+        return train(config, data, reporter, worker, rows)
+
+
+def assert_same_bits(ours: Path, theirs: Path) -> None:
+    """Weights, optimizer and RNG of two checkpoints are equal to the last bit."""
+    found, expected = weights(ours), weights(theirs)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    found, expected = (
+        torch.load(folder / "optimizer.pt", weights_only=True) for folder in (ours, theirs)
+    )
+    assert torch.equal(found["rng"], expected["rng"])
+    states = found["optimizer"]["state"]
+    for key, state in expected["optimizer"]["state"].items():
+        assert all(torch.equal(states[key][name], state[name]) for name in state), key
+
+
 @pytest.mark.parametrize("settings", [{}, {"optim.ema": 0.9, "optim.accumulate": 3}])
-def test_an_interrupted_run_ends_with_the_bits_of_an_uninterrupted_one(ready, tmp_path, settings):
-    ready = override(ready, settings)
+def test_a_run_stopped_or_killed_at_any_step_ends_with_the_bits_of_an_undisturbed_one(
+    ready, tmp_path, settings
+):
+    ready = override(ready, {"checkpoint.every_steps": 2, "optim.epochs": 2} | settings)
+    rows = Rows()
+    whole = run_until(ready, tmp_path / "whole", rows)
+    steps = len(whole.losses)
+    assert steps >= 6
+    first_epoch = next(step for step, name in rows.values() if name == "val/mAP")
+    for step in (
+        {3, first_epoch} if settings else sorted({1, 3, first_epoch, first_epoch + 1, steps})
+    ):
+        for how, bell, error in (
+            ("stopped", Ringing(step, Ask.STOP), Interrupted),
+            ("killed", Dying(step), Killed),
+        ):
+            folder, logged = tmp_path / f"{how}-{step}", Rows()
+            with pytest.raises(error):
+                run_until(ready, folder, logged, bell)
+            rest = run_until(ready, folder, logged)
+            done = steps - len(rest.losses)
+            assert done == step if how == "stopped" else done <= step - 1
+            assert whole.losses[done:] == rest.losses
+            assert rest.metrics == whole.metrics
+            assert logged.values() == rows.values()
+            assert_same_bits(folder / "last", tmp_path / "whole" / "last")
 
-    class Interrupted(Exception):
-        pass
 
-    class Interrupting(FolderReporter):
-        def report(self, metrics, write, *, is_best):
-            super().report(metrics, write, is_best=is_best)
-            if metrics["epoch"] == 1:
-                raise Interrupted
-
-    whole = run(ready, tmp_path / "whole")
-    data = training_data(ready, open_manifest(ready.data.uri))
+def test_a_process_that_dies_between_its_checkpoint_and_its_metrics_loses_none(ready, tmp_path):
+    """The checkpoint brings them along, and they are handed over again on resuming."""
+    ready = override(ready, {"checkpoint.every_steps": 2, "optim.epochs": 1})
+    rows, logged = Rows(), Rows()
+    run_until(ready, tmp_path / "whole", rows)
     with pytest.raises(Interrupted):
-        train(ready, data, Interrupting(tmp_path / "torn"))
-    rest = run(ready, tmp_path / "torn")
-    assert whole.losses[-len(rest.losses) :] == rest.losses
-    assert len(rest.losses) < len(whole.losses)
-    assert rest.metrics == whole.metrics
-    ours, theirs = weights(tmp_path / "whole" / "last"), weights(tmp_path / "torn" / "last")
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+        run_until(ready, tmp_path / "torn", Rows(), Ringing(3, Ask.STOP))
+    progress = read_progress(tmp_path / "torn" / "last")
+    assert [step for step, _ in progress.rows] == [3], "those of the checkpoint before are out"
+    run_until(ready, tmp_path / "torn", logged)
+    steps = {step for step, _ in rows.values()}
+    assert {step for step, _ in logged.values()} == steps - {1, 2}
+
+
+def test_a_checkpoint_is_written_when_this_node_may_be_gone_soon_and_training_goes_on(
+    ready, tmp_path
+):
+    ready = override(ready, {"optim.epochs": 1, "checkpoint.num_to_keep": 5})
+    done = run_until(ready, tmp_path, bell=Ringing(2, Ask.KEEP))
+    assert len(done.losses) == done.step
+    assert read_progress(tmp_path / "step-00000002").step_in_epoch == 2
+
+
+def test_a_checkpoint_within_an_epoch_of_another_plan_is_refused(ready, tmp_path):
+    with pytest.raises(Interrupted):
+        run_until(ready, tmp_path, bell=Ringing(2, Ask.STOP))
+    with pytest.raises(ValueError, match=r"stands within epoch 1 of plan \w+, but this version"):
+        run_until(override(ready, {"seed": 1}), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -129,9 +235,32 @@ def test_metrics_are_logged_for_every_step_once(ready, tmp_path):
 def test_nan_stops_the_run_and_names_steps_part_and_remedy(ready, tmp_path):
     wild = override(ready, {"optim.lr": 1e12, "optim.tower_lr": 1e12, "optim.warmup_epochs": 0})
     with pytest.raises(
-        NonFiniteLossError, match=r"loss\S* is (nan|inf) from step \d+ on \(epoch 1\).*optim.lr"
+        NonFiniteLossError,
+        match=r"loss\S* .*is (nan|inf).* from step \d+ on, to step \d+ .*\(epoch 1\).*optim.lr",
     ):
         run(wild, tmp_path)
+
+
+def test_nan_keeps_the_last_good_checkpoint_and_none_that_has_it(ready, tmp_path, caplog):
+    """A gradient that overflows spoils the weights after a loss that was still fine."""
+
+    class Spoiling(Dying):
+        """Spoils the weights in the step before the one that would see it."""
+
+        def answer(self) -> Ask:
+            self.step -= 1
+            if self.step == 0:
+                frames = [frame for frame in inspect.stack() if frame.function == "train"]
+                network = frames[0].frame.f_locals["network"]
+                next(iter(network.parameters())).data.fill_(math.nan)
+            return Ask.GO_ON
+
+    ready = override(ready, {"checkpoint.every_steps": 1, "optim.epochs": 1})
+    with pytest.raises(NonFiniteLossError, match=r"loss and .* is nan from step 3 on"):
+        run_until(ready, tmp_path, bell=Spoiling(2))
+    assert read_progress(tmp_path / "last").step == 1
+    assert "step 2: " in caplog.text
+    assert "is not finite; this checkpoint is not kept" in caplog.text
 
 
 def test_other_data_is_refused(ready, tmp_path):
@@ -141,39 +270,88 @@ def test_other_data_is_refused(ready, tmp_path):
         train(ready, data._replace(digest="other"), FolderReporter(tmp_path))
 
 
-def world_member(rank: int, world: int, port: int, config: str, folder: str, queue) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+class Part(NamedTuple):
+    """A run that some processes train together; many of them in one life of the processes."""
+
+    config: str
+    folder: Path
+    stop: int = 0
+    """Step after which the last rank is asked to stop; 0: never."""
+
+
+class Ended(NamedTuple):
+    """How it ended, which is alike on all ranks."""
+
+    step: int
+    losses: list[float] | None
+    """None: it was stopped."""
+
+
+def world_member(rank: int, world: int, meeting: str, parts: list[Part], queue) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
-    outcome = run(from_toml(config), Path(folder) / str(rank), Worker(rank, world))
-    if rank == 0:
-        queue.put(outcome.losses)
+    dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=world)
+    ended = []
+    for part in parts:
+        config = from_toml(part.config)
+        bell = Ringing(part.stop if rank == world - 1 else 0, Ask.STOP)
+        data = training_data(config, open_manifest(config.data.uri))
+        reporter = TrainReporter(part.folder, rank, world, checkpoint=config.checkpoint, bell=bell)
+        try:
+            with reporter:
+                outcome = train(config, data, reporter, Worker(rank, world))
+        except Interrupted as interrupted:
+            ended.append(Ended(interrupted.step, None))
+        else:
+            ended.append(Ended(outcome.step, outcome.losses))
+        dist.barrier()
+    queue.put(ended)
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
-def test_world_size_is_invisible(ready, tmp_path):
-    """1, 2 and 4 workers see the same global batches and come to the same losses."""
-    config = override(ready, {"optim.epochs": 10, "selection.every": 10})
-    alone = run(config, tmp_path / "alone").losses
-    assert len(alone) >= 20
+def train_together(world: int, meeting: Path, *parts: Part) -> list[Ended]:
     spawn = multiprocessing.get_context("spawn")
-    for world in (2, 4):
-        queue = spawn.Queue()
-        port = 29500 + os.getpid() % 2000 + world
-        members = [
-            spawn.Process(
-                target=world_member,
-                args=(rank, world, port, to_toml(config), str(tmp_path / f"{world}"), queue),
-            )
-            for rank in range(world)
-        ]
-        for member in members:
-            member.start()
-        together = queue.get(timeout=200)
-        for member in members:
-            member.join(timeout=60)
-            assert member.exitcode == 0
-        torch.testing.assert_close(
-            torch.tensor(together[:20]), torch.tensor(alone[:20]), rtol=2e-3, atol=2e-3
-        )
+    queue = spawn.Queue()
+    members = [
+        spawn.Process(target=world_member, args=(rank, world, str(meeting), list(parts), queue))
+        for rank in range(world)
+    ]
+    for member in members:
+        member.start()
+    first, *others = [queue.get(timeout=200) for _ in members]
+    for member in members:
+        member.join(timeout=60)
+        assert member.exitcode == 0
+    assert all(other == first for other in others), "every rank saw the same"
+    return first
+
+
+def assert_close(losses: list[float], expected: list[float]) -> None:
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.slow
+def test_world_size_is_invisible_also_through_a_stop_and_a_resume(ready, tmp_path):
+    """1, 2 and 4 workers see the same global batches and come to the same losses."""
+    longer = override(ready, {"optim.epochs": 6, "selection.every": 6})
+    alone = run(longer, tmp_path / "alone").losses
+    assert len(alone) >= 20
+    with pytest.raises(Interrupted):
+        run_until(ready, tmp_path / "mixed", bell=Ringing(5, Ask.STOP))
+    torn = Part(to_toml(ready), tmp_path / "torn")
+    two, whole, stopped, rest, mixed = train_together(
+        2,
+        tmp_path / "meeting-2",
+        Part(to_toml(longer), tmp_path / "two"),
+        Part(to_toml(ready), tmp_path / "whole"),
+        torn._replace(stop=4),
+        torn,
+        Part(to_toml(ready), tmp_path / "mixed"),
+    )
+    assert_close(two.losses[:20], alone[:20])
+    assert (stopped.step, stopped.losses) == (5, None), "asked one rank, agreed a step later"
+    assert rest == Ended(whole.step, whole.losses[5:])
+    assert_same_bits(tmp_path / "torn" / "last", tmp_path / "whole" / "last")
+    # What one process began, two continue: batches, learning rate and mining are the same.
+    assert_close(mixed.losses, whole.losses[5:])
+    (four,) = train_together(4, tmp_path / "meeting-4", Part(to_toml(longer), tmp_path / "four"))
+    assert_close(four.losses[:20], alone[:20])

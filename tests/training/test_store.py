@@ -1,0 +1,224 @@
+"""The checkpoints of a run: what is kept, what is continued from, what a failing disk does."""
+
+import logging
+import os
+import shutil
+import subprocess
+import threading
+
+import pytest
+import torch
+
+from next.config import RunConfig
+from next.training.checkpoint import Progress, Snapshot, read_progress
+from next.training.store import BackgroundWriter, CheckpointStore
+
+
+def snapshot(step: int, score: float | None = None, size: int = 10) -> Snapshot:
+    metrics = {} if score is None else {"val/mAP": score, "step": step}
+    return Snapshot(
+        {"weight": torch.full((size,), float(step))},
+        None,
+        {"optimizer": {}, "rng": torch.get_rng_state()},
+        Progress(0, step, metrics=metrics, step_in_epoch=0 if metrics else step),
+        RunConfig(),
+    )
+
+
+def names(store: CheckpointStore) -> list[str]:
+    return sorted(path.name for path in store.folder.iterdir())
+
+
+def latest_step(store: CheckpointStore) -> int:
+    with store.latest() as folder:
+        return read_progress(folder).step
+
+
+def test_the_two_newest_and_the_best_are_kept_and_linked(tmp_path):
+    store = CheckpointStore(tmp_path / "checkpoints")
+    for step, score in (
+        (1, None),
+        (2, 30.0),
+        (3, None),
+        (4, 60.0),
+        (5, 50.0),
+        (6, None),
+        (7, 60.0),
+    ):
+        store.save(snapshot(step, score))
+    assert names(store) == [
+        "best",
+        "last",
+        "step-00000004-evaluated",
+        "step-00000006",
+        "step-00000007-evaluated",
+    ]
+    assert os.readlink(store.folder / "best") == "step-00000004-evaluated", "the first of equals"
+    assert store.best().name == "step-00000004-evaluated"
+    assert os.readlink(store.folder / "last") == "step-00000007-evaluated"
+    assert latest_step(store) == 7
+
+
+def test_more_of_the_best_are_kept_if_asked_for(tmp_path):
+    store = CheckpointStore(tmp_path, num_to_keep=2)
+    for step, score in ((1, 10.0), (2, 30.0), (3, 20.0), (4, 5.0), (5, 6.0)):
+        store.save(snapshot(step, score))
+    assert [name[:13] for name in names(store)[2:]] == [
+        f"step-0000000{step}" for step in (2, 3, 4, 5)
+    ]
+
+
+@pytest.mark.parametrize("damage", ["cut", "removed", "flipped", "record"])
+def test_a_torn_checkpoint_is_never_taken_for_a_whole_one(tmp_path, damage, caplog):
+    store = CheckpointStore(tmp_path)
+    for step in (1, 2):
+        store.save(snapshot(step, 10.0 * step))
+    weights = tmp_path / "step-00000002-evaluated" / "model.safetensors"
+    content = weights.read_bytes()
+    if damage == "cut":
+        weights.write_bytes(content[:-3])
+    elif damage == "removed":
+        weights.unlink()
+    elif damage == "flipped":
+        weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    else:
+        (weights.parent / "state.json").write_text('{"format": ')
+    assert latest_step(store) == 1
+    assert store.best().name == "step-00000001-evaluated"
+    assert "torn" in caplog.text
+    assert "falling back to the checkpoint before" in caplog.text
+
+
+def test_a_checkpoint_that_was_not_written_to_its_end_does_not_count(tmp_path, caplog):
+    store = CheckpointStore(tmp_path)
+    store.save(snapshot(1))
+    shutil.copytree(tmp_path / "step-00000001", tmp_path / "step-00000002")
+    (tmp_path / "step-00000002" / "state.json").unlink()
+    shutil.copytree(tmp_path / "step-00000001", tmp_path / ".draft-step-00000003-x")
+    assert latest_step(store) == 1
+    assert caplog.text == ""
+    store.save(snapshot(4))
+    assert names(store) == ["last", "step-00000001", "step-00000004"]
+
+
+def test_a_run_whose_checkpoints_are_all_torn_is_not_begun_anew_in_silence(tmp_path):
+    store = CheckpointStore(tmp_path)
+    store.save(snapshot(1))
+    (tmp_path / "step-00000001" / "optimizer.pt").unlink()
+    with pytest.raises(ValueError, match=r"(?s)no checkpoint in .* is whole; set run.fresh.*torn"):
+        latest_step(store)
+
+
+def test_nothing_stored_is_nothing_to_continue_from(tmp_path):
+    store = CheckpointStore(tmp_path / "none")
+    with store.latest() as folder:
+        assert folder is None
+    with pytest.raises(FileNotFoundError, match=r"has no evaluated checkpoint yet"):
+        store.best()
+
+
+class Gate(CheckpointStore):
+    """Writes only when the test lets it; fails while it is told to."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.entered, self.opened = threading.Semaphore(0), threading.Semaphore(0)
+
+    def save(self, snapshot):
+        self.entered.release()
+        assert self.opened.acquire(timeout=30)
+        super().save(snapshot)
+
+
+def test_training_goes_on_while_one_checkpoint_is_written_and_waits_for_it_at_the_next(tmp_path):
+    store = Gate(tmp_path)
+    writer = BackgroundWriter(store)
+    writer.submit(lambda: snapshot(1))  # returns although nothing can be written
+    assert store.entered.acquire(timeout=30)
+    taken = threading.Event()
+
+    def second() -> Snapshot:
+        taken.set()
+        return snapshot(2)
+
+    training = threading.Thread(target=writer.submit, args=(second,))
+    training.start()
+    assert not taken.wait(0.2), (
+        "one at a time, and the copy is of the moment when it can be written"
+    )
+    store.opened.release()
+    assert taken.wait(30)
+    store.opened.release()
+    training.join(30)
+    writer.close()
+    assert latest_step(store) == 2
+
+
+def test_what_changes_after_the_snapshot_is_not_in_the_checkpoint(tmp_path):
+    from next.config import override
+    from next.model.network import NEXT
+    from next.training.checkpoint import load_weights, take_snapshot
+    from next.training.optimizer import build_optimizer
+    from tests.training.test_checkpoint import SETTINGS
+
+    config = override(RunConfig(), SETTINGS)
+    network = NEXT(config.model)
+    store = Gate(tmp_path)
+    writer = BackgroundWriter(store)
+    expected = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    optimizer = build_optimizer(network, config.optim)
+    writer.submit(lambda: take_snapshot(network, optimizer, Progress(0, 1), config))
+    for parameter in network.parameters():
+        parameter.data.zero_()
+    store.opened.release()
+    writer.close()
+    load_weights(tmp_path / "step-00000001", network)
+    found = network.state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of one mebibyte."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)],
+        check=False,
+        capture_output=True,
+    )
+    if mounted.returncode:
+        pytest.skip("no right to mount a file system here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_told_and_the_checkpoint_is_written_when_there_is_room(small_disk, caplog):
+    caplog.set_level(logging.WARNING)
+    store = CheckpointStore(small_disk / "checkpoints")
+    store.save(snapshot(1, 10.0))
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(b"0" * (900 << 10))
+    writer = BackgroundWriter(store, patience_s=60)
+    writer.submit(lambda: snapshot(2, 20.0, size=60_000))
+    for _ in range(300):
+        if "cannot be written" in caplog.text:
+            break
+        threading.Event().wait(0.1)
+    assert "the checkpoint of step 2 cannot be written" in caplog.text
+    assert latest_step(store) == 1
+    assert not list(store.folder.glob(".draft*")), "nothing is left of the attempt"
+    ballast.unlink()
+    writer.close()
+    assert latest_step(store) == 2
+
+
+def test_a_disk_that_stays_full_ends_the_run_with_what_to_do(small_disk):
+    store = CheckpointStore(small_disk / "checkpoints")
+    store.save(snapshot(1, 10.0))
+    writer = BackgroundWriter(store, patience_s=0.1)
+    writer.submit(lambda: snapshot(2, 20.0, size=600_000))
+    with pytest.raises(OSError, match=r"step 2 could not be written for 0 s .*No space left.*same"):
+        writer.wait()
+    assert latest_step(store) == 1
+    writer.close(OSError())
