@@ -131,12 +131,26 @@ class CaptionsConfig(Section):
 
 
 class BackboneConfig(Section):
-    """The visual tower, and the text tower of the same model."""
+    """The visual tower, and the text tower that reads the captions."""
 
     name: str = "ViT-B-16"
-    """An open_clip model, or ``next-tiny`` (the project's own small CLIP)."""
+    """An open_clip model, a timm ViT (``vit_base_patch16_dinov3.lvd1689m``; its tag may stand in
+    the name), or ``next-tiny`` (the project's own small CLIP)."""
     pretrained: str | None = "openai"
-    """An open_clip tag or a weights file; None: random weights from ``seed``."""
+    """A tag of the model or a weights file; None: random weights from ``seed``."""
+    file: str | None = None
+    """File that ``pretrained`` stands for; found or fetched by the driver, never by a worker."""
+    sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    """SHA-256 that the file must have; None: taken from the file by the driver."""
+    text_name: str | None = None
+    """open_clip model whose text tower reads captions; None: the backbone's own, or ViT-B-16's
+    beside a timm ViT."""
+    text_pretrained: str | None = "openai"
+    """A tag or a weights file of ``text_name``; without a text model of its own, ``pretrained``."""
+    text_file: str | None = None
+    """As ``file``, for the text tower."""
+    text_sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    """As ``sha256``, for the text tower."""
     seed: int = Field(default=0, ge=0)
     """Seed of random weights (both towers); used only without ``pretrained``."""
     camera_coefficient: float | None = Field(default=None, gt=0)

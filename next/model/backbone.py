@@ -1,4 +1,4 @@
-"""The visual tower: one CLIP ViT for all modalities, every token projected to the text space."""
+"""The visual tower: one ViT for all modalities, every token in the shared image-text space."""
 
 from __future__ import annotations
 
@@ -7,26 +7,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import open_clip
+import timm
 import torch
-from open_clip.transformer import (
-    ResidualAttentionBlock,
-    TextTransformer,
-    VisionTransformer,
-)
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from next.config import BackboneConfig
-from next.model.attention import attend
-
-_CUSTOM_BLOCKS = {
-    "block_type", "qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn",
-    "scale_fc",
-}  # fmt: skip
-"""Settings of an open_clip vision tower that change its blocks from CLIP's."""
-
-open_clip.add_model_config(Path(__file__).with_name("next-tiny.json"))
+from next.model.clip import ClipTower, clip_origin, is_clip, load_clip, text_side, text_width
+from next.model.timm_vit import TimmTower, is_timm, timm_origin
+from next.model.weights import check_hash, find_weights, model_and_tag, sha256
 
 
 class Tokens(NamedTuple):
@@ -36,73 +25,6 @@ class Tokens(NamedTuple):
     """[B, M, D]"""
     patches: Tensor
     """[B, M, N, D]"""
-
-
-class ClipTower(nn.Module):
-    """An open_clip ViT that gives every token, after the final norm and the projection.
-
-    Args:
-        vit: the tower; its position embedding is resized to ``image_size``.
-        image_size: height and width in pixels.
-
-    Raises:
-        ValueError: the image size is not a multiple of the patch size.
-    """
-
-    def __init__(
-        self, vit: VisionTransformer, image_size: tuple[int, int], checkpointing: bool = False
-    ) -> None:
-        super().__init__()
-        self.checkpointing = checkpointing
-        (height, width), (patch_height, patch_width) = image_size, vit.patch_size
-        if height % patch_height or width % patch_width:
-            raise ValueError(
-                f"model.image_size must be a multiple of the backbone's patch size "
-                f"{patch_height} x {patch_width}, but got {height} x {width}; choose another "
-                f"data.image_size or model.backbone.name"
-            )
-        grid = (height // patch_height, width // patch_width)
-        positions = resize_positions(vit.positional_embedding.detach(), vit.grid_size, grid)
-        vit.positional_embedding = nn.Parameter(positions)
-        vit.image_size, vit.grid_size = image_size, grid
-        self.vit = vit
-        self.patch_grid: tuple[int, int] = grid
-        self.stream_width: int = vit.conv1.out_channels
-        self.width: int = vit.proj.shape[1]
-
-    def forward(self, images: Tensor, shift: Tensor | None = None) -> Tensor:
-        """All tokens, the class token first: ``[n, 1 + N, D]``.
-
-        Args:
-            images: ``[n, 3, H, W]``, normalised.
-            shift: ``[n, stream_width]`` added to the class token before the first block.
-        """
-        vit = self.vit
-        patches = vit.conv1(images).flatten(2).transpose(1, 2)
-        cls = vit.class_embedding.expand(len(images), -1)
-        if shift is not None:
-            cls = cls + shift
-        x = torch.cat([cls[:, None], patches], dim=1) + vit.positional_embedding
-        x = vit.ln_pre(vit.patch_dropout(x))
-        for block in vit.transformer.resblocks:
-            if self.checkpointing and self.training:
-                x = checkpoint(_block, block, x, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = _block(block, x)
-        return vit.ln_post(x) @ vit.proj
-
-
-def _block(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
-    x = x + block.ls_1(self_attention(block.attn, block.ln_1(x)))
-    return x + block.ls_2(block.mlp(block.ln_2(x)))
-
-
-def self_attention(attention: nn.MultiheadAttention, x: Tensor) -> Tensor:
-    """What ``attention`` computes on ``x [n, T, width]``, without its transposed copies."""
-    packed = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)
-    query, key, value = packed.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    mixed: Tensor = attention.out_proj(attend(query, key, value).transpose(1, 2).flatten(2))
-    return mixed
 
 
 class Backbone(nn.Module):
@@ -117,6 +39,7 @@ class Backbone(nn.Module):
         config: the tower.
         image_size: height and width in pixels, multiples of the patch size.
         cameras: number of known cameras; needed with ``camera_coefficient`` only.
+        blank: leave pretrained weights unread; they will be filled from a checkpoint.
 
     Raises:
         ValueError: an unknown backbone, weights that do not fit, an image size that is no
@@ -124,14 +47,26 @@ class Backbone(nn.Module):
     """
 
     def __init__(
-        self, config: BackboneConfig, image_size: tuple[int, int], cameras: int | None = None
+        self,
+        config: BackboneConfig,
+        image_size: tuple[int, int],
+        cameras: int | None = None,
+        *,
+        blank: bool = False,
     ) -> None:
         super().__init__()
+        check_name(config.name)
         self.image_size = image_size
-        self.tower = ClipTower(
-            load_clip(config, image_size).visual, image_size, config.checkpointing
-        )
-        self.width = self.tower.width
+        self.width = text_width(config)
+        self.tower: ClipTower | TimmTower
+        if is_clip(config.name):
+            vit = load_clip(config, image_size, blank=blank).visual
+            self.tower = ClipTower(vit, image_size, config)
+        else:
+            self.tower = TimmTower(config, image_size, self.width, blank=blank)
+        # One linear layer where the tower does not end in the text tower's space.
+        fits = self.tower.width == self.width
+        self.project = nn.Identity() if fits else nn.Linear(self.tower.width, self.width)
         self.patch_grid = self.tower.patch_grid
         self.camera_coefficient = config.camera_coefficient
         self.camera_embedding: nn.Parameter | None = None
@@ -165,7 +100,8 @@ class Backbone(nn.Module):
         shift = self._camera_shift(camera, batch)
         if shift is not None:
             shift = shift.repeat_interleave(modalities, dim=0)
-        tokens = self.tower(images.flatten(0, 1), shift).unflatten(0, (batch, modalities))
+        tokens = self.project(self.tower(images.flatten(0, 1), shift))
+        tokens = tokens.unflatten(0, (batch, modalities))
         return Tokens(cls=tokens[:, :, 0], patches=tokens[:, :, 1:])
 
     def _camera_shift(self, camera: Tensor | None, batch: int) -> Tensor | None:
@@ -179,119 +115,56 @@ class Backbone(nn.Module):
         return self.camera_coefficient * F.embedding(torch.where(known, camera, cameras), table)
 
 
-def resize_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """A learned position embedding on another patch grid, bilinear; the class token's is kept.
-
-    Args:
-        positions: ``[1 + rows*columns, width]``, the class token's first.
-        old: rows and columns of ``positions``.
-        new: rows and columns wanted.
-
-    Returns:
-        ``[1 + new_rows*new_columns, width]``; ``positions`` itself if nothing changes.
-    """
-    if old == new:
-        return positions
-    grid = positions[1:].T.unflatten(1, old)[None]
-    resized = F.interpolate(grid, size=new, mode="bilinear", align_corners=False)
-    return torch.cat([positions[:1], resized[0].flatten(1).T])
-
-
-def load_clip(
-    config: BackboneConfig, image_size: tuple[int, int] | None = None
-) -> open_clip.CustomTextCLIP:
-    """Both towers of an open_clip model, in float32 on the CPU.
-
-    Without ``pretrained`` the weights are random from ``config.seed``; the global random state
-    is neither used nor changed. A random text tower is set up by :func:`spread_random_text`,
-    because it will never be trained.
-
-    Args:
-        config: name, weights and seed. With a tag, the activation is the one that its weights
-            were trained with; with a file, the one of the name (``ViT-B-16-quickgelu`` for
-            OpenAI's).
-        image_size: size of a random visual tower; a pretrained one keeps its own.
+def check_name(name: str) -> None:
+    """Refuse a backbone that neither library knows.
 
     Raises:
-        ValueError: no such model (with near matches), a kind of tower that is not supported, no
-            such tag or file, or weights whose names or shapes do not fit (they are listed).
+        ValueError: with the near matches.
     """
-    settings = open_clip.get_model_config(config.name)
-    if settings is None:
-        near = difflib.get_close_matches(config.name, open_clip.list_models(), n=3)
-        raise ValueError(
-            f"model.backbone.name must be an open_clip model or next-tiny, but got "
-            f"{config.name!r}" + (f"; did you mean {' or '.join(near)}?" if near else "")
-        )
-    _check_supported(config.name, settings)
-    settings.pop("custom_text", None)
+    if is_clip(name) or is_timm(name):
+        return
+    known = [*open_clip.list_models(), *timm.list_models("vit*"), *timm.list_models("eva*")]
+    near = difflib.get_close_matches(name.split(".")[0], known, n=3)
+    raise ValueError(
+        f"model.backbone.name must be an open_clip model, a timm ViT or next-tiny, but got "
+        f"{name!r}" + (f"; did you mean {' or '.join(near)}?" if near else "")
+    )
+
+
+def resolve_weights(config: BackboneConfig, folder: Path, *, text: bool = True) -> BackboneConfig:
+    """A backbone whose weights are files with a hash; called once, by the driver.
+
+    Args:
+        config: names and tags, or files.
+        folder: where weights of tags are kept, and fetched to.
+        text: whether the text tower is needed too, where it is of another model.
+
+    Raises:
+        ValueError: an unknown model or tag, or a file that is not the one that its hash names.
+        ConnectionError: weights that are not in ``folder`` cannot be fetched.
+    """
+    check_name(config.name)
+    found: dict[str, Any] = _resolved(config, folder)
+    side = text_side(config)
+    if text and side is not config:
+        check_name(side.name)
+        found |= {f"text_{name}": value for name, value in _resolved(side, folder).items()}
+    return config.model_copy(update=found)
+
+
+def _resolved(config: BackboneConfig, folder: Path) -> dict[str, str | None]:
     if config.pretrained is None:
-        if image_size is not None:
-            settings["vision_cfg"]["image_size"] = image_size
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            clip = open_clip.CustomTextCLIP(**settings)
-            spread_random_text(clip.text)
-        return clip
-    path = Path(config.pretrained)
-    if not path.is_file():
-        path = _resolve_tag(config, settings)
-    clip = open_clip.CustomTextCLIP(**settings)
-    try:
-        open_clip.load_checkpoint(clip, str(path), strict=True)
-    except RuntimeError as error:
-        raise ValueError(
-            f"model.backbone.pretrained: the weights in {path} must be those of {config.name}, "
-            f"but do not fit: {error}"
-        ) from None
-    return clip
-
-
-def _check_supported(name: str, settings: dict[str, Any]) -> None:
-    vision, text = settings["vision_cfg"], settings["text_cfg"]
-    if (
-        "timm_model_name" in vision
-        or not isinstance(vision["layers"], int)
-        or vision.get("attentional_pool")
-        or vision.get("pool_type", "tok") != "tok"
-        or _CUSTOM_BLOCKS & vision.keys()
-        or "hf_model_name" in text
-        or "multimodal_cfg" in settings
-    ):
-        raise ValueError(
-            f"model.backbone.name must be a CLIP with a plain ViT (class token, no attention "
-            f"pooling) and open_clip's own text tower, but got {name!r}; take for example "
-            f"ViT-B-16 or ViT-L-14"
-        )
-
-
-def _resolve_tag(config: BackboneConfig, settings: dict[str, Any]) -> Path:
-    """The weights file of a tag; sets the activation those weights were trained with."""
-    tag = open_clip.get_pretrained_cfg(config.name, config.pretrained)
-    if not tag:
-        tags = open_clip.list_pretrained_tags_by_model(config.name)
-        raise ValueError(
-            f"model.backbone.pretrained must be an existing weights file or a tag of "
-            f"{config.name} ({', '.join(tags) or 'it has none'}), but got "
-            f"{config.pretrained!r}"
-        )
-    settings["quick_gelu"] = tag.get("quick_gelu", False)
-    return Path(open_clip.download_pretrained(tag))
-
-
-@torch.no_grad()
-def spread_random_text(text: TextTransformer) -> None:
-    """Let a random, frozen text tower tell sentences apart by their words.
-
-    The embedding is read at the end token. Start and end token (the last two of the vocabulary)
-    stand in every sentence, so they embed as zero: the stream at the end then holds what
-    attention gathered from the words. Attention counts double and positions half, so that words
-    matter more than their places. On the 2,916 distinct sentences of RGBNT201 with ``next-tiny``
-    and seeds 0, 1, 2 the mean cosine of two sentences is 0.53, 0.53, 0.44 (with open_clip's own
-    initialisation 0.58, 0.63, 0.47) and its correlation with the share of common words 0.79,
-    0.74, 0.70 (0.67, 0.70, 0.62).
-    """
-    text.token_embedding.weight[-2:].zero_()
-    text.positional_embedding.mul_(0.5)
-    for block in text.transformer.resblocks:
-        block.attn.out_proj.weight.mul_(2.0)
+        return {"file": None, "sha256": None}
+    given = Path(config.pretrained)
+    if given.is_file():
+        path = given.absolute()
+    else:
+        model, tag = model_and_tag(config)
+        assert tag is not None
+        origin = clip_origin(model, tag) if is_clip(model) else timm_origin(model, tag)
+        path = find_weights(model, tag, origin, folder)
+    if config.sha256 is None:
+        return {"file": str(path), "sha256": sha256(path)}
+    if config.file != str(path):  # else whoever reads the file checks its hash
+        check_hash(path, config.sha256)
+    return {"file": str(path)}

@@ -55,6 +55,7 @@ class NEXT(nn.Module):
     Args:
         config: with ``modalities``, ``image_size``, ``identities`` resolved, and ``cameras`` if
             the camera embedding is on.
+        blank: leave pretrained weights unread; they will be filled from a checkpoint.
 
     Raises:
         ValueError: an unresolved field, or settings that do not fit each other or the backbone.
@@ -62,13 +63,13 @@ class NEXT(nn.Module):
     Source: arXiv 2505.20001.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, blank: bool = False) -> None:
         super().__init__()
         modalities = _resolved(config.modalities, "modalities")
         image_size = _resolved(config.image_size, "image_size")
         identities = _resolved(config.identities, "identities")
         self.config = config
-        self.backbone = Backbone(config.backbone, image_size, config.cameras)
+        self.backbone = Backbone(config.backbone, image_size, config.cameras, blank=blank)
         self.width = self.backbone.width
         self.patch_grid = self.backbone.patch_grid
         self.modalities = modalities

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import open_clip
 import torch
+from open_clip.transformer import TextTransformer
 from torch.nn import functional as F
 
 from next.config import BackboneConfig
-from next.model.backbone import load_clip
+from next.model.clip import clip_settings, load_clip, text_side
+from next.model.weights import sha256, weights_path
 
 BATCH = 256
 """Sentences of one forward."""
@@ -19,24 +23,31 @@ BATCH = 256
 class TextTower:
     """Sentence embeddings of the backbone's text tower.
 
-    Frozen and deterministic; a text's neighbours change its embedding by rounding only.
+    Frozen and deterministic; a text's neighbours change its embedding by rounding only. It is
+    built when it is first asked to encode, so that workers that find a text bank never hold it.
 
     Args:
         config: the same backbone as the network's.
 
     Raises:
-        ValueError: as :func:`next.model.backbone.load_clip`.
+        ValueError: as :func:`next.model.clip.load_clip`; of the weights, when they are read.
     """
 
     def __init__(self, config: BackboneConfig) -> None:
-        self._tower = load_clip(config).text.eval().requires_grad_(False)
-        self._tokenizer = open_clip.get_tokenizer(config.name)
-        self.context: int = self._tower.context_length
+        self._config = text_side(config)
+        settings = clip_settings(self._config.name)
+        self.context: int = settings["text_cfg"].get("context_length", 77)
         """Tokens that the tower reads, with start and end."""
-        self.width: int = self._tower.output_dim
+        self.width: int = settings["embed_dim"]
         """Length of an embedding, D."""
-        self.key: str = self._hash(config.name)
-        """Hash of the architecture and the weights."""
+
+    @cached_property
+    def _tower(self) -> TextTransformer:
+        return load_clip(self._config).text.eval().requires_grad_(False)
+
+    @cached_property
+    def _tokenizer(self) -> open_clip.SimpleTokenizer:
+        return open_clip.get_tokenizer(self._config.name)
 
     @torch.inference_mode()
     def encode(self, texts: list[str]) -> np.ndarray:
@@ -55,8 +66,18 @@ class TextTower:
         lengths = [len(self._tokenizer.encode(text)) + 2 for text in texts]
         return float(np.mean(np.array(lengths) > self.context))
 
-    def _hash(self, name: str) -> str:
-        digest = hashlib.sha256(f"{name} {self.context} {self.width}".encode())
+    @cached_property
+    def key(self) -> str:
+        """Hash of the architecture and the weights: of their file, or of random ones themselves."""
+        config = self._config
+        named = f"{config.name} {self.context} {self.width}"
+        if config.pretrained is not None:
+            path = weights_path(config)
+            # A tag decides the activation too; where its file lies decides nothing.
+            tag = "" if Path(config.pretrained).is_file() else config.pretrained
+            found = config.sha256 or sha256(path)
+            return hashlib.sha256(f"{named} {tag} {found}".encode()).hexdigest()
+        digest = hashlib.sha256(named.encode())
         for key, value in sorted(self._tower.state_dict().items()):
             digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
             digest.update(value.contiguous().view(torch.uint8).numpy())

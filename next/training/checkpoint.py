@@ -244,15 +244,11 @@ def load_training_state(
 def load_network(folder: Path) -> tuple[NEXT, RunConfig]:
     """The trained network of a checkpoint, in evaluation mode, and its configuration.
 
-    The towers start from random weights here, whatever they were pretrained on: every weight comes
-    from the checkpoint.
+    The towers' pretrained weights are not read: every weight comes from the checkpoint.
     """
     read_progress(folder)
     config = read_config(folder)
-    untrained = config.model.model_copy(
-        update={"backbone": config.model.backbone.model_copy(update={"pretrained": None})}
-    )
-    network = NEXT(untrained)
+    network = NEXT(config.model, blank=True)
     load_weights(folder, network)
     return network.eval(), config
 

@@ -8,9 +8,11 @@ from typing import NamedTuple
 import numpy as np
 
 from next.config import BackboneConfig, RunConfig, near_matches, override
+from next.data.cache import cache_root
 from next.data.loader import SampleSet, open_samples
 from next.data.plan import split_train
 from next.data.shards import Manifest
+from next.model.backbone import resolve_weights
 from next.model.text import TextTower
 from next.training.loop import TrainingData
 
@@ -24,11 +26,12 @@ class TestData(NamedTuple):
 
 
 def resolve(config: RunConfig, manifest: Manifest) -> RunConfig:
-    """Fill in what the data decide: modalities, image size, identities, cameras.
+    """Fill in what the data decide (modalities, image size, identities, cameras), find the weights.
 
     Raises:
         ValueError: a modality that the data lack, P larger than the number of train identities, or
             a model setting that contradicts the data.
+        ConnectionError: pretrained weights are neither on this machine nor can be fetched.
     """
     card = manifest.benchmark
     modalities = config.data.modalities or card.modalities
@@ -67,6 +70,13 @@ def resolve(config: RunConfig, manifest: Manifest) -> RunConfig:
                 f"{name} is taken from the data and must be {facts[name]}, but got {value}; "
                 f"leave it out"
             )
+    reads_text = config.model.semantic.enabled and config.captions.sampling != "none"
+    folder = cache_root(config.data.cache) / "weights"
+    backbone = resolve_weights(config.model.backbone, folder, text=reads_text)
+    weights = {
+        f"model.backbone.{name}": getattr(backbone, name)
+        for name in ("file", "sha256", "text_file", "text_sha256")
+    }
     return override(
         config,
         {
@@ -74,6 +84,7 @@ def resolve(config: RunConfig, manifest: Manifest) -> RunConfig:
             "data.modalities": tuple(modalities),
             "data.image_size": image_size,
             **facts,
+            **weights,
         },
     )
 
@@ -108,7 +119,7 @@ def _samples(config: RunConfig, manifest: Manifest, split: str) -> SampleSet:
         manifest,
         split,
         config=config,
-        text_tower_key=tower.key,
+        text_tower_key=tower.key if config.captions.sampling != "none" else "",
         encode=tower.encode,
         width=tower.width,
         overflow=tower.overflow,

@@ -31,7 +31,10 @@ from next.training.store import CheckpointStore
 
 _log = logging.getLogger(__name__)
 
-_MAY_CHANGE = ("run.", "tracking.", "scaling.", "checkpoint.", "threads", "data.cache", "data.uri")
+_MAY_CHANGE = (
+    "run.", "tracking.", "scaling.", "checkpoint.", "threads", "data.cache", "data.uri",
+    "model.backbone.file", "model.backbone.text_file",
+)  # fmt: skip
 """Settings that a resumed run may change: they decide where and how, not what is computed."""
 
 

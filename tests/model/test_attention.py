@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from next.model.attention import attend
-from next.model.backbone import self_attention
+from next.model.clip import self_attention
 
 
 def test_equals_the_naive_loops_and_the_fused_kernel(agree):

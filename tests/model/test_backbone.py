@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from next.config import BackboneConfig
-from next.model.backbone import Backbone, load_clip, resize_positions
+from next.model.backbone import Backbone
+from next.model.clip import load_clip
+from next.model.positions import resize_positions
 
 TINY = BackboneConfig(name="next-tiny", pretrained=None)
 PRESENT = torch.tensor([[True, True], [False, True], [True, False]])
@@ -200,7 +202,7 @@ def test_images_of_another_size_are_refused():
 
 def test_an_unknown_name_is_refused_with_the_near_match():
     with pytest.raises(ValueError, match=r"model\.backbone\.name .* did you mean .*ViT-B-16"):
-        load_clip(BackboneConfig(name="ViT-B16", pretrained=None))
+        Backbone(BackboneConfig(name="ViT-B16", pretrained=None), (64, 32))
 
 
 @pytest.mark.parametrize(
@@ -209,10 +211,3 @@ def test_an_unknown_name_is_refused_with_the_near_match():
 def test_a_model_without_a_plain_vit_and_text_tower_is_refused(name):
     with pytest.raises(ValueError, match=r"must be a CLIP with a plain ViT"):
         load_clip(BackboneConfig(name=name, pretrained=None))
-
-
-def test_an_unknown_tag_or_file_is_refused_with_the_known_tags():
-    with pytest.raises(ValueError, match=r"weights file or a tag of ViT-B-16 \(openai, .*'opneai'"):
-        load_clip(BackboneConfig(name="ViT-B-16", pretrained="opneai"))
-    with pytest.raises(ValueError, match=r"tag of next-tiny \(it has none\)"):
-        load_clip(TINY.model_copy(update={"pretrained": "/no/such/file.pt"}))

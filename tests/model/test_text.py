@@ -45,7 +45,7 @@ def test_an_embedding_depends_neither_on_neighbours_nor_on_the_batch(tower):
 def test_equals_the_towers_own_forward(tower):
     import open_clip
 
-    from next.model.backbone import load_clip
+    from next.model.clip import load_clip
 
     clip = load_clip(TINY).eval()
     tokens = open_clip.get_tokenizer("next-tiny")(["A red hat."])

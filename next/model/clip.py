@@ -1,0 +1,240 @@
+"""open_clip models: the visual tower that gives every token, and both towers' weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.transformer import (
+    ResidualAttentionBlock,
+    TextTransformer,
+    VisionTransformer,
+)
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from next.config import BackboneConfig
+from next.model.attention import attend
+from next.model.blocks import Blocks
+from next.model.positions import patch_grid, resize_positions
+from next.model.weights import Origin, fill, read_weights, weights_path
+
+_CUSTOM_BLOCKS = {
+    "block_type", "qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn",
+    "scale_fc",
+}  # fmt: skip
+"""Settings of an open_clip vision tower that change its blocks from CLIP's."""
+_CONSTANTS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "text.attn_mask")
+"""Constants that OpenAI's archives, and some versions of open_clip, keep among the weights."""
+_DEFAULT_TEXT = "ViT-B-16"
+
+open_clip.add_model_config(Path(__file__).with_name("next-tiny.json"))
+
+
+class ClipTower(nn.Module):
+    """An open_clip ViT that gives every token, after the final norm and the projection.
+
+    Args:
+        vit: the tower; its position embedding is resized to ``image_size``.
+        image_size: height and width in pixels.
+        config: how blocks run.
+
+    Raises:
+        ValueError: the image size is not a multiple of the patch size.
+    """
+
+    def __init__(
+        self, vit: VisionTransformer, image_size: tuple[int, int], config: BackboneConfig
+    ) -> None:
+        super().__init__()
+        grid = patch_grid(image_size, vit.patch_size)
+        positions = resize_positions(vit.positional_embedding.detach(), vit.grid_size, grid)
+        vit.positional_embedding = nn.Parameter(positions)
+        vit.image_size, vit.grid_size = image_size, grid
+        self.vit = vit
+        self.blocks = Blocks(block_forward, config)
+        self.patch_grid: tuple[int, int] = grid
+        self.stream_width: int = vit.conv1.out_channels
+        self.width: int = vit.proj.shape[1]
+
+    def forward(self, images: Tensor, shift: Tensor | None = None) -> Tensor:
+        """All tokens, the class token first: ``[n, 1 + N, D]``.
+
+        Args:
+            images: ``[n, 3, H, W]``, normalised.
+            shift: ``[n, stream_width]`` added to the class token before the first block.
+        """
+        vit = self.vit
+        patches = vit.conv1(images).flatten(2).transpose(1, 2)
+        cls = vit.class_embedding.expand(len(images), -1)
+        if shift is not None:
+            cls = cls + shift
+        x = torch.cat([cls[:, None], patches], dim=1) + vit.positional_embedding
+        x = vit.ln_pre(vit.patch_dropout(x))
+        for block in vit.transformer.resblocks:
+            x = self.blocks(self.training, block, x)
+        return vit.ln_post(x) @ vit.proj
+
+
+def block_forward(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
+    """What a block of CLIP computes on ``x [n, T, width]``."""
+    x = x + block.ls_1(self_attention(block.attn, block.ln_1(x)))
+    return x + block.ls_2(block.mlp(block.ln_2(x)))
+
+
+def self_attention(attention: nn.MultiheadAttention, x: Tensor) -> Tensor:
+    """What ``attention`` computes on ``x [n, T, width]``, without its transposed copies."""
+    packed = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)
+    query, key, value = packed.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    mixed: Tensor = attention.out_proj(attend(query, key, value).transpose(1, 2).flatten(2))
+    return mixed
+
+
+def is_clip(name: str) -> bool:
+    """Whether open_clip knows a model of this name."""
+    return open_clip.get_model_config(name) is not None
+
+
+def text_side(config: BackboneConfig) -> BackboneConfig:
+    """The backbone whose text tower reads the captions of ``config``'s."""
+    if config.text_name is None and is_clip(config.name):
+        return config
+    return BackboneConfig(
+        name=config.text_name or _DEFAULT_TEXT,
+        pretrained=config.text_pretrained,
+        file=config.text_file,
+        sha256=config.text_sha256,
+        seed=config.seed,
+    )
+
+
+def text_width(config: BackboneConfig) -> int:
+    """D: length of the text tower's embeddings, without building it.
+
+    Raises:
+        ValueError: the model is not supported.
+    """
+    width: int = clip_settings(text_side(config).name)["embed_dim"]
+    return width
+
+
+def clip_settings(name: str) -> dict[str, Any]:
+    """open_clip's settings of a model with a plain ViT and open_clip's own text tower.
+
+    Raises:
+        ValueError: it is of another kind, or unknown.
+    """
+    settings: dict[str, Any] | None = open_clip.get_model_config(name)
+    if settings is None:
+        raise ValueError(f"there is no open_clip model named {name!r}")
+    _check_supported(name, settings)
+    settings.pop("custom_text", None)
+    # Whole images only: what is dropped at random would change a result with the device.
+    settings["vision_cfg"]["patch_dropout"] = 0.0
+    return settings
+
+
+def clip_origin(name: str, tag: str) -> Origin:
+    """Where the weights of a tag of ``name`` come from.
+
+    Raises:
+        ValueError: the model has no such tag; those that it has are listed.
+    """
+    found = open_clip.get_pretrained_cfg(name, tag)
+    if not found:
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        raise ValueError(
+            f"model.backbone.pretrained must be an existing weights file or a tag of {name} "
+            f"({', '.join(tags) or 'it has none'}), but got {tag!r}"
+        )
+    repository, _, file = found.get("hf_hub", "").rpartition("/")
+    if not repository:
+        return Origin("", (found["url"],))
+    safe = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+    return Origin(repository, (file,) if file else safe)
+
+
+def load_clip(
+    config: BackboneConfig, image_size: tuple[int, int] | None = None, *, blank: bool = False
+) -> open_clip.CustomTextCLIP:
+    """Both towers of an open_clip model, in float32 on the CPU.
+
+    Without ``pretrained`` the weights are random from ``config.seed``; the global random state
+    is neither used nor changed. A random text tower is set up by :func:`spread_random_text`,
+    because it will never be trained.
+
+    Args:
+        config: name, weights and seed. With a tag, the activation is the one that its weights
+            were trained with; with a file, the one of the name (``ViT-B-16-quickgelu`` for
+            OpenAI's).
+        image_size: size of a random visual tower; a pretrained one keeps its own.
+        blank: random weights, whatever ``pretrained`` says, in a model that is otherwise the same:
+            they will be filled from a checkpoint.
+
+    Raises:
+        ValueError: no such model, a kind of tower that is not supported, no such tag or file, a
+            tag whose file was not resolved, or weights whose names or shapes do not fit (they are
+            listed).
+    """
+    settings = clip_settings(config.name)
+    if config.pretrained is not None and not Path(config.pretrained).is_file():
+        tag = open_clip.get_pretrained_cfg(config.name, config.pretrained) or {}
+        settings["quick_gelu"] = tag.get("quick_gelu", False)
+    if config.pretrained is None or blank:
+        if image_size is not None:
+            settings["vision_cfg"]["image_size"] = image_size
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            clip = open_clip.CustomTextCLIP(**settings)
+            spread_random_text(clip.text)
+        return clip
+    path = weights_path(config)
+    weights = {name: value for name, value in read_weights(path).items() if name not in _CONSTANTS}
+    if "text_projection" in weights:
+        weights = open_clip.model.convert_to_custom_text_state_dict(weights)
+    with torch.random.fork_rng(devices=[]):
+        clip = open_clip.CustomTextCLIP(**settings)
+    own = clip.state_dict()
+    for name in ("logit_scale", "logit_bias"):
+        if name in weights and name in own:
+            weights[name] = weights[name].reshape(own[name].shape)
+    fill(clip, weights, config.name, path)
+    return clip
+
+
+def _check_supported(name: str, settings: dict[str, Any]) -> None:
+    vision, text = settings["vision_cfg"], settings["text_cfg"]
+    if (
+        "timm_model_name" in vision
+        or not isinstance(vision["layers"], int)
+        or vision.get("attentional_pool")
+        or vision.get("pool_type", "tok") != "tok"
+        or _CUSTOM_BLOCKS & vision.keys()
+        or "hf_model_name" in text
+        or "multimodal_cfg" in settings
+    ):
+        raise ValueError(
+            f"model.backbone.name must be a CLIP with a plain ViT (class token, no attention "
+            f"pooling) and open_clip's own text tower, but got {name!r}; take for example "
+            f"ViT-B-16 or ViT-L-14"
+        )
+
+
+@torch.no_grad()
+def spread_random_text(text: TextTransformer) -> None:
+    """Let a random, frozen text tower tell sentences apart by their words.
+
+    The embedding is read at the end token. Start and end token (the last two of the vocabulary)
+    stand in every sentence, so they embed as zero: the stream at the end then holds what
+    attention gathered from the words. Attention counts double and positions half, so that words
+    matter more than their places. On the 2,916 distinct sentences of RGBNT201 with ``next-tiny``
+    and seeds 0, 1, 2 the mean cosine of two sentences is 0.53, 0.53, 0.44 (with open_clip's own
+    initialisation 0.58, 0.63, 0.47) and its correlation with the share of common words 0.79,
+    0.74, 0.70 (0.67, 0.70, 0.62).
+    """
+    text.token_embedding.weight[-2:].zero_()
+    text.positional_embedding.mul_(0.5)
+    for block in text.transformer.resblocks:
+        block.attn.out_proj.weight.mul_(2.0)
