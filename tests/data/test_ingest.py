@@ -1,5 +1,8 @@
+import json
 import logging
 import re
+import shutil
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,7 @@ from next.data.benchmark import Benchmark, Counts, load_card
 from next.data.ingest import ScanOptions, prepare, scan
 
 ROOT = Path(__file__).resolve().parents[2]
+CAPTIONS = ROOT.parent / "shared" / "captions"
 STRICT = {"kind": "folders", "missing": "error"}
 SKIP = ScanOptions(on_bad="skip")
 
@@ -284,6 +288,53 @@ def test_tiles_of_one_image_become_the_modalities(tmp_path, make_jpeg):
     assert manifest.splits["query"].images == {"RGB": 1, "NI": 1, "TI": 1}
     [(_, tiles)] = manifest.iter_images("train")
     assert len(set(tiles)) == 3
+
+
+def test_the_example_of_two_modalities_reads_the_procedural_benchmark(demo_raw, tmp_path):
+    manifest = prepare(load_card(ROOT / "datasets" / "rgb_tir.toml"), demo_raw, tmp_path / "out")
+    full = scan(load_card(ROOT / "datasets" / "demo.toml"), demo_raw)
+    assert list(manifest.splits["train"].images) == ["RGB", "TI"]
+    assert manifest.labels("train").sample_id.tolist() == sorted(by_name(full.samples["train"]))
+    first = by_name(full.samples["train"])[str(manifest.labels("train").sample_id[0])]
+    [taken] = manifest.take("train", [0])
+    assert taken.images == [(demo_raw / first.files[index]).read_bytes() for index in (0, 2)]
+    assert taken.sentences == [first.sentences[index] for index in (0, 2)]
+
+
+@pytest.mark.skipif(not CAPTIONS.is_dir(), reason="the authors' captions are absent")
+@pytest.mark.parametrize("card", ["rgbnt201", "msvr310"])
+def test_every_name_and_caption_of_the_real_benchmarks_falls_into_place(card, tmp_path, make_jpeg):
+    """Real names and captions, one image under all of the names, and the counts of the card."""
+    benchmark = load_card(ROOT / "datasets" / f"{card}.toml")
+    shutil.copytree(CAPTIONS / benchmark.name, tmp_path / "text")
+    (tmp_path / "image").write_bytes(make_jpeg("one"))
+    scenes = defaultdict(set)
+    files = []
+    for part, split in (("train", "train"), ("test", "gallery")):
+        for modality in benchmark.modalities:
+            for item in json.loads((tmp_path / "text" / f"{part}_{modality}.json").read_text()):
+                name = item["item"]
+                pid = name.split("_")[0]
+                between = f"{pid}/" if benchmark.storage.kind == "identity_folders" else ""
+                place = f"{between}{benchmark.folder(modality)}/{name}"
+                files.append(f"{getattr(benchmark.splits, split).path}/{place}")
+                if split == "gallery":
+                    scenes[pid].add(name.split("_")[1])
+                    if benchmark.splits.query.path:
+                        files.append(f"{benchmark.splits.query.path}/{place}")
+    for name in files:
+        is_query = name.startswith("query3/")
+        if is_query and len(scenes[name.split("/")[1]]) < 2:
+            continue  # the queries are of those that another scene shows, too
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.hardlink_to(tmp_path / "image")
+    found = scan(benchmark, tmp_path)
+    assert found.findings.unused_captions == {}
+    assert found.findings.leaked_identities == ()
+    for samples in found.samples.values():
+        assert all(path for one in samples for path in one.files)
+        assert all(sentences for one in samples for sentences in one.sentences)
 
 
 def test_the_original_bytes_and_the_split_sentences_arrive_in_the_shards(source, make_card):

@@ -181,21 +181,56 @@ def test_the_digest_changes_with_any_content(write, change):
     assert write("a").digest != write("b", splits=SPLITS | {"train": changed}).digest
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.lists(st.integers(0, 19), unique=True, min_size=1), st.integers(0, 7))
-def test_the_digest_changes_with_any_bit_of_any_image(rows, bit):
-    def digest(flipped: list[int]) -> str:
-        names = {TRAIN[row].sample_id for row in flipped}
+def digest_of(splits=SPLITS, read=load, **options) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        return write_shards(folder, BARE, splits, read, **options).digest
 
-        def read(one: Sample) -> Loaded:
-            images = load(one).images
-            first = bytes([images[0][0] ^ (1 << bit)]) + images[0][1:]
-            return Loaded((first, *images[1:])) if one.sample_id in names else Loaded(images)
 
-        with tempfile.TemporaryDirectory() as folder:
-            return write_shards(folder, BARE, SPLITS, read).digest
+DIGEST = digest_of()
 
-    assert digest(rows) != digest(rows[1:])
+
+@settings(max_examples=25, deadline=None)
+@given(st.sets(st.integers(0, 19), min_size=1), st.data())
+def test_the_digest_changes_with_any_byte_of_any_image(rows, data):
+    """In any set of samples, one byte of one modality each."""
+    changed = {}
+    for row in sorted(rows):
+        images = list(load(TRAIN[row]).images)
+        modality = data.draw(st.sampled_from([m for m, image in enumerate(images) if image]))
+        image = bytearray(images[modality])
+        place = data.draw(st.integers(0, len(image) - 1))
+        image[place] ^= data.draw(st.integers(1, 255))
+        images[modality] = bytes(image)
+        changed[TRAIN[row].sample_id] = Loaded(tuple(images))
+    assert digest_of(read=lambda one: changed.get(one.sample_id) or load(one)) != DIGEST
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 19), st.integers(0, 1), st.data())
+def test_the_digest_changes_with_any_character_of_any_caption(row, sentence, data):
+    texts = list(TRAIN[row].sentences)
+    sentences = list(texts[0])
+    place = data.draw(st.integers(0, len(sentences[sentence]) - 1))
+    old = sentences[sentence][place]
+    new = chr(data.draw(st.integers(1, 0xD7FF).filter(lambda code: code != ord(old))))
+    sentences[sentence] = sentences[sentence][:place] + new + sentences[sentence][place + 1 :]
+    other = TRAIN[row]._replace(sentences=(sentences, *texts[1:]))
+    splits = SPLITS | {"train": [*TRAIN[:row], other, *TRAIN[row + 1 :]]}
+    assert digest_of(splits) != DIGEST
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.permutations(TRAIN), st.integers(1, 9), st.integers(1, 99), st.data())
+def test_the_digest_changes_with_nothing_else(train, group_rows, shard_bytes, data):
+    """Neither with the order of samples, the layout of shards, what files were, nor threads."""
+    touched = data.draw(st.integers(0, 19))
+    train[touched] = train[touched]._replace(changed=data.draw(st.integers(0, 2**60)))
+    train[touched] = train[touched]._replace(size=data.draw(st.integers(0, 2**20)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layout, "GROUP_ROWS", group_rows)
+        patch.setattr(layout, "SHARD_BYTES", shard_bytes)
+        threads = data.draw(st.integers(1, 3))
+        assert digest_of(SPLITS | {"train": train}, threads=threads) == DIGEST
 
 
 @pytest.mark.parametrize(

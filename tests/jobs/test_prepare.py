@@ -10,7 +10,7 @@ from PIL import Image
 
 from next.cli import base_config
 from next.config import override
-from next.data.plan import epoch_plan, plan_hash
+from next.data.plan import epoch_plan, plan_hash, split_train
 from next.data.shards import open_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,8 +116,6 @@ def test_a_contact_sheet_shows_each_split(raw, tmp_path, prepare, monkeypatch):
 
 
 def test_the_order_is_shown_to_be_the_same_for_every_number_of_workers(raw, tmp_path, prepare):
-    from next.training.launch import training_pids
-
     prepare("--card", CARD, "--source", raw, "--out", tmp_path / "out")
     settings = {"seed": 3, "batch.identities": 2, "selection.holdout": 0, "selection.split": "test"}
     recipe = tmp_path / "recipe.toml"
@@ -127,7 +125,8 @@ def test_the_order_is_shown_to_be_the_same_for_every_number_of_workers(raw, tmp_
     assert done.returncode == 0, done.stderr
     manifest = open_manifest(tmp_path / "out")
     config = override(base_config(manifest.benchmark.recipe, None), settings)
-    plan = epoch_plan(training_pids(config, manifest), seed=3, epoch=0, p=2, k=4)
+    pids = manifest.labels("train").pid
+    plan = epoch_plan(pids[split_train(config, pids)[0]], seed=3, epoch=0, p=2, k=4)
     first = done.stdout.splitlines()[1].split()
     assert first == ["0", str(len(plan)), str(plan.size), *[plan_hash(plan)[:12]] * 5]
     assert f"plan      {plan_hash(plan)} (epoch 0, seed 3" in done.stdout

@@ -1,0 +1,208 @@
+"""Preparing data measured: RGBNT201's size, from folders and from a real S3 server on loopback.
+
+::
+
+    python benchmarks/prepare.py            # folders: prepare (goal: under 30 s), again, check
+    python benchmarks/prepare.py --ray 2    # the same shards written by Ray tasks, too
+    python benchmarks/prepare.py --s3       # from bucket to bucket, too; the server is moto
+
+The source has the file names and captions of RGBNT201 where the authors' files are there (else
+names of its grammar, without captions) and 14,361 synthetic JPEGs of 256 x 128 pixels, no two
+alike. Every time is that of the whole command, its start included. Prints a table and writes JSON
+to ``--out``.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from next.storage import open_folder
+
+ROOT = Path(__file__).resolve().parents[1]
+JOB = [sys.executable, str(ROOT / "jobs" / "prepare.py")]
+CARD = ["--card", str(ROOT / "datasets" / "rgbnt201.toml")]
+MODALITIES = ("RGB", "NI", "TI")
+SPLITS = {"train": ("train_171", 171, 3951), "test": ("test", 30, 836)}
+PORT = 5977
+KEYS = {
+    "AWS_ENDPOINT_URL": f"http://127.0.0.1:{PORT}",
+    "AWS_ACCESS_KEY_ID": "benchmark",
+    "AWS_SECRET_ACCESS_KEY": "benchmark",
+    "AWS_REGION": "us-east-1",
+}
+
+Row = tuple[str, list[float], str]
+"""What was timed, its times in seconds, and a note."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Preparing data measured."""
+
+    captions: Path = ROOT.parent / "shared" / "captions" / "RGBNT201"
+    """Folder of the authors' caption files."""
+    repeats: int = 3
+    """Runs of each command; the median counts."""
+    ray: int = 0
+    """Ray tasks at a time; 0: not measured."""
+    s3: bool = False
+    """From bucket to bucket, too (once)."""
+    out: Path = Path("runs/benchmarks/prepare.json")
+    """JSON to write."""
+
+
+def main(arguments: Arguments) -> int:
+    """Draw the source, time the commands, print and write."""
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="next-prepare-") as name:
+        folder = Path(name)
+        raw = folder / "raw"
+        flags = [*CARD, *draw_source(raw, arguments.captions)]
+        local = [*JOB, *flags, "--source", str(raw), "--out", str(folder / "out")]
+        times = []
+        for _ in range(arguments.repeats):
+            shutil.rmtree(folder / "out", ignore_errors=True)
+            times.append(seconds(local))
+        size = sum(open_folder(folder / "out").walk().values()) / 1e6
+        rows.append(("prepare, folder to folder", times, f"{size:.0f} MB"))
+        rows.append(("the same again (compared, kept)", [seconds(local)], ""))
+        check = [*JOB, "--check", str(folder / "out")]
+        rows.append(("--check", [seconds(check) for _ in range(arguments.repeats)], ""))
+        if arguments.ray:
+            out = folder / "by-ray"
+            ray = [*JOB, *flags, "--source", str(raw), "--out", str(out)]
+            times = [seconds([*ray, "--workers", str(arguments.ray)])]
+            same = read_digest(out) == read_digest(folder / "out")
+            rows.append((f"prepare, {arguments.ray} Ray tasks", times, f"same digest: {same}"))
+        if arguments.s3:
+            rows += measure_s3(raw, folder / "out", flags)
+    report(rows, arguments.out)
+    return 0
+
+
+def draw_source(root: Path, captions: Path) -> list[str]:
+    """Write the source; flags that the job needs for it."""
+    there = captions.is_dir()
+    noise = np.random.default_rng(0).integers(0, 256, (64, 16, 8, 3), np.uint8)
+
+    def draw(place: tuple[int, Path]) -> None:
+        number, path = place
+        image = Image.fromarray(noise[number % 64]).resize((128, 256), Image.Resampling.BICUBIC)
+        pixels = np.array(image)
+        pixels[:8, :8] = np.frombuffer(number.to_bytes(3, "big"), np.uint8)  # no two alike
+        grain = np.random.default_rng(number).integers(-9, 10, (*pixels.shape[:2], 1), np.int16)
+        data = io.BytesIO()
+        Image.fromarray(np.clip(pixels + grain, 0, 255).astype(np.uint8)).save(
+            data, "JPEG", quality=90
+        )
+        path.write_bytes(data.getvalue())
+
+    paths = []
+    for split, (name, identities, samples) in SPLITS.items():
+        for modality in MODALITIES:
+            (root / name / modality).mkdir(parents=True)
+            if there:
+                items = json.loads((captions / f"{split}_{modality}.json").read_text())
+                names = [item["item"] for item in items]
+            else:
+                names = [
+                    f"{n % identities:06d}_cam{1 + n // identities % 4}_0_{n // identities:02d}.jpg"
+                    for n in range(samples)
+                ]
+            paths += [root / name / modality / one for one in names]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(draw, enumerate(paths)))
+    if there:
+        shutil.copytree(captions, root / "text")
+    return [] if there else ["--no-captions"]
+
+
+def measure_s3(
+    raw: Path, expected: Path, flags: Sequence[str]
+) -> Iterator[tuple[str, list[float], str]]:
+    """From bucket to bucket, and what the server alone takes to hand over the same files."""
+    with s3_server():
+        bucket = open_folder("s3://bench")
+        began = time.monotonic()
+        bucket.upload_tree(raw, "raw")
+        yield "upload of the source", [time.monotonic() - began], ""
+        paths = list(bucket.walk("raw"))
+        began = time.monotonic()
+        with ThreadPoolExecutor(16) as pool:
+            total = sum(pool.map(lambda path: len(bucket.read(f"raw/{path}")), paths))
+        yield "reading the source alone", [time.monotonic() - began], f"{total / 1e6:.0f} MB"
+        job = [*JOB, *flags, "--source", "s3://bench/raw", "--out", "s3://bench/out"]
+        times = [seconds(job)]
+        same = (
+            bucket.below("out").read("manifest.json") == (expected / "manifest.json").read_bytes()
+        )
+        yield "prepare, bucket to bucket", times, f"same manifest: {same}"
+        yield "--check of a bucket", [seconds([*JOB, "--check", "s3://bench/out"])], ""
+
+
+@contextmanager
+def s3_server() -> Iterator[None]:
+    """A moto server with an empty bucket, named by the environment."""
+    os.environ |= KEYS
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(PORT)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(300):
+            try:
+                request = urllib.request.Request(f"{KEYS['AWS_ENDPOINT_URL']}/bench", method="PUT")
+                urllib.request.urlopen(request, timeout=5).close()
+                break
+            except OSError:
+                time.sleep(0.1)
+        yield
+    finally:
+        server.kill()
+        server.wait()
+
+
+def seconds(command: Sequence[str]) -> float:
+    """Wall time of a command that must succeed."""
+    began = time.monotonic()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return time.monotonic() - began
+
+
+def read_digest(folder: Path) -> str:
+    """The digest of a set of shards."""
+    return str(json.loads((folder / "manifest.json").read_text())["digest"])
+
+
+def report(rows: Sequence[Row], out: Path) -> None:
+    """Print the table and write the JSON."""
+    table = Table("what", "median s", "min-max", "")
+    for what, times, note in rows:
+        spread = f"{min(times):.1f}-{max(times):.1f}" if len(times) > 1 else "once"
+        table.add_row(what, f"{statistics.median(times):.1f}", spread, note)
+    Console().print(table)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    answer = [{"what": what, "seconds": times, "note": note} for what, times, note in rows]
+    out.write_text(json.dumps(answer, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Arguments, description=__doc__)))
