@@ -53,6 +53,8 @@ ROOT = Path(__file__).resolve().parents[1]
 CARD = ROOT / "datasets" / "demo.toml"
 SERVER = ROOT / "tests" / "captioning" / "scripted_endpoint.py"
 JOB = ROOT / "jobs" / "caption.py"
+SHARES = (0.1, 0.25, 0.5, 0.75, 0.999)
+"""Of the answers, when memory is looked at."""
 FASTEST = "scripted-large"
 """The model of the speed measurement."""
 
@@ -171,16 +173,20 @@ def speed(job: CaptioningBenchmark) -> dict[str, Any]:
         with server(raw, job.latency_s) as url:
             killed = killed_run(job, raw, url, images)
     table = Table(title=f"{images} images, {job.latency_s * 1000:.0f} ms, {job.concurrency} calls")
-    for name in ("run", "s", "of ideal", "CPU s", "idle %", "MB at 10 %", "at 50 %", "at the end"):
+    shares = [f"{100 * share:.0f} %" for share in SHARES]
+    for name in ("run", "s", "of ideal", "CPU s", "idle %", *shares, "written"):
         table.add_column(name, justify="right")
     for number, run in enumerate(runs):
         memory = [f"{value:.0f}" for value in run["memory_mb"]]
         table.add_row(
             f"{number}", f"{run['seconds']:.2f}", f"{run['seconds'] / ideal:.2f}",
-            f"{run['cpu_s']:.1f}", f"{run['idle']:.0f}", *memory,
+            f"{run['cpu_s']:.1f}", f"{run['idle']:.0f}", *memory, f"{run['peak_mb']:.0f}",
         )  # fmt: skip
     show(table)
-    print(f"ideal {ideal:.2f} s; idle % is of the whole machine, which others may use as well")
+    print(
+        f"ideal {ideal:.2f} s; idle % is of the whole machine, which others may use as well; "
+        f"resident MB by the share of answers, and the most until captions are written"
+    )
     if killed is not None:
         print(f"killed at {killed['paid_before']} answers, of which {killed['lost']} were lost")
         print(f"{killed['paid_twice']} of {killed['answered']} were paid for twice after going on")
@@ -319,13 +325,13 @@ def one_run(job: CaptioningBenchmark, raw: Path, url: str, out: Path) -> dict[st
     process = subprocess.Popen(
         words_of(job, raw, url, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT
     )
-    rows: list[tuple[int, float]] = []
+    rows: list[tuple[int, float, float]] = []
     watched = psutil.Process(process.pid)
     cpu = 0.0
     while process.poll() is None:
         try:
             size = sum(part.stat().st_size for part in (out / "ledger").glob("*.jsonl"))
-            rows.append((size, watched.memory_info().rss / 1e6))
+            rows.append((size, watched.memory_info().rss / 1e6, time.monotonic()))
             times = watched.cpu_times()
             cpu = times.user + times.system
         except (psutil.NoSuchProcess, FileNotFoundError):
@@ -336,16 +342,17 @@ def one_run(job: CaptioningBenchmark, raw: Path, url: str, out: Path) -> dict[st
     cores = os.cpu_count() or 1
     idle = (psutil.cpu_times().idle - before.idle) / (cores * (time.monotonic() - began))
     report = json.loads((out / "report.json").read_text())
-    full = max(size for size, _ in rows)
-    memory = [
-        next(rss for size, rss in rows if size >= share * full) for share in (0.1, 0.5, 0.999)
-    ]
+    full = max(size for size, _, _ in rows)
+    memory = [next(rss for size, rss, _ in rows if size >= share * full) for share in SHARES]
     return {
         "seconds": report["totals"]["seconds"],
         "captions": report["captions"],
         "cpu_s": cpu,
         "idle": 100 * idle,
         "memory_mb": memory,
+        "peak_mb": max(rss for _, rss, _ in rows),
+        "whole_s": rows[-1][2] - began,
+        "series": [(round(when - began, 2), size, round(rss, 1)) for size, rss, when in rows],
     }
 
 

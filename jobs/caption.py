@@ -59,9 +59,9 @@ class RunJob:
     card: Path | None = None
     """Card of the benchmark, such as datasets/rgbnt201.toml; with --source."""
     source: str | None = None
-    """Raw folders that the card's paths start from."""
+    """Raw folders that the card's paths start from, local or s3://."""
     data: str | None = None
-    """Instead of --card and --source: folder of shards that jobs/prepare.py wrote."""
+    """Instead of --card and --source: shards that jobs/prepare.py wrote, local or s3://."""
     schema: str | None = None
     """person, vehicle or a TOML file; None: by the card's object."""
     only: tuple[str, ...] = ()
@@ -70,13 +70,13 @@ class RunJob:
     """Name of a model of the file that rewrites sentences; checked, one by one."""
     ledger: Path | None = None
     """Folder of the ledger, which all machines must see; None: ledger/ in --out."""
-    shards: Path | None = None
-    """Folder of new shards with the new captions."""
+    shards: str | None = None
+    """Folder of new shards with the new captions, local or s3://."""
     labels: Path | None = None
-    """JSON {split: {sample: {attribute: value}}}: confidences are calibrated with it, and what is
-    written is scored against it."""
+    """JSON {split: {sample: {attribute: value}}}: what is written is scored against it, and without
+    --calibration confidences are calibrated with it."""
     calibration: Path | None = None
-    """calibration.json of another run."""
+    """calibration.json that a run with --labels wrote."""
     on_bad: OnBad = "fail"
     """A file of --source that does not fit the card, or has to be decoded and cannot be: fail, or
     skip it. An image that only the endpoint cannot open is recorded as refused in any case."""
@@ -97,7 +97,7 @@ class QualityJob:
     """Measure caption files: lengths, unknown rate, dirt, contradictions, coverage."""
 
     files: tyro.conf.Positional[tuple[Path, ...]]
-    """Caption files SPLIT_MODALITY.json, or folders of them."""
+    """Caption files SPLIT_MODALITY.json, or folders of them, such as text/ of a run's --out."""
     schema: str | None = None
     """Schema whose attributes are looked for: person, vehicle or a TOML file; None: the one of
     the package that fits the captions best."""
@@ -286,7 +286,9 @@ def show_result(result: CaptionResult) -> None:
         print(f"rewritten {result.rewritten} sentences, {kept}; its cost is counted above")
     if result.score is not None:
         score = result.score
-        print(f"labels    unknown {score.unknown:.2f} %, accuracy {score.accuracy:.2f} %")
+        fitted = ", on the labels that calibrated it" * (result.settings["calibration"] == "labels")
+        rates = f"unknown {score.unknown:.2f} %, accuracy {score.accuracy:.2f} %"
+        print(f"labels    {rates}{fitted}")
     for file in result.files:
         print(f"file      {file}")
 
@@ -301,7 +303,8 @@ def quality(argv: Sequence[str]) -> int:
         schema = load_schema(job.schema)
     else:
         schema = guess_schema(files, [load_schema(path) for path in sorted(SCHEMAS.glob("*.toml"))])
-    report = measure(files, schema)
+    with ProgressLine("measure") as progress:
+        report = measure(files, schema, progress=progress)
     pictures = draw_report(report, job.figures) if job.figures is not None else []
     if job.json:
         print(json.dumps(report.as_dict() | {"pictures": [str(path) for path in pictures]}))

@@ -94,6 +94,8 @@ def write_captions(
     unread = captioner.source.count() - len(images)
     if unread:
         result.without["unreadable"] = unread
+    fitted = labels is not None and calibration is None
+    result.settings["calibration"] = "labels" if fitted else "given" if calibration else None
     if labels is not None:
         result.score = Score(0, 0, 0)
         if calibration is None:

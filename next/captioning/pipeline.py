@@ -234,13 +234,17 @@ def _dataset(source: Source, blocks: int) -> tuple[Any, Callable[[_Columns], Ite
     if isinstance(source, ShardSource):
         manifest = source.manifest
         paths = [
-            f"{manifest.uri}/{shard.file}"
+            f"{manifest.folder.base}/{shard.file}"
             for entry in manifest.splits.values()
             for shard in entry.shards
         ]
         columns = ["sample_id", *(f"image_{name}" for name in source.benchmark.modalities)]
         dataset = ray.data.read_parquet(
-            paths, columns=columns, include_paths=True, override_num_blocks=blocks
+            paths,
+            filesystem=manifest.folder.filesystem,
+            columns=columns,
+            include_paths=True,
+            override_num_blocks=blocks,
         )
         return dataset, _FromShards(source)
     samples = [

@@ -156,7 +156,7 @@ def measure(
     Args:
         files: as :func:`read_caption_files` gives them.
         schema: whose attributes are looked for.
-        progress: called with files done and files in all.
+        progress: called with captions done and captions in all, after each file.
 
     Raises:
         ValueError: there is no caption.
@@ -167,11 +167,13 @@ def measure(
     names = _short_names(files)
     by_modality: dict[str, list[CaptionFile]] = {}
     groups = {}
-    for done, (name, file) in enumerate(zip(names, files, strict=True), start=1):
+    done, total = 0, sum(len(file.captions) for file in files)
+    for name, file in zip(names, files, strict=True):
         groups[name] = meter.group([file])
+        done += len(file.captions)
         by_modality.setdefault(file.modality, []).append(file)
         if progress is not None:
-            progress(done, len(files))
+            progress(done, total)
     agreement = meter.agreement(files)
     return QualityReport(
         schema=schema.name,

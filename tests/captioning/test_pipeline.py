@@ -16,6 +16,7 @@ from next.captioning.run import CaptionConfig, Captioner
 from next.captioning.source import ShardSource
 from next.captioning.spending import BudgetConfig
 from next.data.shards import open_manifest
+from next.storage import open_folder
 from tests.captioning.conftest import ROOT
 from tests.captioning.scripted_endpoint import Script, scripted
 
@@ -31,10 +32,10 @@ TWO = CaptionConfig(workers=2)
 
 
 @pytest.fixture(scope="module")
-def cluster():
+def cluster(s3_server):
     ray.init(
         address="local", num_cpus=4, include_dashboard=False, log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
+        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), **s3_server.environment}},
     )  # fmt: skip
     yield
     ray.shutdown()
@@ -46,7 +47,10 @@ def models(url, **settings):
 
 
 @pytest.mark.usefixtures("cluster")
-def test_many_processes_ask_what_one_would(demo_raw, demo_source, demo_shards, person, tmp_path):
+def test_many_processes_ask_what_one_would(
+    demo_raw, demo_source, demo_shards, s3, person, tmp_path
+):
+    """About folders, and then about shards in an object store, where nothing is new."""
     with scripted(demo_raw, Script(trouble={"500": 0.05})) as server:
         with Ledger(tmp_path / "ledger") as ledger:
             many = Captioner(demo_source, person, models(server.url), TWO)
@@ -54,13 +58,10 @@ def test_many_processes_ask_what_one_would(demo_raw, demo_source, demo_shards, p
             assert totals.images == totals.calls == 396
             assert set(server.stats.answers.values()) == {1}
             before = server.stats.requests
-            again, same = many.ask(ledger)
+            open_folder(s3).upload_tree(demo_shards)
+            shards = Captioner(ShardSource(open_manifest(s3)), person, models(server.url), TWO)
+            again, same = shards.ask(ledger)
             assert (again.calls, again.known) == (0, 396)
-            shards = Captioner(
-                ShardSource(open_manifest(demo_shards)), person, models(server.url), TWO
-            )
-            rows, _ = shards.ask(ledger)
-            assert (rows.calls, rows.known) == (0, 396)
             assert server.stats.requests == before
             assert same == images
             write_captions(many, ledger, images, tmp_path / "many", totals)

@@ -8,6 +8,7 @@ from next.captioning.source import FolderSource, ShardSource
 from next.data.benchmark import load_card
 from next.data.ingest import ScanOptions, scan
 from next.data.shards import open_manifest
+from next.storage import open_folder
 from tests.captioning.conftest import ROOT
 
 OPTIONS = ScanOptions(allow_count_mismatch=True)
@@ -82,6 +83,17 @@ def test_caption_files_are_read_back_by_the_card(request, layout, tmp_path):
     for split in ("train", "gallery"):
         for sample in found.samples[split]:
             assert all(sample.sentences)
+
+
+def test_folders_and_shards_may_lie_in_an_object_store(tiles, s3):
+    open_folder(f"{s3}/raw").upload_tree(tiles.folder.base)
+    far = FolderSource.open(tiles.benchmark, f"{s3}/raw", OPTIONS)
+    assert list(far.pictures()) == list(tiles.pictures())
+    rows = ShardSource(far.write_shards(f"{s3}/shards", {}, None))
+    assert list(rows.pictures()) == list(tiles.pictures())
+    captioned = rows.write_shards(f"{s3}/captioned", every_caption(rows), None)
+    assert captioned.digest != rows.manifest.digest
+    assert captioned.sentences("query")[1] == [["A vehicle of query in NI."]]
 
 
 def test_a_card_without_captions_gets_files_of_the_usual_names(tiles, tmp_path):
