@@ -400,6 +400,12 @@ class RunConfig(Section):
                 f"optim.accumulate must not exceed the {share} samples of a worker's share of the "
                 f"batch, but got {self.optim.accumulate}; lower it"
             )
+        if self.data.placement == "sharded" and self.batch.identities % self.scaling.num_workers:
+            raise ValueError(
+                f"batch.identities must be a multiple of scaling.num_workers with data.placement "
+                f"= sharded, because each worker draws its own identities, but got "
+                f"{self.batch.identities} over {self.scaling.num_workers}"
+            )
         return self
 
 

@@ -1,12 +1,18 @@
-"""Augmentation of a whole batch, on whatever device its pixels live.
+"""Augmentation of a whole batch, on the training device.
 
 Flip, zero padding, random crop, normalisation, random erasing, as the public codes do it. What is
 drawn for a sample is a function of (seed, epoch, sample, draw), so its result does not depend on
 its neighbours in the batch, on the number of workers or on the device.
+
+A GPU works on the whole batch at once (:func:`move`, :func:`finish`). A CPU goes image by image
+(:func:`compose`), straight from the decoded cache to floats: what one image needs stays in the
+core's own cache, where passes over the whole batch would each go through memory. Both give the
+same bits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +21,6 @@ from torch import Tensor
 
 from next.config import AugmentConfig
 from next.data.draws import uniform
-from next.data.workspace import Workspace
 
 ERASE_ASPECT = (0.3, 1 / 0.3)
 """Least and largest height over width of an erased rectangle, as in the public codes."""
@@ -41,27 +46,6 @@ class Drawn(NamedTuple):
     """int64 ``[B, M]``: its height."""
     wide: np.ndarray
     """int64 ``[B, M]``: its width."""
-
-
-def normalise(
-    images: Tensor, mean: float, std: float, workspace: Workspace | None = None
-) -> Tensor:
-    """Pixels ``(x / 255 - mean) / std``, channels before height and width.
-
-    Args:
-        images: uint8 ``[..., H, W, 3]``.
-        mean: subtracted from pixel values in [0, 1], for every channel.
-        std: divides them after that.
-        workspace: lends the memory of the result; None: new memory.
-
-    Returns:
-        float32 ``[..., 3, H, W]``, in memory still ``[..., H, W, 3]`` (torch's channels last): to
-        transpose would cost a pass over the batch, and convolutions take both.
-    """
-    workspace = workspace or Workspace()
-    pixels = workspace.lend(tuple(images.shape), images.device).copy_(images)
-    # Two roundings and no fused multiply-add, which only some of the pixels would get.
-    return pixels.sub_(255.0 * mean).mul_(1.0 / (255.0 * std)).movedim(-1, -3)
 
 
 def augment(
@@ -94,13 +78,53 @@ def augment(
         draws: ``[B]`` how often the sample stood earlier in this epoch's plan.
 
     Returns:
-        float32 ``[B, M, 3, H, W]`` on the device of ``images``, laid out as :func:`normalise` does.
+        float32 ``[B, M, 3, H, W]`` on the device of ``images``, laid out as :func:`finish` does.
 
     Differs from the public codes in that the modalities of a sample share flip and crop (theirs
     draw them anew for each image; ``shared_geometry = False`` does so too).
     """
     drawn = draw(tuple(images.shape), config, seed, epoch, samples, draws)
-    return finish(move(images, drawn), drawn, mean, std)
+    if images.is_cuda:
+        return finish(move(images, drawn), drawn, mean, std)
+    pixels = np.empty(images.shape, dtype=np.float32)
+    compose(images.numpy(), drawn, mean, std, pixels)
+    return torch.from_numpy(pixels).movedim(-1, -3)
+
+
+def drop_modalities(
+    present: np.ndarray,
+    probability: float,
+    *,
+    seed: int,
+    epoch: int,
+    samples: np.ndarray,
+    draws: np.ndarray,
+    columns: Sequence[int],
+) -> np.ndarray:
+    """``present`` with some modalities of some samples treated as missing.
+
+    Each present modality is dropped with the same probability, independently; if all of a sample's
+    would be, the one with the largest number drawn stays.
+
+    Args:
+        present: bool ``[B, M]``.
+        probability: ``data.drop_modality``.
+        seed: seed of the run.
+        epoch: number of the epoch.
+        samples: ``[B]`` as in :func:`augment`.
+        draws: ``[B]`` likewise.
+        columns: ``[M]`` numbers of the modalities among all of the data, so that a modality is
+            dropped from the same samples whichever others are read.
+
+    Returns:
+        bool ``[B, M]``; a sample without any modality stays so.
+    """
+    if not probability:
+        return present
+    keys = (np.asarray(samples)[:, None], np.asarray(draws)[:, None], np.asarray(columns))
+    number = np.where(present, uniform("modalities", seed, epoch, *keys)[..., 0], -1.0)
+    kept: np.ndarray = present & (number >= np.minimum(probability, number.max(1, keepdims=True)))
+    return kept
 
 
 def draw(
@@ -122,8 +146,69 @@ def draw(
     return Drawn(numbers[..., 0] < config.flip, offsets[..., 0], offsets[..., 1], *rectangles)
 
 
-def move(images: Tensor, drawn: Drawn | None, workspace: Workspace | None = None) -> Tensor:
-    """Flip and crop: ``out[y, x] = flipped[y + down, x + right]``, black outside the image.
+def compose(
+    images: Sequence[Sequence[np.ndarray]] | np.ndarray,
+    drawn: Drawn | None,
+    mean: float,
+    std: float,
+    out: np.ndarray,
+    *,
+    samples: Iterable[int] | None = None,
+    present: np.ndarray | None = None,
+) -> None:
+    """Augmented and normalised pixels of a batch on the CPU, image by image.
+
+    Args:
+        images: uint8 ``[B][M]`` of ``[H, W, 3]``.
+        drawn: what to do; None: only normalise.
+        mean: see :func:`finish`.
+        std: see :func:`finish`.
+        out: float32 ``[B, M, H, W, 3]``, which is filled.
+        samples: which samples of the batch to do; None: all. Threads share a batch by this.
+        present: bool ``[B, M]``; absent images become 0. None: all are present.
+    """
+    # Two roundings, as on a GPU; one image after the other, so that no place in a batch matters.
+    shift, scale = np.float32(255.0 * mean), np.float32(1.0 / (255.0 * std))
+    whole = (False, 0, 0)
+    geometry = None if drawn is None else _by_image(out.shape, *drawn[:3])
+    rectangles = None if drawn is None else _by_image(out.shape, *drawn[3:])
+    for sample in samples if samples is not None else range(len(out)):
+        for modality, pixels in enumerate(out[sample]):
+            if present is not None and not present[sample, modality]:
+                pixels[...] = 0
+                continue
+            moved = whole if geometry is None else geometry[sample][modality]
+            _place(pixels, images[sample][modality], *moved)
+            pixels -= shift
+            pixels *= scale
+            if rectangles is not None:
+                top, left, tall, wide = rectangles[sample][modality]
+                pixels[top : top + tall, left : left + wide] = 0
+
+
+def _by_image(shape: tuple[int, ...], *columns: np.ndarray) -> list[list[list[int]]]:
+    """Plain numbers ``[B][M][...]``, which are much faster to read one by one than arrays."""
+    return np.stack([np.broadcast_to(one, shape[:2]) for one in columns], axis=-1).tolist()
+
+
+def _place(out: np.ndarray, image: np.ndarray, flip: int, down: int, right: int) -> None:
+    """Flip and crop one image into floats: ``out[y, x] = flipped[y + down, x + right]`` or 0."""
+    height, width, channels = image.shape
+    top, left = min(height, max(0, -down)), min(width, max(0, -right))
+    bottom, end = max(top, min(height, height - down)), max(left, min(width, width - right))
+    lines, inside = image[top + down : bottom + down], out[top:bottom, left:end]
+    if not flip:
+        inside[...] = lines[:, left + right : end + right]
+    else:
+        mirrored = lines[:, ::-1][:, left + right : end + right]
+        for channel in range(channels):  # else the innermost loop would be three pixels long
+            inside[..., channel] = mirrored[..., channel]
+    for border in (out[:top], out[bottom:], out[top:bottom, :left], out[top:bottom, end:]):
+        border[...] = 0
+
+
+def move(images: Tensor, drawn: Drawn | None) -> Tensor:
+    """Flip and crop a batch at once: ``out[y, x] = flipped[y + down, x + right]``, else black.
 
     One selection of whole lines, then one gather along the lines; what falls outside takes the
     nearest pixel there and is blackened afterwards.
@@ -131,14 +216,12 @@ def move(images: Tensor, drawn: Drawn | None, workspace: Workspace | None = None
     Args:
         images: uint8 ``[B, M, H, W, 3]``.
         drawn: what to do; None: nothing.
-        workspace: holds the result until its next use; None: new memory.
 
     Returns:
         uint8 ``[B, M, H, W, 3]``.
     """
     if drawn is None:
         return images
-    workspace = workspace or Workspace()
     device = images.device
     batch, modalities, height, width, _ = images.shape
     line = np.arange(height) + drawn.down[..., None]
@@ -149,13 +232,11 @@ def move(images: Tensor, drawn: Drawn | None, workspace: Workspace | None = None
 
     image = np.arange(batch * modalities).reshape(batch, modalities, 1)
     number = torch.from_numpy((image * height + line.clip(0, height - 1)).reshape(-1)).to(device)
-    lines = workspace.keep("lines", (len(number), width * 3), torch.uint8, device)
-    torch.index_select(images.reshape(-1, width * 3), 0, number, out=lines)
+    lines = images.reshape(-1, width * 3).index_select(0, number)
 
     byte = (column[..., None] * 3 + np.arange(3)).reshape(batch, -1, 1, width * 3)
     shape = (batch, modalities, height, width * 3)
-    moved = workspace.keep("moved", shape, torch.uint8, device)
-    torch.gather(lines.view(shape), 3, torch.from_numpy(byte).to(device).expand(shape), out=moved)
+    moved = lines.view(shape).gather(3, torch.from_numpy(byte).to(device).expand(shape))
     if not (line_inside.all() and column_inside.all()):
         inside = torch.from_numpy(line_inside.astype(np.uint8)).to(device)
         moved *= inside[..., None]
@@ -164,18 +245,23 @@ def move(images: Tensor, drawn: Drawn | None, workspace: Workspace | None = None
     return moved.view(images.shape)
 
 
-def finish(
-    moved: Tensor,
-    drawn: Drawn | None,
-    mean: float,
-    std: float,
-    workspace: Workspace | None = None,
-) -> Tensor:
-    """Normalise, and erase what was drawn; arguments and result as :func:`normalise`."""
-    pixels = normalise(moved, mean, std, workspace)
+def finish(moved: Tensor, drawn: Drawn | None, mean: float, std: float) -> Tensor:
+    """Pixels ``(x / 255 - mean) / std``, channels before height and width; and erase what is drawn.
+
+    Args:
+        moved: uint8 ``[B, M, H, W, 3]``.
+        drawn: rectangles to erase; None: none.
+        mean: subtracted from pixel values in [0, 1], for every channel.
+        std: divides them after that.
+
+    Returns:
+        float32 ``[B, M, 3, H, W]``, in memory still ``[B, M, H, W, 3]`` (torch's channels last): to
+        transpose would cost a pass over the batch, and convolutions take both.
+    """
+    pixels = moved.float().sub_(255.0 * mean).mul_(1.0 / (255.0 * std))
     if drawn is not None:
-        _erase(pixels.movedim(-3, -1), drawn)
-    return pixels
+        _erase(pixels, drawn)
+    return pixels.movedim(-1, -3)
 
 
 def _draw_rectangles(

@@ -2,7 +2,7 @@
 
 The folder of caches (``data.cache``) holds
 
-* ``decoded-<digest>-<split>[-<shard>]-<height>x<width>-<modalities>``: a folder with two NumPy
+* ``decoded-<digest>-<split>[-<rows>]-<height>x<width>-<modalities>``: a folder with two NumPy
   files, ``images.npy`` and ``present.npy``, and ``about.json``;
 * ``text-<key>.arrow``: text banks (see :mod:`next.data.captions`).
 
@@ -43,7 +43,7 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 @dataclass(frozen=True)
 class DecodedCache:
-    """Decoded images of one split, or of one of its shards."""
+    """Decoded images of one split, or of some of its rows."""
 
     images: np.ndarray
     """uint8 ``[rows, M, H, W, 3]``, RGB, a read-only memory map; 0 where there is no image.
@@ -102,7 +102,7 @@ def open_cache(
     root: str | Path,
     progress: Progress | None = None,
     *,
-    shard: int | None = None,
+    rows: np.ndarray | None = None,
     limit: float | None = None,
 ) -> DecodedCache:
     """The decoded images of a split, built if this node does not have them yet.
@@ -116,7 +116,7 @@ def open_cache(
         image_size: height and width in pixels.
         root: folder of all caches of the node (see :func:`cache_root`).
         progress: called with rows done and rows in all while a cache is built.
-        shard: number of the only shard to decode, into a cache of its own; None: all.
+        rows: the only rows to decode, ascending, into a cache of their own; None: all.
         limit: ``data.cache_limit``, gigabytes; None: no limit.
 
     Raises:
@@ -126,17 +126,18 @@ def open_cache(
     """
     split = manifest.resolve(split)
     modalities = manifest.benchmark.modalities
-    path = Path(root) / _name(manifest.digest, split, shard, image_size, modalities)
-    rows = manifest.shard_rows(split)
-    if not rows.sum():
+    all_rows = manifest.splits[split].rows
+    if not all_rows:
         raise ValueError(f"split {split} of {manifest.uri} has no rows; prepare the data again")
-    count = int(rows.sum() if shard is None else rows[shard])
-    shape = (count, len(modalities), *image_size, 3)
+    path = Path(root) / _name(manifest.digest, split, rows, image_size, modalities)
+    if rows is None:
+        rows = np.arange(all_rows)
+    shape = (len(rows), len(modalities), *image_size, 3)
     cache = _open(path, shape)
     while cache is None:
         with exclusive(path) as draft:
             if _open(path, shape) is None:
-                _build(draft, manifest, split, shard, shape, limit, progress)
+                _build(draft, manifest, split, rows, shape, limit, progress)
                 _remove(path)
                 draft.rename(path)
         cache = _open(path, shape)  # None again if a clean-up came between
@@ -304,9 +305,12 @@ def _kind(path: Path) -> Kind | None:
 def _about(path: Path) -> str:
     try:
         about = json.loads((path / "about.json").read_text())
-        part = about["split"] if about["shard"] is None else f"{about['split']} {about['shard']}"
-        return "{} {} {}x{} {}".format(
-            about["benchmark"], part, *about["image_size"], "+".join(about["modalities"])
+        return "{} {}, {} samples, {}x{}, {}".format(
+            about["benchmark"],
+            about["split"],
+            about["rows"],
+            *about["image_size"],
+            "+".join(about["modalities"]),
         )
     except (OSError, ValueError, KeyError):
         return ""
@@ -320,13 +324,15 @@ def _size(path: Path) -> int:
 def _name(
     digest: str,
     split: str,
-    shard: int | None,
+    rows: np.ndarray | None,
     image_size: tuple[int, int],
     modalities: tuple[str, ...],
 ) -> str:
     height, width = image_size
     axis = hashlib.sha256("\n".join(modalities).encode()).hexdigest()[:8]
-    part = split if shard is None else f"{split}-{shard:05d}"
+    part = split
+    if rows is not None:
+        part += "-" + hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()[:8]
     return f"decoded-{digest[:16]}-{part}-{height}x{width}-{axis}"
 
 
@@ -355,7 +361,7 @@ def _build(
     draft: Path,
     manifest: Manifest,
     split: str,
-    shard: int | None,
+    rows: np.ndarray,
     shape: tuple[int, ...],
     limit: float | None,
     progress: Progress | None,
@@ -371,13 +377,13 @@ def _build(
         with _told_if_full(draft.parent, needed):
             start = reserve(draft / "images.npy", shape)
     with _told_if_full(draft.parent, needed):
-        present = decode_into(draft / "images.npy", start, manifest, split, shard, shape, progress)
+        present = decode_into(draft / "images.npy", start, manifest, split, rows, shape, progress)
         np.save(draft / "present.npy", present)
         about = {
             "benchmark": manifest.benchmark.name,
             "digest": manifest.digest,
             "split": split,
-            "shard": shard,
+            "rows": len(rows),
             "image_size": shape[2:4],
             "modalities": manifest.benchmark.modalities,
         }

@@ -1,4 +1,4 @@
-"""Decoding: encoded images of a split, or of one of its shards, into one array file."""
+"""Decoding: encoded images of a split, or of some of its rows, into one array file."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def decode_into(
     start: int,
     manifest: Manifest,
     split: str,
-    shard: int | None,
+    rows: np.ndarray,
     shape: tuple[int, ...],
     progress: Progress | None,
 ) -> np.ndarray:
@@ -69,23 +69,23 @@ def decode_into(
         start: where its values start.
         manifest: prepared data.
         split: name of the split.
-        shard: number of the only shard to decode; None: all.
-        shape: ``[rows, M, H, W, 3]``.
+        rows: [n] rows of the split, ascending.
+        shape: ``[n, M, H, W, 3]``.
         progress: called with rows done and rows in all.
 
     Returns:
-        bool ``[rows, M]``: which images there are.
+        bool ``[n, M]``: which images there are.
 
     Raises:
         OSError: the disk is full, or cannot be written.
         ValueError: an image cannot be decoded; the message names it.
     """
-    rows, modalities, height, width, _ = shape
+    count, modalities, height, width, _ = shape
     size = int(np.prod(shape[1:]))
-    present = np.zeros((rows, modalities), dtype=bool)
+    present = np.zeros((count, modalities), dtype=bool)
     with path.open("r+b") as file:
 
-        def write(row: int, images: list[bytes | None]) -> None:
+        def write(place: int, images: list[bytes | None]) -> None:
             # Written at its place and not through a map: a full disk is then an error here,
             # and not a signal that kills the process.
             pixels = np.zeros(shape[1:], dtype=np.uint8)
@@ -95,26 +95,22 @@ def decode_into(
                 try:
                     pixels[number] = decode(encoded, (height, width))
                 except ValueError as error:
+                    sample = manifest.labels(split).sample_id[rows[place]]
                     raise ValueError(
                         f"{manifest.uri}: the {manifest.benchmark.modalities[number]} image of "
-                        f"sample {_name(manifest, split, shard, row)!r} in {split} {error}; "
-                        f"prepare the data again"
+                        f"sample {str(sample)!r} in {split} {error}; prepare the data again"
                     ) from None
-                present[row, number] = True
-            _write_at(file.fileno(), pixels.data.cast("B"), start + row * size)
+                present[place, number] = True
+            _write_at(file.fileno(), pixels.data.cast("B"), start + place * size)
 
-        _decode_all(manifest.iter_images(split, shard), rows, write, progress)
+        images = (images for _, images in manifest.iter_images(split, rows))
+        _decode_all(images, count, write, progress)
         os.fsync(file.fileno())
     return present
 
 
-def _name(manifest: Manifest, split: str, shard: int | None, row: int) -> str:
-    before = 0 if shard is None else int(manifest.shard_rows(split)[:shard].sum())
-    return str(manifest.labels(split).sample_id[before + row])
-
-
 def _decode_all(
-    images: Iterator[tuple[int, list[bytes | None]]],
+    images: Iterator[list[bytes | None]],
     rows: int,
     write: Callable[[int, list[bytes | None]], None],
     progress: Progress | None,
@@ -134,8 +130,8 @@ def _decode_all(
 
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
         try:
-            for row, encoded in images:
-                waiting.append(pool.submit(write, row, encoded))
+            for place, encoded in enumerate(images):
+                waiting.append(pool.submit(write, place, encoded))
                 finish(threads * _WAITING_PER_THREAD)
             finish(0)
         except BaseException:

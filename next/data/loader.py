@@ -10,15 +10,15 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from next.config import RunConfig, near_matches
-from next.data.augment import draw, finish, move, normalise
+from next.config import RunConfig
+from next.data.augment import Drawn, compose, draw, drop_modalities, finish, move
 from next.data.cache import cache_root, open_cache
 from next.data.captions import (
     CaptionSampler,
@@ -30,7 +30,7 @@ from next.data.captions import (
     open_text_bank,
 )
 from next.data.decoding import Progress
-from next.data.labels import Labels
+from next.data.samples import PartedImages, SampleSet
 from next.data.shards import Manifest
 from next.data.workspace import Workspace
 
@@ -56,93 +56,6 @@ class Batch(NamedTuple):
     def to(self, device: torch.device | str) -> Batch:
         """The batch on another device."""
         return Batch(*(tensor.to(device) for tensor in self))
-
-
-@dataclass(frozen=True)
-class SampleSet:
-    """Samples of one split, or some of its rows and modalities; nothing is copied to choose them.
-
-    Random draws are keyed by the row of the split, so a sample is augmented alike in every set.
-    """
-
-    labels: Labels
-    """[n] labels of the samples."""
-    images: np.ndarray
-    """uint8 ``[R, A, H, W, 3]``, all rows and modalities of the split (the decoded cache)."""
-    present: np.ndarray
-    """bool ``[n, M]``: whether the sample has this modality's image."""
-    captions: CaptionSampler | None
-    """Text of all rows and modalities of the split; None: there is no text."""
-    modalities: tuple[str, ...]
-    """[M] names."""
-    text_width: int = 0
-    """D of the zeros that stand for the text where ``captions`` is None."""
-    rows: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    """int64 ``[n]`` rows of ``images``; left out: all of them."""
-    columns: tuple[int, ...] = ()
-    """[M] places of the modalities on the axis A of ``images``; left out: all of them."""
-
-    def __post_init__(self) -> None:
-        if not self.columns:
-            object.__setattr__(self, "columns", tuple(range(len(self.modalities))))
-        if not len(self.rows) and len(self.labels.pid):
-            object.__setattr__(self, "rows", np.arange(len(self.labels.pid)))
-        shape = (len(self.rows), len(self.columns))
-        if self.present.shape != shape or len(self.modalities) != shape[1]:
-            raise ValueError(
-                f"a sample set of {shape[0]} rows and {shape[1]} modalities needs present "
-                f"{list(shape)}, but got {list(self.present.shape)} and the names {self.modalities}"
-            )
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def select(self, rows: np.ndarray) -> SampleSet:
-        """The samples of ``rows`` (numbers within this set), in that order."""
-        return replace(
-            self, labels=self.labels.take(rows), present=self.present[rows], rows=self.rows[rows]
-        )
-
-    def with_modalities(self, names: Sequence[str]) -> SampleSet:
-        """The same samples with these modalities only, in this order.
-
-        Raises:
-            ValueError: the set has no modality of this name, or it is named twice, or none is.
-        """
-        unknown = [name for name in names if name not in self.modalities]
-        if unknown:
-            near = near_matches(unknown[0], list(self.modalities)) or list(self.modalities)
-            raise ValueError(
-                f"data.modalities names {unknown[0]!r}, which these data lack; "
-                f"did you mean {' or '.join(near)}?"
-            )
-        if not names or len(set(names)) < len(names):
-            raise ValueError(
-                f"data.modalities must name one modality or more, each once, but got {list(names)}"
-            )
-        places = [self.modalities.index(name) for name in names]
-        return replace(
-            self,
-            modalities=tuple(names),
-            present=self.present[:, places],
-            columns=tuple(self.columns[place] for place in places),
-        )
-
-    def pixels(self, rows: np.ndarray, workspace: Workspace | None = None) -> Tensor:
-        """Decoded images of ``rows``, uint8 ``[B, M, H, W, 3]``.
-
-        Args:
-            rows: ``[B]`` rows of this set.
-            workspace: holds the result until its next use; None: new memory.
-        """
-        _, all_modalities, *shape = self.images.shape
-        image = self.rows[rows][:, None] * all_modalities + np.asarray(self.columns)
-        workspace = workspace or Workspace()
-        found = workspace.keep("pixels", (*image.shape, *shape), torch.uint8, torch.device("cpu"))
-        flat = np.asarray(self.images).reshape(-1, *shape)
-        # The rows are checked above; to let `take` check them too would cost it a second copy.
-        flat.take(image, axis=0, out=found.numpy(), mode="clip")
-        return found
 
 
 def train_batches(
@@ -176,27 +89,32 @@ def train_batches(
             f"classes must hold every identity that is trained on, but {strangers[0]} is missing"
         )
 
-    device, workspace = _numbered(device), Workspace()
+    samples.prefetch(plan_slice.reshape(-1))
+    maker = _Maker(samples, config, device)
 
-    def prepare(step: int) -> Callable[[], Batch]:
+    def prepare(step: int) -> Batch:
         rows, earlier = plan_slice[step], draws[step]
-        split_rows = samples.rows[rows]
-        text = _no_text(samples, len(rows), config)
+        keys = {"seed": config.seed, "epoch": epoch, "samples": samples.rows[rows]}
+        present = drop_modalities(
+            samples.present[rows],
+            config.data.drop_modality,
+            **keys,
+            draws=earlier,
+            columns=samples.columns,
+        )
+        text = None
         if samples.captions is not None:
             text = samples.captions.train(
-                split_rows, earlier, seed=config.seed, epoch=epoch, modalities=samples.columns
+                samples.rows[rows],
+                earlier,
+                seed=config.seed,
+                epoch=epoch,
+                modalities=samples.columns,
             )
-        pixels = samples.pixels(rows, workspace).to(device)
-        drawn = draw(tuple(pixels.shape), config.augment, config.seed, epoch, split_rows, earlier)
-        moved = move(pixels, drawn, workspace)
+        drawn = draw(maker.shape(len(rows)), config.augment, draws=earlier, **keys)
+        return maker.batch(step, rows, present, text, labels[rows], drawn)
 
-        def complete() -> Batch:
-            images = finish(moved, drawn, config.data.mean, config.data.std, workspace)
-            return _batch(samples, rows, images, text, labels[rows], device)
-
-        return complete
-
-    return _one_ahead(prepare, len(plan_slice))
+    return maker.one_ahead(prepare, len(plan_slice))
 
 
 def evaluation_batches(
@@ -204,22 +122,16 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """All samples once, in order, not augmented; ``selection.batch`` at a time."""
     size = config.selection.batch
-    device, workspace = _numbered(device), Workspace()
+    maker = _Maker(samples, config, device)
 
-    def prepare(step: int) -> Callable[[], Batch]:
+    def prepare(step: int) -> Batch:
         rows = np.arange(step * size, min(len(samples), (step + 1) * size))
-        text = _no_text(samples, len(rows), config)
+        text = None
         if samples.captions is not None:
             text = samples.captions.evaluate(samples.rows[rows], modalities=samples.columns)
-        pixels = samples.pixels(rows, workspace).to(device)
+        return maker.batch(step, rows, samples.present[rows], text, samples.labels.pid[rows])
 
-        def complete() -> Batch:
-            images = normalise(pixels, config.data.mean, config.data.std, workspace)
-            return _batch(samples, rows, images, text, samples.labels.pid[rows], device)
-
-        return complete
-
-    return _one_ahead(prepare, -(-len(samples) // size))
+    return maker.one_ahead(prepare, -(-len(samples) // size))
 
 
 def open_samples(
@@ -232,6 +144,7 @@ def open_samples(
     width: int,
     overflow: Callable[[list[str]], float] | None = None,
     progress: Progress | None = None,
+    parts: Sequence[np.ndarray] | None = None,
 ) -> SampleSet:
     """The samples of a split; decoded cache and text bank are built if this node lacks them.
 
@@ -244,6 +157,8 @@ def open_samples(
         width: D, the length of an embedding.
         overflow: share of texts that the text tower cuts; asked with ``captions.encode = joint``.
         progress: called with rows done and rows in all while a cache is built.
+        parts: rows that have a cache together, which is opened only when they are read; None: one
+            cache of all rows, opened now.
 
     Raises:
         OSError: the disk has no room, or ``data.cache`` cannot be written.
@@ -252,10 +167,24 @@ def open_samples(
     """
     root = cache_root(config.data.cache)
     image_size = config.data.image_size or manifest.benchmark.image_size
-    cache = open_cache(manifest, split, image_size, root, progress, limit=config.data.cache_limit)
+    shape = (len(manifest.benchmark.modalities), *image_size, 3)
+    limit = config.data.cache_limit
+
+    def open_part(rows: np.ndarray) -> np.ndarray:
+        return open_cache(
+            manifest, split, image_size, root, progress, rows=rows, limit=limit
+        ).images
+
+    images: np.ndarray | PartedImages
+    if parts is None:
+        cache = open_cache(manifest, split, image_size, root, progress, limit=limit)
+        images, present = cache.images, cache.present
+    else:
+        present = manifest.present(split)
+        images = PartedImages(len(present), parts, open_part, shape)
     captions = None
     if config.captions.sampling != "none":
-        table = CaptionTable.build(manifest.sentences(split), cache.present)
+        table = CaptionTable.build(manifest.sentences(split), present)
         bank = _text_bank(manifest, config, text_tower_key, encode)
         if bank is not None:
             experts = config.model.semantic.experts
@@ -264,11 +193,12 @@ def open_samples(
             _warn_of_cut_texts(table, config, overflow)
     samples = SampleSet(
         labels=manifest.labels(split),
-        images=cache.images,
-        present=cache.present,
+        images=images,
+        present=present,
         captions=captions,
         modalities=manifest.benchmark.modalities,
         text_width=width,
+        shards=manifest.shard_of_row(split),
     )
     return samples.with_modalities(config.data.modalities or samples.modalities)
 
@@ -313,53 +243,104 @@ def _warn_of_cut_texts(
         )
 
 
+class _Maker:
+    """Makes the batches of one iterator, one ahead of its consumer."""
+
+    def __init__(self, samples: SampleSet, config: RunConfig, device: torch.device | str) -> None:
+        self.samples = samples
+        self.config = config
+        self.device = _numbered(device)
+        self.workspace = Workspace()
+        self.threads = torch.get_num_threads()
+        self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="images")
+        self.wanted = 0
+        """The step that the consumer waits for, or has had."""
+
+    def shape(self, batch: int) -> tuple[int, ...]:
+        """``(B, M, H, W, 3)``."""
+        return (batch, len(self.samples.columns), *self.samples.images.shape[2:])
+
+    def batch(
+        self,
+        step: int,
+        rows: np.ndarray,
+        present: np.ndarray,
+        text: np.ndarray | None,
+        labels: np.ndarray,
+        drawn: Drawn | None = None,
+    ) -> Batch:
+        """The batch of ``rows``; absent images have neither pixels nor text."""
+        if text is None:
+            experts = self.config.model.semantic.experts
+            text = np.zeros((*present.shape, experts, self.samples.text_width), dtype=np.float32)
+        text[~present] = 0
+        camera = self.samples.labels.camera[rows]
+        images = (self._on_cpu if self.device.type == "cpu" else self._on_device)(
+            step, rows, present, drawn
+        )
+        return Batch(
+            images,
+            torch.from_numpy(present),
+            torch.from_numpy(text),
+            torch.from_numpy(labels.astype(np.int64)),
+            torch.from_numpy(camera.astype(np.int64)),
+            torch.from_numpy(rows.astype(np.int64)),
+        ).to(self.device)
+
+    def _on_cpu(
+        self, step: int, rows: np.ndarray, present: np.ndarray, drawn: Drawn | None
+    ) -> Tensor:
+        stored = self.samples.stored(rows)
+        shape = self.shape(len(rows))
+        # Memory for two batches, one in use and one ahead, unless the consumer keeps more.
+        images = self.workspace.lend(shape, self.device, lambda: self.wanted >= step)
+        fill = partial(
+            compose,
+            stored,
+            drawn,
+            self.config.data.mean,
+            self.config.data.std,
+            images.numpy(),
+            present=present,
+        )
+        shares = np.array_split(np.arange(len(rows)), self.threads)
+        list(self.pool.map(lambda share: fill(samples=share.tolist()), shares))
+        return images.movedim(-1, -3)
+
+    def _on_device(
+        self, step: int, rows: np.ndarray, present: np.ndarray, drawn: Drawn | None
+    ) -> Tensor:
+        pixels = self.samples.pixels(rows, self.workspace).to(self.device)
+        images = finish(move(pixels, drawn), drawn, self.config.data.mean, self.config.data.std)
+        if not present.all():
+            images[torch.from_numpy(~present).to(self.device)] = 0
+        return images
+
+    def one_ahead(self, prepare: Callable[[int], Batch], steps: int) -> Iterator[Batch]:
+        """Batches in order; while one is used, a thread prepares the one after it.
+
+        An error of the thread is raised where its batch would have come; a consumer that stops
+        early ends the thread.
+        """
+        with self.pool, ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
+            try:
+                ahead = thread.submit(prepare, 0) if steps else None
+                for step in range(steps):
+                    assert ahead is not None
+                    self.wanted = step
+                    self.workspace.wake()
+                    batch = ahead.result()
+                    ahead = thread.submit(prepare, step + 1) if step + 1 < steps else None
+                    yield batch
+                    del batch
+            finally:
+                self.wanted = steps
+                self.workspace.wake()
+
+
 def _numbered(device: torch.device | str) -> torch.device:
     """The device with its number; a thread's current GPU would be another one."""
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
-
-
-def _no_text(samples: SampleSet, batch: int, config: RunConfig) -> np.ndarray:
-    shape = (batch, len(samples.columns), config.model.semantic.experts, samples.text_width)
-    return np.zeros(shape, dtype=np.float32)
-
-
-def _batch(
-    samples: SampleSet,
-    rows: np.ndarray,
-    images: Tensor,
-    text: np.ndarray,
-    labels: np.ndarray,
-    device: torch.device,
-) -> Batch:
-    present = samples.present[rows]
-    if not present.all():
-        images[torch.from_numpy(~present).to(images.device)] = 0
-        text[~present] = 0
-    return Batch(
-        images,
-        torch.from_numpy(present),
-        torch.from_numpy(text),
-        torch.from_numpy(labels.astype(np.int64)),
-        torch.from_numpy(samples.labels.camera[rows].astype(np.int64)),
-        torch.from_numpy(rows.astype(np.int64)),
-    ).to(device)
-
-
-def _one_ahead(prepare: Callable[[int], Callable[[], Batch]], steps: int) -> Iterator[Batch]:
-    """Batches in order; while one is used, a thread prepares the one after it.
-
-    ``prepare`` runs in the thread, what it returns in the consumer. An error of the thread is
-    raised where its batch would have come; a consumer that stops early ends the thread.
-    """
-    with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
-        ahead = thread.submit(prepare, 0) if steps else None
-        for step in range(1, steps + 1):
-            assert ahead is not None
-            # Complete before the thread goes on, since it uses the same workspace.
-            batch = ahead.result()()
-            ahead = thread.submit(prepare, step) if step < steps else None
-            yield batch
-            del batch

@@ -2,6 +2,9 @@
 
 A plan is a pure function of (identities of the rows, seed, epoch, P, K). World size, loader
 threads and resume only choose which part of it is read, so they cannot change the order of data.
+
+With ``data.placement = sharded`` it is a function of the shards and the world size, too: each
+worker draws its identities within the shards that the epoch deals to it.
 """
 
 from __future__ import annotations
@@ -12,6 +15,27 @@ import numpy as np
 
 from next.config import RunConfig
 from next.data.draws import uniform
+
+
+def training_plan(
+    config: RunConfig, pids: np.ndarray, shards: np.ndarray, *, epoch: int, world: int
+) -> np.ndarray:
+    """The global batches of one epoch of a run, as ``data.placement`` says.
+
+    Args:
+        config: settings; reads seed, batch and data.placement.
+        pids: ``[n]`` identity of each row that is trained on.
+        shards: ``[n]`` number of the shard that holds it.
+        epoch: number of the epoch.
+        world: number of workers; the plan depends on it only with ``placement = sharded``.
+
+    Raises:
+        ValueError: as :func:`epoch_plan` and :func:`sharded_plan`.
+    """
+    p, k = config.batch.identities, config.batch.instances
+    if config.data.placement == "sharded":
+        return sharded_plan(pids, shards, seed=config.seed, epoch=epoch, p=p, k=k, world=world)
+    return epoch_plan(pids, seed=config.seed, epoch=epoch, p=p, k=k)
 
 
 def epoch_plan(pids: np.ndarray, *, seed: int, epoch: int, p: int, k: int) -> np.ndarray:
@@ -48,7 +72,92 @@ def epoch_plan(pids: np.ndarray, *, seed: int, epoch: int, p: int, k: int) -> np
         raise ValueError(
             f"batch.identities and batch.instances must be at least 1, but got {p} and {k}"
         )
-    pids = np.asarray(pids)
+    return _batches(np.asarray(pids), p, k, (seed, epoch))
+
+
+def sharded_plan(
+    pids: np.ndarray,
+    shards: np.ndarray,
+    *,
+    seed: int,
+    epoch: int,
+    p: int,
+    k: int,
+    world: int,
+) -> np.ndarray:
+    """The global batches of one epoch when each worker reads only the shards dealt to it.
+
+    The shards are dealt by :func:`deal_shards`; each worker draws P / world identities times K
+    rows within its own by the rule of :func:`epoch_plan`, and its columns of a batch are these
+    (:func:`worker_slice`). The epoch ends when the first worker has no full batch left, so every
+    worker has the same number of steps; what the others have left is not used in this epoch.
+
+    Other than :func:`epoch_plan` it is another plan for another world size or other shards (with
+    one worker it is the same as there), and identities meet in one worker's part of a batch only
+    if an epoch deals their shards to the same worker. The global batch has P distinct identities
+    except for those that are larger than a row group and so may lie in two shards.
+
+    Args:
+        pids: ``[n]`` identity of each row.
+        shards: ``[n]`` number of the shard that holds it.
+        seed: seed of the run.
+        epoch: number of the epoch.
+        p: P, identities of a global batch; a multiple of ``world``.
+        k: K, rows of each identity in a global batch.
+        world: number of workers.
+
+    Returns:
+        int64 ``[steps, P*K]`` of indices into ``pids``.
+
+    Raises:
+        ValueError: ``world`` does not divide P, or a worker's shards hold too few identities.
+    """
+    if world < 1 or p % world:
+        raise ValueError(
+            f"batch.identities must be a multiple of scaling.num_workers with data.placement = "
+            f"sharded, but got {p} over {world}"
+        )
+    pids, shards = np.asarray(pids), np.asarray(shards)
+    owner = deal_shards(np.bincount(shards), world, seed=seed, epoch=epoch)[shards]
+    parts = []
+    for rank in range(world):
+        rows = np.flatnonzero(owner == rank)
+        keys = (seed, epoch, world, rank) if world > 1 else (seed, epoch)
+        parts.append(rows[_batches(pids[rows], p // world, k, keys)])
+    steps = min(map(len, parts))
+    return np.concatenate([part[:steps] for part in parts], axis=1)
+
+
+def deal_shards(rows: np.ndarray, world: int, *, seed: int, epoch: int) -> np.ndarray:
+    """The worker that gets each shard in an epoch, int64 ``[S]``.
+
+    In hashed order, a shard goes to the worker that has the fewest rows so far.
+
+    Args:
+        rows: ``[S]`` rows of each shard.
+        world: number of workers.
+        seed: seed of the run.
+        epoch: number of the epoch.
+
+    Raises:
+        ValueError: there are fewer shards with rows than workers.
+    """
+    filled = int(np.count_nonzero(rows))
+    if filled < world:
+        raise ValueError(
+            f"data.placement = sharded needs a train shard for each worker, but got {filled} "
+            f"shards for {world} workers; use fewer workers, or data.placement = replicated"
+        )
+    order = np.argsort(uniform("shards", seed, epoch, np.arange(len(rows)))[:, 0], kind="stable")
+    owner, held = np.zeros(len(rows), dtype=np.int64), np.zeros(world, dtype=np.int64)
+    for shard in order.tolist():
+        owner[shard] = held.argmin()
+        held[owner[shard]] += rows[shard]
+    return owner
+
+
+def _batches(pids: np.ndarray, p: int, k: int, keys: tuple[int, ...]) -> np.ndarray:
+    """Batches ``[steps, P*K]`` by the rule of :func:`epoch_plan`, drawn from these keys."""
     grouped = np.argsort(pids, kind="stable")
     first_row, counts = _runs(pids[grouped])
     if p > len(first_row):
@@ -59,11 +168,11 @@ def epoch_plan(pids: np.ndarray, *, seed: int, epoch: int, p: int, k: int) -> np
         )
     chunks = np.maximum(1, counts // k)
 
-    identity = _draw_identities(chunks, p, seed, epoch)
+    identity = _draw_identities(chunks, p, keys)
     chunk = occurrences(identity)
     within = (chunk[..., None] * k + np.arange(k)) % counts[identity][..., None]
     place = first_row[identity][..., None] + within
-    return grouped[_shuffle_within(counts, seed, epoch)[place]].reshape(-1, p * k)
+    return grouped[_shuffle_within(counts, keys)[place]].reshape(-1, p * k)
 
 
 def nominal_samples(pids: np.ndarray, k: int) -> int:
@@ -182,14 +291,14 @@ def _runs(ordered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return starts, np.diff(starts, append=len(ordered))
 
 
-def _draw_identities(chunks: np.ndarray, p: int, seed: int, epoch: int) -> np.ndarray:
+def _draw_identities(chunks: np.ndarray, p: int, keys: tuple[int, ...]) -> np.ndarray:
     """Identity codes ``[steps, P]``: each step draws P of those that still have a chunk.
 
     A partial Fisher-Yates shuffle of the list of these identities at each step; one that is used
     up is replaced by the last. So the time grows with the chunks, not with steps times identities.
     """
     waiting, remaining = list(range(len(chunks))), chunks.tolist()
-    numbers = uniform("identities", seed, epoch, n=int(chunks.sum())).tolist()
+    numbers = uniform("identities", *keys, n=int(chunks.sum())).tolist()
     drawn: list[int] = []
     while len(waiting) >= p:
         for place in range(p):
@@ -205,12 +314,12 @@ def _draw_identities(chunks: np.ndarray, p: int, seed: int, epoch: int) -> np.nd
     return np.asarray(drawn, dtype=np.int64).reshape(-1, p)
 
 
-def _shuffle_within(counts: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+def _shuffle_within(counts: np.ndarray, keys: tuple[int, ...]) -> np.ndarray:
     """Places ``[sum(counts)]`` of consecutive groups, in random order within each group.
 
     One stable sort of 64-bit keys: the group in the high bits, a random number in the low ones.
     """
     low = 63 - len(counts).bit_length()
-    shuffle = uniform("samples", seed, epoch, n=int(counts.sum())) * 2.0**low
+    shuffle = uniform("samples", *keys, n=int(counts.sum())) * 2.0**low
     group = np.repeat(np.arange(len(counts)), counts)
     return np.argsort((group << low) | shuffle.astype(np.int64), kind="stable")

@@ -89,10 +89,10 @@ class Manifest:
             *(table[name].to_numpy() for name in names[1:]),
         )
 
-    def shard_rows(self, split: str) -> np.ndarray:
-        """int64 [S] rows of each shard of a split, in the order of its rows."""
+    def shard_of_row(self, split: str) -> np.ndarray:
+        """Number of the shard that holds each row of a split, int64 [rows]."""
         shards = self.splits[self.resolve(split)].shards
-        return np.array([shard.rows for shard in shards], dtype=np.int64)
+        return np.repeat(np.arange(len(shards)), [shard.rows for shard in shards])
 
     def present(self, split: str) -> np.ndarray:
         """Which images there are, bool [rows, M]; reads only the columns that lack some."""
@@ -110,22 +110,30 @@ class Manifest:
         return found
 
     def iter_images(
-        self, split: str, shard: int | None = None
+        self, split: str, rows: np.ndarray | None = None
     ) -> Iterator[tuple[int, list[bytes | None]]]:
         """Row number and encoded images ([M], in the card's order), a row group at a time.
 
         Args:
             split: name of the split.
-            shard: number of the only shard to read, whose rows are counted from 0; None: all.
+            rows: the only rows to give; row groups without any are not read. None: all.
         """
         columns = [f"image_{modality}" for modality in self.benchmark.modalities]
+        wanted = np.ones(self.splits[self.resolve(split)].rows, dtype=bool)
+        if rows is not None:
+            wanted[:] = False
+            wanted[rows] = True
         row = 0
-        for file in self._parquet(split, shard):
+        for file in self._parquet(split):
             for group in range(file.num_row_groups):
+                start, row = row, row + file.metadata.row_group(group).num_rows
+                if not wanted[start:row].any():
+                    continue
                 table = file.read_row_group(group, columns=columns)
-                for images in zip(*(table[name].to_pylist() for name in columns), strict=True):
-                    yield row, list(images)
-                    row += 1
+                encoded = zip(*(table[name].to_pylist() for name in columns), strict=True)
+                for number, images in enumerate(encoded, start):
+                    if wanted[number]:
+                        yield number, list(images)
 
     def take(self, split: str, rows: Sequence[int]) -> list[TakenRow]:
         """Images and sentences of some rows, in that order; reads their row groups alone."""
@@ -153,10 +161,9 @@ class Manifest:
     def _shards(self) -> list[ShardEntry]:
         return [shard for entry in self.splits.values() for shard in entry.shards]
 
-    def _parquet(self, split: str, shard: int | None = None) -> Iterator[Any]:
-        shards = self.splits[self.resolve(split)].shards
-        for entry in shards if shard is None else shards[shard : shard + 1]:
-            with self.folder.opened(entry.file) as file:
+    def _parquet(self, split: str) -> Iterator[Any]:
+        for shard in self.splits[self.resolve(split)].shards:
+            with self.folder.opened(shard.file) as file:
                 yield pq.ParquetFile(file)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from next.config import BackboneConfig, RunConfig, near_matches, override
 from next.data.cache import cache_root
 from next.data.loader import SampleSet, open_samples
-from next.data.plan import split_train
+from next.data.plan import deal_shards, split_train
 from next.data.shards import Manifest
 from next.model.backbone import resolve_weights
 from next.model.text import TextTower
@@ -29,8 +29,8 @@ def resolve(config: RunConfig, manifest: Manifest) -> RunConfig:
     """Fill in what the data decide (modalities, image size, identities, cameras), find the weights.
 
     Raises:
-        ValueError: a modality that the data lack, P larger than the number of train identities, or
-            a model setting that contradicts the data.
+        ValueError: a modality that the data lack, P larger than the number of train identities, a
+            model setting that contradicts the data, or shards that cannot be dealt to the workers.
         ConnectionError: pretrained weights are neither on this machine nor can be fetched.
     """
     card = manifest.benchmark
@@ -51,6 +51,8 @@ def resolve(config: RunConfig, manifest: Manifest) -> RunConfig:
             f"{manifest.uri} has after the held-out ones (selection.holdout = "
             f"{config.selection.holdout}), but got {config.batch.identities}; lower it"
         )
+    if config.data.placement == "sharded":
+        _check_shards(config, labels.pid[train_rows], manifest.shard_of_row("train")[train_rows])
     image_size = config.data.image_size or card.image_size
     facts = {
         "model.modalities": len(modalities),
@@ -111,6 +113,24 @@ def test_data(config: RunConfig, manifest: Manifest) -> TestData:
     return TestData(query, gallery, manifest.benchmark.rule)
 
 
+def _check_shards(config: RunConfig, pids: np.ndarray, shards: np.ndarray) -> None:
+    """Refuse a run in some epoch of which a worker's shards hold too few identities."""
+    world = config.scaling.num_workers
+    rows = np.bincount(shards)
+    pairs = np.unique(np.stack([shards, pids]), axis=1)
+    identities = np.bincount(pairs[0], minlength=len(rows))
+    needed = config.batch.identities // world
+    for epoch in range(config.optim.epochs):
+        owner = deal_shards(rows, world, seed=config.seed, epoch=epoch)
+        fewest = int(np.bincount(owner, identities, minlength=world).min())
+        if fewest < needed:
+            raise ValueError(
+                f"data.placement = sharded needs batch.identities / scaling.num_workers = {needed} "
+                f"identities in the shards of each worker, but epoch {epoch + 1} deals only "
+                f"{fewest} to one; lower batch.identities, or set data.placement = replicated"
+            )
+
+
 def _samples(config: RunConfig, manifest: Manifest, split: str) -> SampleSet:
     if not config.model.semantic.enabled:  # nothing else reads text
         config = override(config, {"captions.sampling": "none"})
@@ -123,7 +143,21 @@ def _samples(config: RunConfig, manifest: Manifest, split: str) -> SampleSet:
         encode=tower.encode,
         width=tower.width,
         overflow=tower.overflow,
+        parts=_parts(config, manifest, split) if config.data.placement == "sharded" else None,
     )
+
+
+def _parts(config: RunConfig, manifest: Manifest, split: str) -> list[np.ndarray]:
+    """The rows of each shard; those held out for validation apart, since every worker reads them.
+
+    So a worker's disk holds its own shards and the held-out identities, not all of the split.
+    """
+    shards = manifest.shard_of_row(split)
+    rows, held_out = np.arange(len(shards)), np.empty(0, dtype=np.int64)
+    if split == "train":
+        rows, held_out = split_train(config, manifest.labels(split).pid)
+    parts = [rows[shards[rows] == shard] for shard in np.unique(shards)]
+    return [part for part in [*parts, held_out] if len(part)]
 
 
 @lru_cache(maxsize=1)

@@ -13,11 +13,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from next.config import RunConfig, differences, from_toml, to_toml
-from next.data.plan import epoch_plan, plan_hash, split_train
+from next.data.plan import plan_hash, split_train, training_plan
 from next.data.shards import Manifest, open_manifest
 from next.tracking.provenance import provenance_tags
 from next.tracking.run import check_server, open_run, read_metrics, start_server, view_command
@@ -164,25 +163,15 @@ def read_history(folder: Path) -> list[tuple[int, dict[str, float]]]:
 
 def run_tags(config: RunConfig, manifest: Manifest) -> dict[str, str]:
     """What is needed to reproduce a run beside its configuration."""
-    first = epoch_plan(
-        training_pids(config, manifest),
-        seed=config.seed,
-        epoch=0,
-        p=config.batch.identities,
-        k=config.batch.instances,
-    )
+    pids = manifest.labels("train").pid
+    rows, _ = split_train(config, pids)
+    shards = manifest.shard_of_row("train")[rows]
+    first = training_plan(config, pids[rows], shards, epoch=0, world=config.scaling.num_workers)
     return provenance_tags() | {
         "next.data_digest": manifest.digest,
         "next.plan_hash": plan_hash(first),
         **seed_tags(config),
     }
-
-
-def training_pids(config: RunConfig, manifest: Manifest) -> np.ndarray:
-    """Identity of each row that is trained on."""
-    pids = manifest.labels("train").pid
-    rows, _ = split_train(config, pids)
-    return pids[rows]
 
 
 def headline(config: RunConfig) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from next.config import LossConfig, OptimConfig, RunConfig
 from next.data.loader import Batch, SampleSet, train_batches
-from next.data.plan import epoch_plan, occurrences, plan_hash, worker_slice
+from next.data.plan import occurrences, plan_hash, training_plan, worker_slice
 from next.evaluation.protocol import evaluate
 from next.model.losses import Losses, objective
 from next.model.network import NEXT
@@ -122,12 +122,8 @@ def train(
     for epoch in range(progress.epoch, config.optim.epochs):
         began, done = time.perf_counter(), epoch + 1
         evaluates = done % config.selection.every == 0 or done == config.optim.epochs
-        plan = epoch_plan(
-            data.train.labels.pid,
-            seed=config.seed,
-            epoch=epoch,
-            p=config.batch.identities,
-            k=config.batch.instances,
+        plan = training_plan(
+            config, data.train.labels.pid, data.train.shards, epoch=epoch, world=worker.world
         )
         progress = _enter_epoch(progress, plan)
         first = progress.step_in_epoch

@@ -10,7 +10,7 @@ import torch
 
 from next.config import RunConfig
 from next.data.loader import evaluation_batches, train_batches
-from next.data.plan import epoch_plan, occurrences, plan_hash, worker_slice
+from next.data.plan import occurrences, plan_hash, training_plan, worker_slice
 from next.data.shards import Manifest
 from next.evaluation.embed import embed
 from next.model.network import NEXT
@@ -76,10 +76,8 @@ def rehearse(config: RunConfig, manifest: Manifest, device: torch.device) -> Reh
     optimizer = build_optimizer(network, config.optim)
     batch_loss = GlobalLoss(network, config.loss, world=1)
     pids = data.train.labels.pid
-    plan = epoch_plan(
-        pids, seed=config.seed, epoch=0, p=config.batch.identities, k=config.batch.instances
-    )
     world = config.scaling.num_workers
+    plan = training_plan(config, pids, data.train.shards, epoch=0, world=world)
     batches = train_batches(
         data.train,
         worker_slice(plan, 0, world),

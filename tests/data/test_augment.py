@@ -7,7 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from next.config import AugmentConfig
-from next.data.augment import ERASE_ATTEMPTS, augment, normalise
+from next.data.augment import (
+    ERASE_ATTEMPTS,
+    augment,
+    compose,
+    draw,
+    drop_modalities,
+    finish,
+    move,
+)
 from next.data.draws import uniform
 
 MEAN, STD = 0.4, 0.6
@@ -88,9 +96,61 @@ def test_equals_the_naive_loop_over_images(modalities, flip, pad, erase, shared,
     np.testing.assert_allclose(result.numpy(), expected, atol=1e-6)
 
 
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 30), st.booleans(), st.integers(0, 9), st.booleans())
+def test_image_by_image_gives_the_bits_of_the_whole_batch_at_once(pad, shared, seed, enabled):
+    config = AugmentConfig(pad=pad, shared_geometry=shared, enabled=enabled)
+    images, samples = pictures(6), np.arange(6)
+    drawn = draw(tuple(images.shape), config, seed, 3, samples, samples * 0)
+    expected = finish(move(images, drawn), drawn, MEAN, STD)
+    out = np.full(images.shape, np.nan, dtype=np.float32)
+    for share in ([0, 1, 2, 3], [], [4, 5]):
+        compose(images.numpy(), drawn, MEAN, STD, out, samples=share)
+    assert torch.equal(torch.from_numpy(out).movedim(-1, -3), expected)
+
+
+def test_an_absent_image_is_zero_whatever_lies_in_its_place():
+    images, present = pictures(2).numpy(), np.asarray([[True, False, True], [False, True, True]])
+    out = np.full(images.shape, np.nan, dtype=np.float32)
+    compose(images, None, MEAN, STD, out, present=present)
+    assert not out[~present].any()
+    assert (out[present] != 0).all()
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans()), min_size=1, max_size=12),
+    st.sampled_from([0.0, 0.3, 0.9, 1.0]),
+    st.integers(0, 5),
+)
+def test_dropped_modalities_equal_the_naive_loop(present, probability, seed):
+    before = np.asarray(present)
+    samples, draws, columns = np.arange(len(before)) * 3, np.arange(len(before)) % 2, (4, 0, 2)
+    keys = {"seed": seed, "epoch": 7, "samples": samples, "draws": draws}
+    after = drop_modalities(before, probability, **keys, columns=columns)
+    for row, there in enumerate(before):
+        numbers = {
+            place: uniform("modalities", seed, 7, samples[row], draws[row], columns[place])[0]
+            for place in np.flatnonzero(there)
+        }
+        kept = {place for place, number in numbers.items() if number >= probability}
+        if numbers and not kept:
+            kept = {max(numbers, key=numbers.__getitem__)}
+        assert set(np.flatnonzero(after[row])) == kept
+
+
+def test_modalities_are_dropped_as_often_as_is_set():
+    samples = np.arange(4000)
+    present = np.ones((4000, 3), dtype=bool)
+    keys = {"seed": 0, "samples": samples, "draws": samples * 0, "columns": range(3)}
+    first, second = (drop_modalities(present, 0.2, epoch=epoch, **keys) for epoch in (0, 1))
+    np.testing.assert_allclose(first.mean(axis=0), 0.8 + 0.2**3 / 3, atol=0.02)
+    assert (first != second).any()
+
+
 def test_normalising_gives_channels_first_in_value_and_channels_last_in_memory():
     images = pictures(2)
-    result = normalise(images, MEAN, STD)
+    result = finish(images, None, MEAN, STD)
     expected = (images.permute(0, 1, 4, 2, 3).double() / 255 - MEAN) / STD
     np.testing.assert_allclose(result.numpy(), expected.numpy(), atol=1e-6)
     assert result.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
@@ -99,9 +159,9 @@ def test_normalising_gives_channels_first_in_value_and_channels_last_in_memory()
 def test_switched_off_it_only_normalises():
     images = pictures(3)
     config = AugmentConfig(enabled=False, flip=1, erase=1)
-    torch.testing.assert_close(run(images, config), normalise(images, MEAN, STD), rtol=0, atol=0)
+    torch.testing.assert_close(run(images, config), finish(images, None, MEAN, STD), rtol=0, atol=0)
     torch.testing.assert_close(
-        run(images, AugmentConfig(**OFF)), normalise(images, MEAN, STD), rtol=0, atol=0
+        run(images, AugmentConfig(**OFF)), finish(images, None, MEAN, STD), rtol=0, atol=0
     )
 
 

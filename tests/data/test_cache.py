@@ -233,23 +233,21 @@ def test_a_limit_on_the_size_of_files_is_the_same_error(manifest, tmp_path):
     assert not contents(tmp_path)
 
 
-def test_one_shard_has_a_cache_of_its_own(tmp_path, make_card, monkeypatch):
+def test_some_rows_have_a_cache_of_their_own(tmp_path, make_card, monkeypatch):
     monkeypatch.setattr("next.data.layout.SHARD_BYTES", 1)
-    monkeypatch.setattr("next.data.layout.GROUP_BYTES", 1)
+    monkeypatch.setattr("next.data.layout.GROUP_BYTES", 2)
     manifest = prepared(tmp_path / "shards", make_card())
-    rows = manifest.shard_rows("train")
-    assert rows.sum() == ROWS
-    assert len(rows) == 12
+    assert np.bincount(manifest.shard_of_row("train")).tolist() == [2, 1] * 4
     whole = open_cache(manifest, "train", SIZE, tmp_path)
     np.testing.assert_array_equal(manifest.present("train"), whole.present)
-    for shard in (0, 5):
-        cache = open_cache(manifest, "train", SIZE, tmp_path, shard=shard)
-        np.testing.assert_array_equal(cache.images, whole.images[shard : shard + 1])
-        np.testing.assert_array_equal(cache.present, whole.present[shard : shard + 1])
+    for rows in ([0, 1], [2, 4, 11]):
+        cache = open_cache(manifest, "train", SIZE, tmp_path, rows=np.asarray(rows))
+        np.testing.assert_array_equal(cache.images, whole.images[rows])
+        np.testing.assert_array_equal(cache.present, whole.present[rows])
     assert [entry.about for entry in contents(tmp_path)] == [
-        "tiny train 5 32x16 RGB+NI+TI",
-        "tiny train 0 32x16 RGB+NI+TI",
-        "tiny train 32x16 RGB+NI+TI",
+        "tiny train, 3 samples, 32x16, RGB+NI+TI",
+        "tiny train, 2 samples, 32x16, RGB+NI+TI",
+        "tiny train, 12 samples, 32x16, RGB+NI+TI",
     ]
 
 

@@ -8,11 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from next.data.plan import (
+    deal_shards,
     epoch_plan,
     holdout_rows,
     nominal_samples,
     occurrences,
     plan_hash,
+    sharded_plan,
     worker_slice,
 )
 
@@ -103,6 +105,77 @@ def test_worker_slices_are_the_plan_cut_into_disjoint_columns(pids, p, world):
     np.testing.assert_array_equal(np.concatenate(slices, axis=1), plan)
 
 
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(1, 9), min_size=8, max_size=30),
+    st.sampled_from([1, 2, 4]),
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.integers(0, 3),
+)
+def test_sharded_slices_stay_within_the_shards_dealt_to_a_worker(sizes, world, p, k, epoch):
+    pids = np.repeat(np.arange(len(sizes)), sizes)
+    shards = pids // 2
+    owner = deal_shards(np.bincount(shards), world, seed=3, epoch=epoch)
+    identities = [len(set(pids[owner[shards] == rank].tolist())) for rank in range(world)]
+    p = min(p, *identities)
+    plan = sharded_plan(pids, shards, seed=3, epoch=epoch, p=p * world, k=k, world=world)
+    steps = []
+    for rank in range(world):
+        part = worker_slice(plan, rank, world)
+        assert (owner[shards[part]] == rank).all()
+        for batch in pids[part].reshape(-1, p, k):
+            assert all(len(set(group)) == 1 for group in batch.tolist())
+            assert len(set(batch[:, 0].tolist())) == p
+        used = Counter(part.ravel().tolist())
+        for row, times in used.items():
+            count = int((pids == pids[row]).sum())
+            assert times <= (1 if count >= k else -(-k // count)), "no more than the rule repeats"
+        own = np.flatnonzero(owner[shards] == rank)
+        chunks = [max(1, count // k) for count in np.bincount(pids[own]) if count]
+        steps.append(steps_of(chunks, p))
+        assert len(part) <= steps[-1]
+    assert len(plan) >= 1
+
+
+def steps_of(chunks: list[int], p: int) -> int:
+    """No plan can have more steps than this: each takes a chunk of P different identities."""
+    steps = 0
+    while sum(min(chunk, steps + 1) for chunk in chunks) >= p * (steps + 1):
+        steps += 1
+    return steps
+
+
+def test_with_one_worker_the_sharded_plan_is_the_plan():
+    pids = np.repeat(np.arange(12), 7)
+    sharded = sharded_plan(pids, pids // 3, seed=1, epoch=2, p=4, k=3, world=1)
+    np.testing.assert_array_equal(sharded, plan_of(pids, p=4, k=3, seed=1, epoch=2))
+
+
+def test_shards_are_dealt_anew_each_epoch_and_evenly():
+    rows = np.asarray([64] * 11 + [7])
+    deals = [deal_shards(rows, 3, seed=0, epoch=epoch) for epoch in range(5)]
+    assert len({tuple(deal.tolist()) for deal in deals}) == 5
+    np.testing.assert_array_equal(deal_shards(rows, 3, seed=0, epoch=4), deals[4])
+    for deal in deals:
+        held = np.bincount(deal, rows, minlength=3)
+        assert held.max() - held.min() <= 64
+
+
+def test_a_sharded_plan_never_changes():
+    pids = np.repeat(np.arange(16), np.arange(1, 17))
+    plan = sharded_plan(pids, pids // 2, seed=7, epoch=3, p=4, k=4, world=2)
+    assert plan_hash(plan) == "7cfefe4013240c325b5fe4f380ede76a815ee82f5e2e706ddb068adb1dd1949b"
+
+
+def test_shards_that_cannot_be_dealt_are_refused():
+    pids = np.arange(8)
+    with pytest.raises(ValueError, match="a train shard for each worker, but got 2 shards for 4"):
+        sharded_plan(pids, pids // 4, seed=0, epoch=0, p=4, k=2, world=4)
+    with pytest.raises(ValueError, match=r"multiple of scaling\.num_workers .* got 3 over 2"):
+        sharded_plan(pids, pids // 4, seed=0, epoch=0, p=3, k=2, world=2)
+
+
 @given(st.lists(st.lists(st.integers(0, 5), min_size=4, max_size=4), max_size=12))
 def test_occurrences_count_how_often_a_row_stood_before(rows):
     plan = np.asarray(rows, dtype=np.int64).reshape(-1, 4)
@@ -190,11 +263,3 @@ def test_a_holdout_of_too_few_identities_is_refused():
         holdout_rows(np.repeat(np.arange(3), 5), 0.3, 0)
     with pytest.raises(ValueError, match=r"selection\.holdout must lie in \[0, 1\), but got 1"):
         holdout_rows(np.arange(8), 1.0, 0)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(120)
-def test_a_plan_over_ten_million_samples_takes_seconds():
-    pids = np.random.default_rng(0).integers(0, 1_000_000, 10_000_000)
-    plan = epoch_plan(pids, seed=0, epoch=0, p=16, k=4)
-    assert plan.shape[0] > 130_000

@@ -21,8 +21,8 @@ def test_the_table_tells_what_is_there_and_what_is_in_use(folder, demo_shards, c
     mine = open_cache(open_manifest(demo_shards), "gallery", (32, 16), folder)
     assert main(["--cache", str(folder)]) == 0
     first, second, total = capsys.readouterr().out.splitlines()
-    assert "in use  demo gallery 32x16 RGB+NI+TI" in first
-    assert "-       demo train 32x16 RGB+NI+TI" in second
+    assert "in use  demo gallery, " in first
+    assert "-       demo train, " in second
     assert str(folder) in total
     assert mine.path.exists()
 
@@ -33,7 +33,8 @@ def test_a_limit_removes_what_is_not_in_use(folder, demo_shards, capsys):
     assert "removed 0" in capsys.readouterr().out
     assert main(["--cache", str(folder), "--limit", "0", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
-    assert [entry["about"] for entry in answer["removed"]] == ["demo train 32x16 RGB+NI+TI"]
+    (removed,) = answer["removed"]
+    assert removed["about"].startswith("demo train, ")
     (left,) = answer["entries"]
     assert left["in_use"]
     assert left["path"] == str(mine.path)

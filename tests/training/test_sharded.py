@@ -1,0 +1,110 @@
+"""``data.placement = sharded`` in the real loop, on one worker and on two."""
+
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from next.config import RunConfig, from_toml, override, to_toml
+from next.data.benchmark import load_card
+from next.data.cache import contents
+from next.data.ingest import prepare
+from next.data.plan import deal_shards, split_train, training_plan
+from next.data.shards import open_manifest
+from next.training.inputs import resolve, training_data
+from next.training.interruption import Bell
+from next.training.loop import Outcome, Worker, train
+from next.training.report import FolderReporter, TrainReporter
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def ready(tiny_config) -> RunConfig:
+    torch.set_num_threads(1)
+    return resolve(tiny_config, open_manifest(tiny_config.data.uri))
+
+
+def run(config: RunConfig, folder: Path) -> Outcome:
+    data = training_data(config, open_manifest(config.data.uri))
+    return train(config, data, FolderReporter(folder))
+
+
+@pytest.fixture
+def in_shards_of(ready, demo_raw, tmp_path, monkeypatch) -> Callable[[int], RunConfig]:
+    """The tiny run on shards of so many identities each."""
+
+    def prepared(identities: int) -> RunConfig:
+        samples = np.bincount(open_manifest(ready.data.uri).labels("train").pid).max()
+        monkeypatch.setattr("next.data.layout.GROUP_ROWS", int(samples) * identities)
+        monkeypatch.setattr("next.data.layout.SHARD_BYTES", 1)
+        out = tmp_path / "shards"
+        prepare(load_card(ROOT / "datasets" / "demo.toml"), demo_raw, out)
+        settings = {"data.uri": str(out), "data.placement": "sharded", "data.cache": str(tmp_path)}
+        return override(ready, settings)
+
+    return prepared
+
+
+def test_one_worker_on_its_own_shards_trains_as_on_all_of_the_data(in_shards_of, tmp_path):
+    """Also within a limit that has no room for what an earlier run left."""
+    sharded = in_shards_of(1)
+    replicated = override(sharded, {"data.placement": "replicated"})
+    outcome = run(replicated, tmp_path / "a")
+    assert run(sharded, tmp_path / "b") == outcome
+    held = sum(entry.bytes for entry in contents(tmp_path))
+    limited = override(sharded, {"data.cache_limit": held * 0.9e-9, "data.image_size": (32, 24)})
+    run(override(limited, {"model.image_size": (32, 24), "optim.epochs": 1}), tmp_path / "c")
+    assert sum(entry.bytes for entry in contents(tmp_path)) < held
+
+
+def test_shards_that_hold_too_few_identities_are_refused_before_the_run(in_shards_of):
+    config = in_shards_of(3)
+    crowded = override(config, {"scaling.num_workers": 2, "batch.identities": 8})
+    with pytest.raises(ValueError, match=r"= 4 identities .* but epoch \d deals only 3 to one"):
+        resolve(crowded, open_manifest(config.data.uri))
+    many = override(config, {"scaling.num_workers": 8, "batch.identities": 8})
+    with pytest.raises(ValueError, match="a train shard for each worker, but got 4 shards for 8"):
+        resolve(many, open_manifest(config.data.uri))
+    with pytest.raises(ValueError, match=r"multiple of scaling.num_workers with data.placement"):
+        override(config, {"scaling.num_workers": 3, "batch.instances": 6})
+
+
+def member(rank: int, meeting: str, config: str, folder: str, queue) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=2)
+    own = override(from_toml(config), {"data.cache": f"{folder}/cache-{rank}"})
+    data = training_data(own, open_manifest(own.data.uri))
+    with TrainReporter(Path(folder), rank, 2, checkpoint=own.checkpoint, bell=Bell()) as reporter:
+        queue.put(train(own, data, reporter, Worker(rank, 2)).losses)
+    dist.destroy_process_group()
+
+
+def test_two_workers_decode_only_what_is_dealt_to_them(in_shards_of, tmp_path):
+    config = override(in_shards_of(1), {"optim.epochs": 1, "scaling.num_workers": 2})
+    spawn = multiprocessing.get_context("spawn")
+    queue = spawn.Queue()
+    common = (str(tmp_path / "meeting"), to_toml(config), str(tmp_path / "run"), queue)
+    members = [spawn.Process(target=member, args=(rank, *common)) for rank in range(2)]
+    for one in members:
+        one.start()
+    losses, others = [queue.get(timeout=200) for _ in members]
+    assert losses == others, "the loss is of the global batch"
+    for one in members:
+        one.join(timeout=60)
+        assert one.exitcode == 0
+    manifest = open_manifest(config.data.uri)
+    pids = manifest.labels("train").pid
+    rows, held_out = split_train(config, pids)
+    shards = manifest.shard_of_row("train")[rows]
+    owner = deal_shards(np.bincount(shards), 2, seed=config.seed, epoch=0)[shards]
+    plan = training_plan(config, pids[rows], shards, epoch=0, world=2)
+    assert len(losses) == len(plan)
+    for rank in range(2):
+        about = [entry.about for entry in contents(tmp_path / "run" / f"cache-{rank}")]
+        decoded = [int(words.split(",")[1].split()[0]) for words in about if ", " in words]
+        assert sum(decoded) == (owner == rank).sum() + len(held_out)
