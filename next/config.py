@@ -50,7 +50,8 @@ class DataConfig(Section):
     """What is read, and how it is laid out on this node."""
 
     uri: str | None = None
-    """Folder of prepared shards (local path), as ``jobs/prepare.py`` wrote it."""
+    """Folder of prepared shards, as ``jobs/prepare.py`` wrote it: a local path or
+    ``s3://bucket/prefix`` (see :mod:`next.storage`)."""
     modalities: tuple[str, ...] | None = None
     """Modalities to use, by the card's names; None uses all of them, in the card's order."""
     image_size: tuple[int, int] | None = None

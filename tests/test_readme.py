@@ -1,7 +1,10 @@
 """What the README tells a newcomer to type exists."""
 
 import re
+from collections import Counter
 from pathlib import Path
+
+from next.data.shards import open_manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -32,3 +35,20 @@ def test_every_flag_of_the_readme_is_a_flag_of_its_job():
 
 def test_the_readme_is_short():
     assert len(README.splitlines()) <= 200
+
+
+def test_the_shards_are_read_by_other_tools_as_the_readme_says(demo_shards, tmp_path, monkeypatch):
+    """All but the lines of Ray Data, which ``tests/data/test_writer.py`` runs with a cluster."""
+    [snippet] = re.findall(r"```python\n(import pandas.*?)```", README, re.DOTALL)
+    of_pandas, of_duckdb, of_ray = re.split(r"(?=^import )", snippet, flags=re.MULTILINE)[1:]
+    assert 'ray.data.read_parquet("shards/rgbnt201/train")' in of_ray
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "rgbnt201").symlink_to(demo_shards)
+    monkeypatch.chdir(tmp_path)
+    labels = open_manifest(demo_shards).labels("train")
+    names: dict = {}
+    exec(of_pandas.replace("\npandas.", "\nframe = pandas."), names)
+    assert names["frame"]["sample_id"].tolist() == labels.sample_id.tolist()
+    assert names["frame"]["pid"].tolist() == labels.pid.tolist()
+    exec(of_duckdb.replace("\nduckdb.", "\nanswer = duckdb."), names)
+    assert dict(names["answer"].fetchall()) == dict(Counter(labels.pid.tolist()))

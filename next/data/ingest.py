@@ -28,7 +28,7 @@ from next.storage import Folder, open_folder
 
 _log = logging.getLogger(__name__)
 
-REMOTE_THREADS = 16
+REMOTE_THREADS = 32
 """Threads that read from an object store: they mostly wait."""
 
 

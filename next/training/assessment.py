@@ -51,7 +51,9 @@ def assess(
             ``val`` is asked for on data that the run was not trained on.
     """
     network, config = load_network(checkpoint)
-    config = override(config, {"data.uri": manifest.uri} | ({"data.cache": cache} if cache else {}))
+    config = override(
+        config, {"data.uri": manifest.folder.address} | ({"data.cache": cache} if cache else {})
+    )
     missing = set(config.data.modalities or ()) - set(manifest.benchmark.modalities)
     if missing:
         raise ValueError(

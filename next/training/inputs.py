@@ -82,7 +82,7 @@ def resolve(config: RunConfig, manifest: Manifest) -> RunConfig:
     return override(
         config,
         {
-            "data.uri": str(manifest.uri),
+            "data.uri": manifest.folder.address,
             "data.modalities": tuple(modalities),
             "data.image_size": image_size,
             **facts,

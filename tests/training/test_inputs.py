@@ -6,6 +6,7 @@ import numpy as np
 
 from next.config import override
 from next.data.shards import open_manifest
+from next.storage import open_folder
 from next.training.inputs import resolve, training_data
 
 
@@ -29,3 +30,13 @@ def written(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_ctime_ns for path in folder.glob("decoded-*/*.npy")} | {
         path: path.stat().st_ino for path in folder.glob("text-*.arrow")
     }
+
+
+def test_a_run_on_a_bucket_names_the_endpoint_for_workers_elsewhere(
+    s3, demo_shards, tiny_config, monkeypatch
+):
+    open_folder(s3).upload_tree(demo_shards, "shards", last=("manifest.json",))
+    manifest = open_manifest(f"{s3}/shards")
+    resolved = resolve(tiny_config, manifest)
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    assert open_manifest(str(resolved.data.uri)).digest == manifest.digest
