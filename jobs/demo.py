@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     began = time.monotonic()
     card = load_card(DEMO_CARD)
     recipe = override(
-        base_config(card.recipe, None),
+        base_config(card, None),
         {
             "threads": 1,
             "optim.epochs": 8,  # two thirds of the recipe's, so that the sweep takes minutes

@@ -68,7 +68,7 @@ def _defaults(argv: Sequence[str]) -> RunConfig:
     try:
         return run_defaults(argv)
     except OSError:
-        return base_config({}, named_options(argv, "recipe").get("recipe"))
+        return base_config(None, named_options(argv, "recipe").get("recipe"))
 
 
 def _replay(job: DoctorJob, folder: Path) -> int:

@@ -24,7 +24,7 @@ class SweepJob:
     card: Path | None = None
     """Card whose recipe gives the defaults; the shards' own card where it is left out."""
     recipe: Path | None = None
-    """TOML file of settings that replace the card's recipe; flags replace both."""
+    """Name of one of the card's recipes, or a TOML file of settings; flags replace both."""
     dry_run: bool = False
     """Check space, settings and data, print what would be varied, and start nothing."""
     json: bool = False

@@ -24,7 +24,7 @@ class TrainJob:
     card: Path | None = None
     """Card whose recipe gives the defaults; the shards' own card where it is left out."""
     recipe: Path | None = None
-    """TOML file of settings that replace the card's recipe; flags replace both."""
+    """Name of one of the card's recipes, or a TOML file of settings; flags replace both."""
     dry_run: bool = False
     """Print the resolved plan with a measured estimate of time, and start nothing."""
     json: bool = False

@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from next.config import RunConfig, load_recipe, override
-from next.data.benchmark import load_card
+from next.data.benchmark import Benchmark, load_card
 from next.data.demo import DemoSize, write_demo
 from next.data.ingest import prepare
 from next.data.shards import open_manifest
@@ -113,18 +113,33 @@ def run_defaults(argv: Sequence[str]) -> RunConfig:
             f"give the card that they were prepared with, or leave --card out"
         )
     chosen = card or stored
-    config = base_config(chosen.recipe if chosen else {}, named.get("recipe"))
+    config = base_config(chosen, named.get("recipe"))
     return override(config, {"data.uri": named["data"]}) if "data" in named else config
 
 
-def base_config(card_recipe: dict[str, Any], recipe: str | Path | None) -> RunConfig:
-    """Defaults, then the card's recipe, then the user's recipe file; flags come last.
+def base_config(card: Benchmark | None, recipe: str | Path | None) -> RunConfig:
+    """Defaults, then the card's recipe, then the one asked for; flags come last.
+
+    Args:
+        card: of the data; None: no data yet.
+        recipe: name of one of the card's recipes, or a TOML file of settings.
 
     Raises:
         ValueError: a recipe names an unknown setting or holds a bad value.
-        FileNotFoundError: there is no such recipe file.
+        FileNotFoundError: the card has no such recipe, and there is no such file.
     """
-    settings = card_recipe | (load_recipe(recipe) if recipe is not None else {})
+    settings: dict[str, Any] = dict(card.recipe) if card is not None else {}
+    if recipe is not None:
+        named = card.recipes if card is not None else {}
+        if str(recipe) in named:
+            settings |= named[str(recipe)]
+        elif not Path(recipe).exists() and named:
+            raise FileNotFoundError(
+                f"--recipe must name a TOML file or one of the card's recipes "
+                f"({', '.join(named)}), but got {str(recipe)!r}"
+            )
+        else:
+            settings |= load_recipe(recipe)
     return override(RunConfig(), settings)
 
 

@@ -1,6 +1,7 @@
 import logging
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
@@ -54,6 +55,15 @@ def test_named_options_are_found_among_others():
     assert named_options(argv, "card", "data", "recipe") == {"card": "a.toml", "data": "b"}
 
 
+def test_a_cards_recipe_is_chosen_by_its_name_and_a_wrong_name_lists_them():
+    card = str(Path(__file__).resolve().parents[1] / "datasets" / "rgbnt201.toml")
+    config = run_defaults(["--card", card, "--recipe", "peers"])
+    assert (config.optim.schedule, config.selection.split) == ("peers", "test")
+    assert config.batch.instances == 8, "the card's own recipe lies below it"
+    with pytest.raises(FileNotFoundError, match=r"recipes \(peers, dinov3, gpu\), but got 'pears'"):
+        run_defaults(["--card", card, "--recipe", "pears"])
+
+
 def test_a_recipe_replaces_the_card_and_flags_replace_both(tmp_path, demo_shards):
     recipe = tmp_path / "mine.toml"
     recipe.write_text("[optim]\nepochs = 7\nwarmup_epochs = 1\n")
@@ -62,7 +72,7 @@ def test_a_recipe_replaces_the_card_and_flags_replace_both(tmp_path, demo_shards
     assert config.optim.epochs == 7
     assert config.model.backbone.name == "next-tiny", "from the card within the shards"
     assert config.data.uri == str(demo_shards)
-    assert base_config({"optim.epochs": 20}, None).optim.epochs == 20
+    assert base_config(None, recipe).optim.epochs == 7
 
 
 def test_card_and_shards_of_two_benchmarks_are_refused(demo_shards):

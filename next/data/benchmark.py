@@ -241,6 +241,8 @@ class Benchmark(Section):
     """Counts that the source must have."""
     recipe: dict[str, Any] = Field(default_factory=dict)
     """Settings of a run that this benchmark wants other than the defaults, by dotted name."""
+    recipes: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Further recipes by name (``--recipe peers``), each on top of ``recipe``."""
     anchors: dict[str, Anchor] = Field(default_factory=dict)
     """Published results by method."""
 
@@ -265,6 +267,16 @@ class Benchmark(Section):
     @classmethod
     def _recipe_is_dotted(cls, recipe: Any) -> Any:
         return dotted(recipe) if isinstance(recipe, dict) else recipe
+
+    @field_validator("recipes", mode="before")
+    @classmethod
+    def _recipes_are_dotted(cls, recipes: Any) -> Any:
+        if not isinstance(recipes, dict):
+            return recipes
+        return {
+            name: dotted(recipe) if isinstance(recipe, dict) else recipe
+            for name, recipe in recipes.items()
+        }
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Benchmark:
@@ -331,9 +343,14 @@ def load_card(path: str | Path) -> Benchmark:
         problems = "\n".join(f"{path}: {line}" for line in describe_card(error))
         raise ValueError(problems) from None
     try:
-        override(RunConfig(), benchmark.recipe)
+        base = override(RunConfig(), benchmark.recipe)
     except ValueError as error:
         raise ValueError(f"{path}: recipe: {error}") from None
+    for name, recipe in benchmark.recipes.items():
+        try:
+            override(base, recipe)
+        except ValueError as error:
+            raise ValueError(f"{path}: recipes.{name}: {error}") from None
     return benchmark
 
 

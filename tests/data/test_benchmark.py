@@ -35,6 +35,16 @@ def test_every_card_loads_and_its_recipe_is_a_valid_configuration(path):
     assert type(card).model_validate(card.model_dump(mode="json")) == card
 
 
+@pytest.mark.parametrize("name", ["rgbnt201", "rgbnt100", "msvr310", "wmveid863"])
+def test_every_benchmark_has_the_peers_recipe_and_the_anchors_beside_it(name):
+    card = load_card(ROOT / "datasets" / f"{name}.toml")
+    peers = override(override(RunConfig(), card.recipe), card.recipes["peers"])
+    assert (peers.optim.schedule, peers.augment.shared_geometry) == ("peers", False)
+    assert (peers.optim.lr, peers.optim.tower_lr, peers.optim.weight_decay) == (3.5e-4, 5e-6, 1e-4)
+    assert (peers.optim.epochs, peers.optim.warmup_epochs) == (50, 10)
+    assert {"DeMo (AAAI25)", "NEXT (v4)"} <= set(card.anchors)
+
+
 def test_the_recipe_of_a_card_follows_the_field():
     batches = {
         name: load_card(ROOT / "datasets" / f"{name}.toml").recipe
@@ -109,6 +119,7 @@ def test_msvr310s_query_counts_are_those_of_ids_with_two_scenes():
             "batch.instance",
             r"recipe: .*'batch.instance'; did you mean batch.ins",
         ),
+        ('schedule = "peers"', 'schedule = "peer"', r"recipes.peers: optim.schedule: .*'peer'"),
         ("batch.instances = 8", "batch.instances = 1", r"recipe: batch.instances: .*but got 1"),
         ('query.same_as = "gallery"', 'query.same_as = "query"', r"same_as must name a split"),
         ('query.same_as = "gallery"', "query = {}", r"splits.query: .*either path or same_as"),

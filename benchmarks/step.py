@@ -1,0 +1,298 @@
+"""Seconds, samples a second, utilisation and memory of the full-size training step.
+
+    python benchmarks/step.py                                   # two threads of this CPU
+    python benchmarks/step.py --device cuda --samples 64        # a GPU
+    python benchmarks/step.py --parts growth experts            # some of the parts
+
+ViT-B/16 at 256x128 with three modalities, random weights: forward, backward and optimizer. Each
+row is a process of its own, so that its peak memory is its own. Ratios are of one run; a part is
+measured whole or not at all. Needs neither Ray nor MLflow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from public_step import Shape, public_step
+from torch import Tensor
+from torch.nn import functional as F
+
+from next.config import LossConfig, OptimConfig, RunConfig, override
+from next.data.loader import Batch
+from next.model.network import NEXT
+from next.training.loop import GlobalLoss, training_step
+from next.training.optimizer import build_optimizer
+
+IDENTITIES, MODALITIES = 171, 3
+
+
+SHAPES = {
+    "ViT-B-16": Shape((256, 128), 768, 3072, 12, 16, 512),
+    "next-tiny": Shape((64, 32), 128, 256, 3, 8, 128),
+}
+"""``next-tiny`` is there to try the script."""
+DENSE_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40": 181e12}
+"""bfloat16 operations a second by the makers' data sheets, without sparsity."""
+
+Row = dict[str, Any]
+"""What one process measures: its settings and its results."""
+
+
+def rows(parts: Sequence[str], samples: int) -> list[Row]:
+    """Settings of all processes of the parts, in order."""
+    found: list[Row] = []
+    if "step" in parts:
+        for bfloat16 in (False, True):
+            found.append({"name": "products", "kind": "products", "bfloat16": bfloat16})
+            found.append({"name": "public", "kind": "public", "bfloat16": bfloat16})
+            if bfloat16:
+                found.append({"name": "ours, compiled", "compile": True, "bfloat16": True})
+            found.append({"name": "ours", "bfloat16": bfloat16})
+            found.append({"name": "ours, tower alone", "experts": 0, "bfloat16": bfloat16})
+    if "captions" in parts:
+        found += [
+            {"name": "public, text tower", "kind": "public", "captions": True, "bfloat16": half}
+            for half in (False, True)
+        ]
+    if "growth" in parts:
+        found += [
+            {"name": f"ours, B = {size}", "samples": size, "bfloat16": True}
+            for size in (4, 8, 16, 32)
+        ]
+    if "experts" in parts:
+        found += [
+            {"name": f"ours, {count} + {count} experts", "experts": count, "bfloat16": True}
+            for count in (0, 2, 8, 32)
+        ]
+    if "saving" in parts:
+        found += [
+            {"name": "ours", "bfloat16": True},
+            {"name": "ours, checkpointing", "checkpointing": True, "bfloat16": True},
+            {"name": "ours, 4 parts", "accumulate": 4, "bfloat16": True},
+        ]
+    if "profile" in parts:
+        found.append({"name": "ours, profile", "kind": "profile", "bfloat16": True})
+    return [{"kind": "ours", "samples": samples, "experts": 8} | row for row in found]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure, print one table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    every = ("step", "captions", "growth", "experts", "saving", "profile")
+    parser.add_argument("--parts", nargs="+", choices=every, default=list(every))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--backbone", default="ViT-B-16", choices=tuple(SHAPES))
+    parser.add_argument("--samples", type=int, default=16, help="samples of a batch")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=2, help="timed steps, after one to warm up")
+    parser.add_argument("--out", type=Path, default=Path("runs/step.json"))
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here")
+    if options.row is not None:
+        print(json.dumps(measure(json.loads(options.row))))
+        return 0
+    shared = {name: getattr(options, name) for name in ("backbone", "device", "threads", "steps")}
+    results = []
+    for row in rows(options.parts, options.samples):
+        child = subprocess.run(
+            [sys.executable, __file__, "--row", json.dumps(row | shared)],
+            stdout=subprocess.PIPE, text=True, check=True,
+        )  # fmt: skip
+        results.append(json.loads(child.stdout.splitlines()[-1]))
+        print(line(results[-1], results), flush=True)
+        for operator in results[-1].get("operators", ()):
+            print(operator)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    machine = f"{platform.processor() or platform.machine()}, torch {torch.__version__}"
+    options.out.write_text(json.dumps({"machine": machine, "rows": results}, indent=2))
+    return 0
+
+
+def line(row: Row, results: list[Row]) -> str:
+    """A row of the table (Markdown)."""
+    precision = "bfloat16" if row["bfloat16"] else "float32"
+    if row["kind"] == "products":
+        return f"| {row['name']} | {precision} | {row['rate'] / 1e9:.0f} GFLOP/s | | | |"
+    if not row["seconds"]:
+        return f"| {row['name']} | {precision} | | | | |"
+    seconds = statistics.median(row["seconds"])
+    rates = [
+        other["rate"]
+        for other in results
+        if other["kind"] == "products" and other["bfloat16"] == row["bfloat16"]
+    ]
+    used = f"{row['flops'] / seconds / rates[-1]:.0%}" if rates else ""
+    if row.get("peak_rate"):
+        used += f" ({row['flops'] / seconds / row['peak_rate']:.0%} of the card's peak)"
+    return (
+        f"| {row['name']} | {precision} | {seconds:.2f} s ({min(row['seconds']):.2f}-"
+        f"{max(row['seconds']):.2f}) | {row['samples'] / seconds:.2f} samples/s | {used} | "
+        f"{row['peak_bytes'] / 2**30:.1f} GiB |"
+    )
+
+
+def tower_flops(shape: Shape, samples: int) -> float:
+    """Operations of the tower's forward and backward for all modalities of ``samples``."""
+    _, width, hidden, layers, patch, joint = shape
+    linear = 2 * shape.tokens * width * (4 * width + 2 * hidden)
+    attention = 4 * shape.tokens**2 * width
+    embed = 2 * (shape.tokens - 1) * 3 * patch**2 * width
+    forward = layers * (linear + attention) + embed + 2 * shape.tokens * width * joint
+    return samples * MODALITIES * (3 * forward - embed)
+
+
+def measure(row: Row) -> Row:
+    """One row, in this process."""
+    torch.set_num_threads(row["threads"])
+    torch.manual_seed(0)
+    device, shape = torch.device(row["device"]), SHAPES[row["backbone"]]
+    if row["kind"] == "products":
+        dtype = torch.bfloat16 if row["bfloat16"] else torch.float32
+        return row | {"rate": product_rate(shape, row["samples"], dtype, device)}
+    step = build(row, device)
+    step()
+    if row["kind"] == "profile":
+        return row | {"seconds": [], "operators": profile(step)}
+    seconds = [timed(step, device) for _ in range(row["steps"])]
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if device.type == "cuda"
+        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    )
+    return row | {
+        "seconds": seconds,
+        "flops": tower_flops(shape, row["samples"]),
+        "peak_bytes": peak,
+        "peak_rate": card_peak(device) if row["bfloat16"] else None,
+    }
+
+
+def timed(step: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, to the end of what it started on the device."""
+    _wait(device)
+    began = time.perf_counter()
+    step()
+    _wait(device)
+    return time.perf_counter() - began
+
+
+def product_rate(shape: Shape, samples: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Operations a second of the bare matrix products of a block, forward and backward.
+
+    The three products of each linear layer as PyTorch runs them, best of three.
+    """
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device).to(dtype)
+
+    tokens, width, hidden = samples * MODALITIES * shape.tokens, shape.width, shape.hidden
+    total = operations = 0.0
+    for inner, out in ((width, 3 * width), (width, width), (width, hidden), (hidden, width)):
+        x, weight, gradient = draw(tokens, inner), draw(out, inner), draw(tokens, out)
+        for product in (
+            lambda x=x, weight=weight: F.linear(x, weight),
+            lambda gradient=gradient, weight=weight: gradient @ weight,
+            lambda gradient=gradient, x=x: gradient.T @ x,
+        ):
+            product()
+            total += min(timed(product, device) for _ in range(3))
+            operations += 2 * tokens * inner * out
+    return operations / total
+
+
+def build(row: Row, device: torch.device) -> Callable[[], object]:
+    """A function that runs one training step."""
+    samples, shape = row["samples"], SHAPES[row["backbone"]]
+    images = torch.randn(samples, MODALITIES, 3, *shape.size, device=device)
+    labels = torch.arange(samples, device=device) // 4
+    if row["kind"] == "public":
+        return public_step(
+            images, labels, IDENTITIES, shape,
+            captions=row.get("captions", False), bfloat16=row["bfloat16"],
+        )  # fmt: skip
+    experts = row["experts"]
+    config = override(
+        RunConfig(),
+        {
+            "model.backbone.pretrained": None,
+            "model.backbone.compile": row.get("compile", False),
+            "model.backbone.checkpointing": row.get("checkpointing", False),
+            "model.modalities": MODALITIES,
+            "model.backbone.name": row["backbone"],
+            "model.image_size": shape.size,
+            "model.identities": IDENTITIES,
+            "model.semantic.enabled": experts > 0,
+            "model.structure.enabled": experts > 0,
+            "model.semantic.experts": max(experts, 1),
+            "model.structure.experts": max(experts, 1),
+            "optim.precision": "bfloat16" if row["bfloat16"] else "float32",
+            "optim.accumulate": row.get("accumulate", 1),
+        },
+    )
+    network = NEXT(config.model).to(device).train()
+    text = F.normalize(torch.randn(samples, MODALITIES, max(experts, 1), shape.joint), dim=-1)
+    batch = Batch(
+        images,
+        torch.ones(samples, MODALITIES, dtype=torch.bool, device=device),
+        text.to(device),
+        labels,
+        torch.zeros_like(labels),
+        torch.arange(samples, device=device),
+    )
+    optim: OptimConfig = config.optim
+    loss = GlobalLoss(network, LossConfig(), 1, optim.accumulate)
+    optimizer = build_optimizer(network, optim)
+    return lambda: training_step(loss, optimizer, batch, optim)
+
+
+def profile(step: Callable[[], object]) -> list[str]:
+    """The ten operators with the most time of their own, as rows of a table."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    with record(activities=activities) as found:
+        step()
+    device = "device" if torch.cuda.is_available() else "cpu"
+
+    def own(event: Any) -> float:
+        return float(getattr(event, f"self_{device}_time_total"))
+
+    events = sorted(found.key_averages(), key=own, reverse=True)
+    total = sum(map(own, events))
+    return [
+        f"| {event.key} | {event.count} | {own(event) / 1e6:.3f} s | {own(event) / total:.1%} |"
+        for event in events[:10]
+    ]
+
+
+def card_peak(device: torch.device) -> float | None:
+    """The card's dense bfloat16 peak, where it is known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name()
+    return max((rate for card, rate in DENSE_PEAK.items() if card in name), default=None)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,102 @@
+"""One training step: precision, host reads, compiled blocks, and what it needs installed."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from next.config import LossConfig, OptimConfig
+from next.data.loader import Batch
+from next.model.losses import objective
+from next.training.loop import GlobalLoss, training_step
+from next.training.optimizer import build_optimizer
+from tests.training.test_cost import batch, network
+
+ROOT = Path(__file__).resolve().parents[2]
+OPTIM = OptimConfig(name="adamw", lr=1e-3, tower_lr=1e-4)
+
+
+def steps(model: torch.nn.Module, config: OptimConfig, count: int) -> list[float]:
+    optimizer = build_optimizer(model, config)
+    loss = GlobalLoss(model, LossConfig(), 1)
+    torch.manual_seed(1)
+    batches = [batch(6) for _ in range(2)]
+    return [
+        training_step(loss, optimizer, batches[step % 2], config).total.item()
+        for step in range(count)
+    ]
+
+
+def test_steps_in_bfloat16_stay_near_those_in_float32():
+    """Five steps: the weights move together, to within a third of the way they went."""
+    exact = network()
+    start = [value.detach().clone() for value in exact.parameters()]
+    half = copy.deepcopy(exact)
+    losses = steps(exact, OPTIM, 5)
+    drifting = steps(half, OPTIM.model_copy(update={"precision": "bfloat16"}), 5)
+    assert losses[-1] < losses[0]
+    torch.testing.assert_close(torch.tensor(drifting), torch.tensor(losses), rtol=0.03, atol=0)
+    moved = sum((a - b).square().sum() for a, b in zip(exact.parameters(), start, strict=True))
+    apart = sum(
+        (a - b).square().sum() for a, b in zip(exact.parameters(), half.parameters(), strict=True)
+    )
+    assert (apart / moved).sqrt() < 1 / 3
+
+
+def test_the_step_reads_nothing_back_from_the_device():
+    """On the meta device there is nothing to read: any look at a value is an error."""
+    model = network().to("meta")
+    images = Batch(*(value.to("meta") for value in batch(6)))
+    output = model(images.images, images.present, images.text, images.camera)
+    losses = objective(model.heads(output.branches), output.branches, images.labels, LossConfig())
+    losses.total.backward()
+    assert all(value.grad is not None for value in model.parameters() if value.requires_grad)
+    with pytest.raises(RuntimeError, match="meta"):
+        losses.total.item()
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_losses():
+    plain, compiled = network(), network(model__backbone__compile=True)
+    with torch.random.fork_rng():
+        expected = steps(plain, OPTIM, 3)
+        torch.testing.assert_close(
+            torch.tensor(steps(compiled, OPTIM, 3)), torch.tensor(expected), rtol=1e-3, atol=1e-3
+        )
+    assert set(compiled.state_dict()) == set(plain.state_dict()), "checkpoints do not change"
+
+
+BLOCKER = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("ray", "mlflow", "optuna"):
+            raise ModuleNotFoundError(f"{name} is not installed", name=name)
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def test_the_benchmark_runs_with_neither_ray_nor_mlflow_installed(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(BLOCKER)
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    blocked = subprocess.run(
+        [sys.executable, "-c", "import ray"],
+        env=environment, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert "ray is not installed" in blocked.stderr
+    script = str(ROOT / "benchmarks" / "step.py")
+    out = tmp_path / "step.json"
+    done = subprocess.run(
+        [sys.executable, script, "--backbone", "next-tiny", "--samples", "8", "--steps", "1",
+         "--threads", "1", "--parts", "profile", "--out", str(out)],
+        env=environment, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "aten::" in done.stdout
+    assert out.exists()
