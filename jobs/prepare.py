@@ -197,6 +197,8 @@ def _verify_order(job: PrepareJob, manifest: Manifest) -> int:
         worlds = [int(number) for number in job.world.split(",")]
     except ValueError:
         raise ValueError(f"--world must be numbers, such as 1,2,4,8, but got {job.world}") from None
+    if job.epochs < 1:
+        raise ValueError(f"--epochs must be 1 or more, but got {job.epochs}")
     config = base_config(manifest.benchmark, job.recipe)
     pids = manifest.labels("train").pid
     pids, size = pids[split_train(config, pids)[0]], config.batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import logging
 import os
 import sys
@@ -55,7 +56,7 @@ def parse(job: type[Job], argv: Sequence[str], *, default: Job | None = None) ->
         job,
         args=[_underscored(word) for word in argv],
         prog=Path(sys.argv[0]).name,
-        description=job.__doc__,
+        description=inspect.cleandoc(job.__doc__ or ""),
         use_underscores=True,
         **settings,
     )
@@ -146,7 +147,7 @@ def base_config(card: Benchmark | None, recipe: str | Path | None) -> RunConfig:
 class ProgressLine:
     """A line on stderr that says how far the work is and what is left of it.
 
-    On a terminal it is rewritten in place; in a log file it comes every five seconds.
+    On a terminal it has a bar and is rewritten in place; in a log it comes every five seconds.
     """
 
     def __init__(self, what: str) -> None:
@@ -164,8 +165,10 @@ class ProgressLine:
             return
         self.shown = now
         left = (now - self.started) / done * (total - done)
-        line = f"{self.what}  {done}/{total} samples  {done / total:.0%}  about {left:.0f} s left"
-        sys.stderr.write(f"\r{line:<70}" if self.alive else f"{line}\n")
+        line = f"{done}/{total} samples  {done / total:.0%}  about {left:.0f} s left"
+        bar = "█" * (20 * done // total)
+        shown = f"\r{self.what}  {bar:░<20}  {line:<48}" if self.alive else f"{self.what}  {line}\n"
+        sys.stderr.write(shown)
         sys.stderr.flush()
 
     def __exit__(self, *exception: object) -> None:

@@ -115,6 +115,17 @@ def test_progress_in_a_log_says_the_last_sample_and_what_is_left(capsys):
     assert capsys.readouterr().err.splitlines() == ["draw  10/10 samples  100%  about 0 s left"]
 
 
+def test_progress_on_a_terminal_is_a_bar_that_is_drawn_anew(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with ProgressLine("draw") as progress:
+        progress.shown = 0
+        progress(5, 20)
+        progress(20, 20)
+    quarter, full = capsys.readouterr().err.split("\r")[1:]
+    assert quarter.startswith("draw  █████░░░░░░░░░░░░░░░  5/20 samples  25%")
+    assert full.startswith("draw  ████████████████████  20/20 samples  100%")
+
+
 @dataclass(frozen=True)
 class DataJob:
     """A job that reads and writes data."""

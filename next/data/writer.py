@@ -357,9 +357,7 @@ def _draft_of(target: Folder) -> Iterator[Folder | None]:
         yield None
         return
     if target.is_local and os.path.isfile(target.base):
-        raise FileExistsError(
-            f"{target.uri} is a file; shards are written to a folder of their own"
-        )
+        raise FileExistsError(f"{target.uri} is a file; choose another name for the folder")
     present = target.names()
     if present and RECORDS not in present:
         raise FileExistsError(
@@ -376,6 +374,8 @@ def _draft_of(target: Folder) -> Iterator[Folder | None]:
             raise
         return
     path = Path(target.base)
+    if os.path.ismount(path):  # as which nothing can be renamed
+        raise FileExistsError(f"{path} is a mount point; give a folder within it")
     open_folder(path.parent).require_writable()
     draft = path.with_name(f".{path.name}.partial")
     draft.mkdir(exist_ok=True)

@@ -233,6 +233,16 @@ def test_something_else_in_a_bucket_is_not_touched(source, make_card, s3):
     assert contents(f"{s3}/out") == {"thesis.tex": b"dear"}
 
 
+def test_a_file_or_a_mount_point_is_no_destination(source, make_card, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("dear")
+    with pytest.raises(FileExistsError, match=r"file is a file; choose another name"):
+        prepare(make_card(), source.root, tmp_path / "file")
+    (tmp_path / "volume").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "volume")
+    with pytest.raises(FileExistsError, match=r"volume is a mount point; give a folder within it"):
+        prepare(make_card(), source.root, tmp_path / "volume")
+
+
 @pytest.mark.parametrize("other", ["record", "manifest"])
 def test_two_writers_of_one_bucket_notice_each_other(
     source, make_card, s3, monkeypatch, expected, other
@@ -283,9 +293,14 @@ def cluster(s3):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_ray_writes_the_same_bytes_and_its_errors_are_the_same(
     cluster, source, make_card, expected, s3, tmp_path
 ):
+    import ray.data
+
     from next.data.distribution import run_on_ray
 
     seen = []
@@ -302,6 +317,11 @@ def test_ray_writes_the_same_bytes_and_its_errors_are_the_same(
     assert contents(f"{s3}/out") == expected
     assert seen[-1] == (16, 16)
     assert len(seen) == 6
+    prepare(make_card(), source.root, tmp_path / "whole", run=run)
+    assert contents(tmp_path / "whole") == expected
+    table = ray.data.read_parquet(str(tmp_path / "whole" / "train"))  # as the README says
+    assert table.count() == 12
+    assert table.sort("pid").take(1)[0]["sample_id"].startswith("000003")
     source.path("000012_cam1_0_00.jpg").write_bytes(b"")
     with pytest.raises(ValueError, match=r"^[^\n]*000012_cam1_0_00\.jpg is empty[^\n]*$"):
         prepare(make_card(), source.root, tmp_path / "out", run=run)

@@ -124,7 +124,7 @@ def test_the_order_is_shown_to_be_the_same_for_every_number_of_workers(raw, tmp_
     done = prepare(*arguments, "--recipe", recipe)
     assert done.returncode == 0, done.stderr
     manifest = open_manifest(tmp_path / "out")
-    config = override(base_config(manifest.benchmark.recipe, None), settings)
+    config = override(base_config(manifest.benchmark, None), settings)
     pids = manifest.labels("train").pid
     plan = epoch_plan(pids[split_train(config, pids)[0]], seed=3, epoch=0, p=2, k=4)
     first = done.stdout.splitlines()[1].split()
@@ -138,6 +138,7 @@ def test_the_order_is_shown_to_be_the_same_for_every_number_of_workers(raw, tmp_
         2,
         True,
     )
+    assert "--epochs must be 1 or more" in prepare(*arguments, "--epochs", "0").stderr
     done = prepare(*arguments[:2], "--verify-order", "--world", "two")
     assert done.returncode == 2
     assert "--world must be numbers" in done.stderr
