@@ -147,8 +147,8 @@ class Folder:
                 raise FileNotFoundError(
                     f"{self._name(path)}: there is no such file{self._neighbours(path)}"
                 ) from None
-        with file:
-            yield file
+            with file:
+                yield file
 
     @contextmanager
     def writing(self, path: str) -> Iterator[Any]:
