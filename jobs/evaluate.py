@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from next.cli import parse, run_job
 from next.config import override
 from next.data.shards import open_manifest
-from next.training.assessment import assess
+from next.evaluation.missing import MissingMatrix
+from next.training.assessment import assess, assess_missing
 from next.training.checkpoint import read_config, read_progress
 from next.training.launch import configure_torch, device
+
+REFERENCES = {
+    "RGBNT201": {
+        "r": 63.3, "n": 72.6, "t": 56.2, "rn": 45.6, "rt": 26.3, "nt": 40.3, "mean": 50.7,
+    }
+}  # fmt: skip
+"""Published mAP of DeMo (AAAI 2025) by what is missing, for the benchmarks that have any."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,9 @@ class EvaluateJob:
     """Folder of decoded caches; the run's own where it is left out."""
     threads: int | None = None
     """Torch threads; None: as torch chooses."""
+    missing: bool = False
+    """Instead: the scores with every set of modalities missing at test, in query and gallery alike,
+    and of queries with any set against a gallery with any other; no pictures."""
     dry_run: bool = False
     """Check that checkpoint and data are whole, and compute nothing."""
     json: bool = False
@@ -50,6 +61,13 @@ def main(argv: Sequence[str]) -> int:
         print(f"checkpoint after epoch {progress.epoch}; data {manifest.digest}")
         return 0
     configure_torch(config)
+    if job.missing:
+        matrix = assess_missing(
+            job.checkpoint, manifest, split=job.split, cache=job.cache, device=device(config)
+        )
+        known = REFERENCES.get(manifest.benchmark.name, {}) if job.split == "test" else {}
+        print(json.dumps(as_json(matrix)) if job.json else "\n".join(table(matrix, known)))
+        return 0
     out = job.out or job.checkpoint.parent / f"assessment-{job.split}"
     found = assess(
         job.checkpoint, manifest, out, split=job.split, cache=job.cache, device=device(config)
@@ -61,6 +79,51 @@ def main(argv: Sequence[str]) -> int:
     for picture in found.pictures:
         print(f"picture  {picture}")
     return 0
+
+
+def table(matrix: MissingMatrix, references: Mapping[str, float]) -> list[str]:
+    """The cases of the usual protocol with their mean, then mAP of every pair of sets."""
+    published = f"  {'DeMo mAP':>8}" if references else ""
+    lines = [f"{'missing':<12}{'mAP':>6}{'R-1':>7}{'R-5':>7}{'R-10':>7}{'queries':>9}{published}"]
+
+    def line(name: str, scores: Mapping[str, float], queries: str) -> str:
+        figures = "".join(f"{scores[key]:>7.1f}" for key in ("rank1", "rank5", "rank10"))
+        known = f"  {references[name]:>8.1f}" if name in references else ""
+        return f"{name:<12}{scores['mAP']:>6.1f}{figures}{queries:>9}{known}"
+
+    for name, case in {"-": matrix.full, **matrix.protocol}.items():
+        lines.append(line(name, case.metrics.as_dict(), str(case.metrics.num_valid_queries)))
+    lines.append(line("mean", matrix.mean(), ""))
+    left_out = max(case.left_out for row in matrix.cases for case in row)
+    if left_out:
+        lines.append(f"up to {left_out} samples have none of a case's modalities and take no part")
+    names = ["+".join(subset) for subset in matrix.subsets]
+    width = max(map(len, names)) + 2
+    lines += ["", "mAP of queries with (down) against a gallery with (across)"]
+    lines.append(" " * width + "".join(f"{name:>{width}}" for name in names))
+    for name, row in zip(names, matrix.mAP.tolist(), strict=True):
+        lines.append(f"{name:<{width}}" + "".join(f"{value:>{width}.1f}" for value in row))
+    return lines
+
+
+def as_json(matrix: MissingMatrix) -> dict[str, Any]:
+    """Everything that :func:`table` prints, and all scores of the pairs."""
+    return {
+        "modalities": matrix.modalities,
+        "full": matrix.full.metrics.as_dict(),
+        "missing": {name: case.metrics.as_dict() for name, case in matrix.protocol.items()},
+        "mean": matrix.mean(),
+        "any_to_any": [
+            {
+                "query": case.query,
+                "gallery": case.gallery,
+                "left_out": case.left_out,
+                **case.metrics.as_dict(),
+            }
+            for row in matrix.cases
+            for case in row
+        ],
+    }
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +20,19 @@ from next.evaluation.metrics import (
     retrieval_metrics,
 )
 from next.model.network import NEXT
+
+
+class Pair(NamedTuple):
+    """Query and gallery, embedded."""
+
+    query: Embeddings
+    """Of the Q queries, in their order."""
+    gallery: Embeddings
+    """Of the G gallery samples, in their order."""
+    own: np.ndarray
+    """[Q] gallery row that is the query itself, -1 where there is none."""
+    forwards: int
+    """Samples that went through the network; one that is query and gallery went once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +84,28 @@ def evaluate(
             f"query and gallery must hold samples, but got {len(query)} and {len(gallery)}"
         )
     check_rule(rule, query.labels, gallery.labels)
+    pair = embed_pair(model, query, gallery, config=config, device=device)
+    metrics = retrieval_metrics(
+        pair.query.features,
+        pair.gallery.features,
+        query.labels,
+        gallery.labels,
+        rule=rule,
+        max_rank=max_rank,
+        own=pair.own,
+    )
+    return Evaluation(metrics, *pair)
+
+
+def embed_pair(
+    model: NEXT,
+    query: SampleSet,
+    gallery: SampleSet,
+    *,
+    config: RunConfig,
+    device: torch.device | str,
+) -> Pair:
+    """Embed query and gallery, each distinct sample once; arguments as :func:`evaluate`."""
     own = _own_rows(query, gallery)
     alike = _seen_alike(query, gallery, own)
     others = np.flatnonzero(~alike)
@@ -82,16 +118,7 @@ def evaluate(
     places[others] = len(gallery) + np.arange(len(others))
     of_query = everything.take(places)
     of_gallery = everything.take(np.arange(len(gallery)))
-    metrics = retrieval_metrics(
-        of_query.features,
-        of_gallery.features,
-        query.labels,
-        gallery.labels,
-        rule=rule,
-        max_rank=max_rank,
-        own=own,
-    )
-    return Evaluation(metrics, of_query, of_gallery, own, len(everything.features))
+    return Pair(of_query, of_gallery, own, len(everything.features))
 
 
 def retrieved(

@@ -8,12 +8,14 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from next.config import override
+from next.config import RunConfig, override
 from next.data.shards import Manifest
+from next.evaluation.missing import MissingMatrix, missing_matrix
 from next.evaluation.pictures import draw_evaluation
 from next.evaluation.protocol import evaluate
+from next.model.network import NEXT
 from next.training.checkpoint import load_network, read_progress
-from next.training.inputs import test_data, training_data
+from next.training.inputs import TestData, test_data, training_data
 
 
 class Assessment(NamedTuple):
@@ -50,6 +52,44 @@ def assess(
         ValueError: the checkpoint is torn or of another model, the data lack a modality, or
             ``val`` is asked for on data that the run was not trained on.
     """
+    network, config, (query, gallery, rule) = _open(checkpoint, manifest, device, split, cache)
+    found = evaluate(network, query, gallery, rule=rule, config=config, device=device)
+    pictures = draw_evaluation(
+        folder / "figures",
+        network,
+        found,
+        query,
+        gallery,
+        rule=rule,
+        config=config,
+        device=device,
+        history=history,
+    )
+    return Assessment(
+        {f"{split}/{name}": value for name, value in found.metrics.as_dict().items()}, pictures
+    )
+
+
+def assess_missing(
+    checkpoint: Path,
+    manifest: Manifest,
+    *,
+    device: torch.device,
+    split: Literal["test", "val"] = "test",
+    cache: str | None = None,
+) -> MissingMatrix:
+    """Rank a split with every set of modalities; arguments and errors as :func:`assess`."""
+    network, config, (query, gallery, rule) = _open(checkpoint, manifest, device, split, cache)
+    return missing_matrix(network, query, gallery, rule=rule, config=config, device=device)
+
+
+def _open(
+    checkpoint: Path,
+    manifest: Manifest,
+    device: torch.device,
+    split: Literal["test", "val"],
+    cache: str | None,
+) -> tuple[NEXT, RunConfig, TestData]:
     network, config = load_network(checkpoint)
     config = override(
         config, {"data.uri": manifest.folder.address} | ({"data.cache": cache} if cache else {})
@@ -68,21 +108,7 @@ def assess(
                 f"({trained_on}), but {manifest.uri} is {manifest.digest}; use --split test"
             )
         _, query, gallery, rule, _ = training_data(config, manifest)
+        data = TestData(query, gallery, rule)
     else:
-        query, gallery, rule = test_data(config, manifest)
-    network = network.to(device)
-    found = evaluate(network, query, gallery, rule=rule, config=config, device=device)
-    pictures = draw_evaluation(
-        folder / "figures",
-        network,
-        found,
-        query,
-        gallery,
-        rule=rule,
-        config=config,
-        device=device,
-        history=history,
-    )
-    return Assessment(
-        {f"{split}/{name}": value for name, value in found.metrics.as_dict().items()}, pictures
-    )
+        data = test_data(config, manifest)
+    return network.to(device), config, data

@@ -31,7 +31,8 @@ def ready(tiny_config) -> RunConfig:
 
 def run(config: RunConfig, folder: Path) -> Outcome:
     data = training_data(config, open_manifest(config.data.uri))
-    return train(config, data, FolderReporter(folder))
+    with FolderReporter(folder) as reporter:
+        return train(config, data, reporter)
 
 
 @pytest.fixture

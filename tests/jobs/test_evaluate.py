@@ -1,0 +1,72 @@
+import json
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from next.config import override
+from next.data.shards import open_manifest
+from next.training.inputs import resolve, training_data
+from next.training.loop import train
+from next.training.report import FolderReporter
+
+JOB_FILE = Path(__file__).resolve().parents[2] / "jobs" / "evaluate.py"
+
+
+@pytest.fixture(scope="module")
+def job() -> ModuleType:
+    """The job, in this process."""
+    spec = spec_from_file_location("evaluate_job", JOB_FILE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("evaluated")
+
+
+@pytest.fixture
+def flags(tiny_config, run_folder) -> list[str]:
+    manifest = open_manifest(tiny_config.data.uri)
+    settings = {"optim.epochs": 1, "optim.warmup_epochs": 0, "data.drop_modality": 0.3}
+    config = resolve(override(tiny_config, settings), manifest)
+    if not (run_folder / "last").exists():
+        with FolderReporter(run_folder) as reporter:
+            train(config, training_data(config, manifest), reporter)
+    return ["--checkpoint", str(run_folder / "last"), "--data", str(manifest.uri), "--missing"]
+
+
+def test_missing_prints_the_cases_their_mean_and_every_pair(job, flags, capsys):
+    assert job.main(flags) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["missing", "mAP", "R-1", "R-5", "R-10", "queries"]
+    names = [line.split()[0] for line in lines[1:9]]
+    assert names == ["-", "r", "n", "t", "rn", "rt", "nt", "mean"]
+    across = next(line for line in lines if "RGB+NI+TI" in line)
+    assert across.split()[-1] == "TI"
+    assert len(lines) == 1 + 8 + 1 + 1 + 1 + 7, "no published figures for this benchmark"
+
+
+def test_missing_as_json_has_all_scores(job, flags, capsys):
+    assert job.main([*flags, "--split", "val", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["modalities"] == ["RGB", "NI", "TI"]
+    assert len(answer["any_to_any"]) == 49
+    assert set(answer["missing"]) == {"r", "n", "t", "rn", "rt", "nt"}
+    assert 0 < answer["mean"]["mAP"] <= 100
+    (pair,) = [
+        one for one in answer["any_to_any"] if (one["query"], one["gallery"]) == (["TI"], ["TI"])
+    ]
+    assert pair["mAP"] == answer["missing"]["rn"]["mAP"]
+
+
+def test_published_figures_stand_beside_the_benchmark_they_are_of(job):
+    published = job.REFERENCES["RGBNT201"]
+    six = [value for name, value in published.items() if name != "mean"]
+    assert sum(six) / 6 == pytest.approx(published["mean"], abs=0.05)
