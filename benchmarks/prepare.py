@@ -29,6 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tyro
@@ -36,6 +37,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from next.data.ingest import REMOTE_THREADS
 from next.storage import open_folder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,8 +53,18 @@ KEYS = {
     "AWS_REGION": "us-east-1",
 }
 
-Row = tuple[str, list[float], str]
-"""What was timed, its times in seconds, and a note."""
+
+class Timed(NamedTuple):
+    """What one call of a command took."""
+
+    wall: float
+    """Seconds."""
+    cpu: float
+    """Seconds of its own processes; those of Ray and of the server are not in it."""
+
+
+Row = tuple[str, list[Timed], str]
+"""What was timed, how long it took each time, and a note."""
 
 
 @dataclass(frozen=True)
@@ -82,16 +94,16 @@ def main(arguments: Arguments) -> int:
         times = []
         for _ in range(arguments.repeats):
             shutil.rmtree(folder / "out", ignore_errors=True)
-            times.append(seconds(local))
+            times.append(timed(local))
         size = sum(open_folder(folder / "out").walk().values()) / 1e6
         rows.append(("prepare, folder to folder", times, f"{size:.0f} MB"))
-        rows.append(("the same again (compared, kept)", [seconds(local)], ""))
+        rows.append(("the same again (compared, kept)", [timed(local)], ""))
         check = [*JOB, "--check", str(folder / "out")]
-        rows.append(("--check", [seconds(check) for _ in range(arguments.repeats)], ""))
+        rows.append(("--check", [timed(check) for _ in range(arguments.repeats)], ""))
         if arguments.ray:
             out = folder / "by-ray"
             ray = [*JOB, *flags, "--source", str(raw), "--out", str(out)]
-            times = [seconds([*ray, "--workers", str(arguments.ray)])]
+            times = [timed([*ray, "--workers", str(arguments.ray)])]
             same = read_digest(out) == read_digest(folder / "out")
             rows.append((f"prepare, {arguments.ray} Ray tasks", times, f"same digest: {same}"))
         if arguments.s3:
@@ -143,21 +155,21 @@ def measure_s3(
     """From bucket to bucket, and what the server alone takes to hand over the same files."""
     with s3_server():
         bucket = open_folder("s3://bench")
-        began = time.monotonic()
+        before = os.times()
         bucket.upload_tree(raw, "raw")
-        yield "upload of the source", [time.monotonic() - began], ""
+        yield "upload of the source", [_since(before)], ""
         paths = list(bucket.walk("raw"))
-        began = time.monotonic()
-        with ThreadPoolExecutor(16) as pool:
+        before = os.times()
+        with ThreadPoolExecutor(REMOTE_THREADS) as pool:
             total = sum(pool.map(lambda path: len(bucket.read(f"raw/{path}")), paths))
-        yield "reading the source alone", [time.monotonic() - began], f"{total / 1e6:.0f} MB"
+        yield "reading the source alone", [_since(before)], f"{total / 1e6:.0f} MB"
         job = [*JOB, *flags, "--source", "s3://bench/raw", "--out", "s3://bench/out"]
-        times = [seconds(job)]
+        times = [timed(job)]
         same = (
             bucket.below("out").read("manifest.json") == (expected / "manifest.json").read_bytes()
         )
         yield "prepare, bucket to bucket", times, f"same manifest: {same}"
-        yield "--check of a bucket", [seconds([*JOB, "--check", "s3://bench/out"])], ""
+        yield "--check of a bucket", [timed([*JOB, "--check", "s3://bench/out"])], ""
 
 
 @contextmanager
@@ -180,11 +192,16 @@ def s3_server() -> Iterator[None]:
         server.wait()
 
 
-def seconds(command: Sequence[str]) -> float:
-    """Wall time of a command that must succeed."""
-    began = time.monotonic()
+def timed(command: Sequence[str]) -> Timed:
+    """Times of a command that must succeed."""
+    before = os.times()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return time.monotonic() - began
+    return _since(before)
+
+
+def _since(before: os.times_result) -> Timed:
+    spent = [after - earlier for after, earlier in zip(os.times(), before, strict=True)]
+    return Timed(spent[4], sum(spent[:4]))
 
 
 def read_digest(folder: Path) -> str:
@@ -194,14 +211,20 @@ def read_digest(folder: Path) -> str:
 
 def report(rows: Sequence[Row], out: Path) -> None:
     """Print the table and write the JSON."""
-    table = Table("what", "median s", "min-max", "")
+    load = os.getloadavg()[0]
+    table = Table("what", "median s", "min-max", "CPU s", "", title=f"load at the end {load:.1f}")
     for what, times, note in rows:
-        spread = f"{min(times):.1f}-{max(times):.1f}" if len(times) > 1 else "once"
-        table.add_row(what, f"{statistics.median(times):.1f}", spread, note)
+        walls = [one.wall for one in times]
+        spread = f"{min(walls):.1f}-{max(walls):.1f}" if len(walls) > 1 else "once"
+        cpu = statistics.median(one.cpu for one in times)
+        table.add_row(what, f"{statistics.median(walls):.1f}", spread, f"{cpu:.1f}", note)
     Console().print(table)
     out.parent.mkdir(parents=True, exist_ok=True)
-    answer = [{"what": what, "seconds": times, "note": note} for what, times, note in rows]
-    out.write_text(json.dumps(answer, indent=1) + "\n")
+    answer = [
+        {"what": what, "seconds": [one._asdict() for one in times], "note": note}
+        for what, times, note in rows
+    ]
+    out.write_text(json.dumps({"load": load, "rows": answer}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
