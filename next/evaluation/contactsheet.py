@@ -81,8 +81,9 @@ def contact_sheet(path: str | Path, bands: Sequence[Band], *, modalities: Sequen
     first = MARGIN + NAMES
     total = first + columns * (width + GAP) - GAP + MARGIN
     texts = [_captions(band.samples[0], modalities, int((total - first) * 14.2)) for band in bands]
-    stack = height * len(modalities)
-    heights = [TITLE + 2 * LINE + stack + LINE * text.count("\n") + 2.5 * LINE for text in texts]
+    lines = [contact.footing.count("\n") + 1 for band in bands for contact in band.samples]
+    stack, foot = height * len(modalities), LINE * (max(lines) + 0.4)
+    heights = [TITLE + stack + foot + LINE * (text.count("\n") + 3) for text in texts]
     figure, axes = sheet(total, sum(heights) + MARGIN)
     top = 0.1
     for band, text, tall in zip(bands, texts, heights, strict=True):
@@ -99,9 +100,8 @@ def contact_sheet(path: str | Path, bands: Sequence[Band], *, modalities: Sequen
                     put_image(draw[0], image, *draw[1:])
                 else:
                     put_missing(*draw)
-            put_text(axes, left + width / 2, row + stack + LINE / 1.5, contact.footing, size=11)
-        lines = text.count("\n") + 1
-        middle = row + stack + 1.5 * LINE + lines * LINE / 2
+            put_text(axes, left + width / 2, row + stack + foot / 2, contact.footing, size=11)
+        middle = row + stack + foot + LINE * (text.count("\n") + 1) / 2
         put_text(axes, first, middle, text, size=9.5, align="left")
         top += tall
     return save(figure, path)
