@@ -136,7 +136,7 @@ def wait_for(what: str, condition, seconds: float):
     return found
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def short_folder() -> Iterator[Path]:
     """A folder with a short path: Ray's sockets lie below it, and their names have a limit."""
     folder = Path(tempfile.mkdtemp(prefix="nx", dir="/tmp"))
@@ -144,7 +144,7 @@ def short_folder() -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def head(short_folder) -> Iterator[Head]:
     port, dashboard, agent, client = free_ports(4)
     environment = clean_environment(short_folder, secrets.token_hex(32))

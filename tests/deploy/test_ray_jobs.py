@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 from next.config import override, to_toml
 from next.training.launch import launch
-from tests.deploy.conftest import BIN, Head, status_of, wait_for
+from tests.deploy.conftest import BIN, ROOT, Head, free_ports, ray_node, run, status_of, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -25,6 +26,57 @@ def test_nobody_gets_in_without_the_token(head: Head):
     done = head.ray("job", "list", RAY_AUTH_TOKEN="", RAY_AUTH_MODE="disabled")
     assert done.returncode != 0
     assert "Missing authentication token" in done.stdout, done.stdout[-2000:]
+
+
+def checks(head: Head, *flags: str, **environment: str) -> tuple[int, dict[str, dict[str, str]]]:
+    own = head.environment | {"PYTHONPATH": str(ROOT)} | environment
+    done = run([sys.executable, "jobs/doctor.py", "--json", *flags], own, 60)
+    answer = json.loads(done.stdout.splitlines()[-1])
+    assert answer["ok"] == (done.returncode == 0)
+    return done.returncode, {check["check"]: check for check in answer["checks"]}
+
+
+def test_the_doctor_finds_wrong_tokens_too_many_workers_and_a_second_head(
+    head: Head, demo_shards, tiny_config, tmp_path
+):
+    recipe = tmp_path / "tiny.toml"
+    recipe.write_text(to_toml(override(tiny_config, {"scaling.num_workers": 2})))
+    flags = ["--data", str(demo_shards), "--recipe", str(recipe)]
+    _, found = checks(head, *flags)
+    good = ("interpreter", "token", "cluster", "capacity", "storage", "clock", "data", "versions")
+    assert [name for name in good if found[name]["verdict"] != "ok"] == []
+    assert "the cluster's 1 nodes have 2 CPU 0 GPU" in found["capacity"]["found"]
+
+    code, found = checks(head, *flags, "--scaling.num_workers", "8", RAY_AUTH_TOKEN="0" * 64)
+    assert code == 2
+    assert "refuses us (403): it has another token" in found["cluster"]["found"]
+    none = {"RAY_AUTH_TOKEN": "", "RAY_AUTH_MODE": "disabled"}
+    _, found = checks(head, *flags, **none)
+    assert "refuses us (401): no token came" in found["cluster"]["found"]
+    assert found["token"]["mend"].startswith("export RAY_AUTH_MODE=token")
+
+    port, dashboard, agent, client = free_ports(4)
+    second = [
+        *(str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=1"),
+        *(f"--port={port}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"),
+        *(f"--dashboard-agent-listen-port={agent}", "--min-worker-port=0", "--max-worker-port=0"),
+        "--include-dashboard=false",
+    ]
+    folder = Path(head.environment["RAY_TMPDIR"]) / "b"
+    folder.mkdir()
+    with ray_node(second, head.environment | {"RAY_TMPDIR": str(folder)}, folder):
+
+        def both() -> bool:
+            return f":{port} (pid" in checks(head)[1]["ray heads"]["found"]
+
+        wait_for("the second head to be seen", both, 60)
+        code, found = checks(head, *flags, "--scaling.num_workers", "8")
+    assert code == 2
+    assert found["ray heads"]["verdict"] == "error"
+    assert found["ray heads"]["mend"].startswith("ray stop")
+    assert found["capacity"]["verdict"] == "error"
+    assert "asked: 8 x (1 CPU, 0 GPU)" in found["capacity"]["found"]
+    assert found["capacity"]["mend"].startswith("--scaling.num_workers 2")
 
 
 WHERE = """
@@ -62,7 +114,7 @@ def test_source_and_interpreter_are_the_submitted_ones_and_a_bad_run_is_a_failed
     done = refused.result()
     assert done.returncode == 1, done.stdout[-3000:]
     assert "failed with exit code 2" in done.stdout
-    assert "error: run.storage_path must be an absolute path or s3:// address" in done.stdout
+    assert "error: run.storage_path must be an absolute path" in done.stdout
 
 
 def test_a_stopped_job_is_finished_by_the_same_command_and_the_other_jobs_follow(
