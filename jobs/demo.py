@@ -30,7 +30,7 @@ class DemoJob:
     benchmark_seed: int = 0
     """Seed of the procedural benchmark."""
     sweep: SweepConfig = field(
-        default_factory=lambda: SweepConfig(trials=9, concurrency=2, grace_epochs=2)
+        default_factory=lambda: SweepConfig(trials=9, concurrency=2, grace_epochs=2, pictures=2)
     )
     """How the space is searched."""
     config: Settings = field(default_factory=RunConfig)

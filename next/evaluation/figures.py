@@ -1,7 +1,7 @@
 """Charts of runs, as PNG files: pure functions from numbers to a picture.
 
-Curves and bars of scores run from 0 to 100, so that pictures of different runs can be compared by
-laying them side by side.
+Curves and bars of scores run from 0 to 100, and a loss from 0 to a round number, so that pictures
+of different runs can be compared by laying them side by side.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def learning_curves(
         upper.plot(steps, values, color=NEUTRAL, linewidth=1.0)
         steps, values = _running_mean(steps, values, len(steps) // 20)
     upper.plot(steps, values, color=INK, **_marker(len(steps)))
-    upper.set(ylabel="loss", title="Training loss", ylim=(0, 1.08 * top))
+    upper.set(ylabel="loss", title="Training loss", ylim=(0, _round_up(top)))
     for index, (name, label) in enumerate(scores.items()):
         steps, values = series[name]
         if not len(steps):
@@ -287,6 +287,12 @@ def _running_mean(
     kernel = np.full(window, 1 / window)
     middle = np.convolve(steps, kernel, mode="valid")
     return middle, np.convolve(values, kernel, mode="valid")
+
+
+def _round_up(top: float) -> float:
+    """The next of 1, 2, 5, 10, 20, ...: trials whose losses are alike then share one scale."""
+    magnitude = 10.0 ** math.floor(math.log10(top))
+    return next(step * magnitude for step in (1, 2, 5, 10) if step * magnitude >= 0.999 * top)
 
 
 def _marker(points: int) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,11 +14,15 @@ from next.config import RunConfig
 from next.data.loader import SampleSet, evaluation_batches
 from next.evaluation.embed import mean_usage, route
 from next.evaluation.figures import cmc_curve, learning_curves
+from next.evaluation.identitymaps import confusion, confusion_map, embedding_map
 from next.evaluation.protocol import Evaluation, retrieved
 from next.evaluation.ranklists import RankList, Shown, choose_queries, rank_lists
 from next.evaluation.routingmaps import routing_maps
-from next.evaluation.usagemaps import expert_usage
+from next.evaluation.usagemaps import attribute_usage, expert_usage
 from next.model.network import NEXT
+
+_FEWEST_MAPPED = 4
+"""An embedding map of fewer samples says nothing."""
 
 
 def draw_evaluation(
@@ -31,12 +37,14 @@ def draw_evaluation(
     device: torch.device | str,
     name: str = "this run",
     history: Sequence[tuple[int, Mapping[str, float]]] = (),
+    attributes: Mapping[str, np.ndarray] | None = None,
 ) -> list[Path]:
     """Draw what there is to see of an evaluation; a model without experts has no expert pictures.
 
     Args:
         folder: where ``learning_curves.png``, ``cmc.png``, ``rank_lists.png``,
-            ``expert_usage.png`` and ``routing_maps.png`` are written.
+            ``embedding_map.png``, ``confusion.png``, ``expert_usage.png``,
+            ``attribute_usage.png`` and ``routing_maps.png`` are written.
         model: the network that was evaluated, on ``device``.
         evaluation: of ``model`` on these sample sets.
         query: samples that searched.
@@ -46,6 +54,7 @@ def draw_evaluation(
         device: where the model is.
         name: of the run, in legends.
         history: (step, metrics) of the training; empty: no learning curves.
+        attributes: value of a caption attribute -> [G] bool, which gallery samples have it.
 
     Returns:
         The files, in the order above.
@@ -62,9 +71,30 @@ def draw_evaluation(
             modalities=query.modalities,
         )
     )
+    if len(gallery) >= _FEWEST_MAPPED:
+        pictures.append(
+            embedding_map(
+                folder / "embedding_map.png",
+                evaluation.gallery.features,
+                gallery.labels.pid,
+                gallery.labels.camera,
+            )
+        )
+    found = read_queries(evaluation, query, gallery, rule=rule)
+    of_nearest = confusion(query.labels.pid, np.array(found["nearest_pid"]))
+    pictures.append(confusion_map(folder / "confusion.png", of_nearest))
     if model.semantic is None and model.structure is None:
         return pictures
     pictures.append(_draw_usage(folder / "expert_usage.png", model, evaluation, gallery))
+    if attributes:
+        pictures.append(
+            attribute_usage(
+                folder / "attribute_usage.png",
+                evaluation.gallery.usage,
+                attributes,
+                modalities=gallery.modalities,
+            )
+        )
     # The same sample in every run on these data, so that the maps of runs compare.
     whole = np.flatnonzero(query.present.all(axis=1))
     row = int(whole[0]) if len(whole) else int(query.present.sum(axis=1).argmax())
@@ -72,6 +102,32 @@ def draw_evaluation(
         _draw_routing(folder / "routing_maps.png", model, query, row, config=config, device=device)
     )
     return pictures
+
+
+def read_queries(
+    evaluation: Evaluation, query: SampleSet, gallery: SampleSet, *, rule: str
+) -> dict[str, list[Any]]:
+    """One row a query: what it is, its scores, and the gallery sample that came first.
+
+    Average precision and inverse negative penalty are NaN, and the rank is 0, where a query has no
+    match; the nearest sample is empty (its identity -1) where the rule left none.
+    """
+    rows = list(range(len(query)))
+    found = retrieved(evaluation, query, gallery, rows, rule=rule, top=1)
+    first = [int(one.rows[0]) if len(one.rows) else -1 for one in found]
+    labels, metrics = query.labels, evaluation.metrics
+    return {
+        "query": labels.sample_id.tolist(),
+        "pid": labels.pid.tolist(),
+        "camera": labels.camera.tolist(),
+        "scene": labels.scene.tolist(),
+        "average_precision": metrics.average_precision.tolist(),
+        "inverse_negative_penalty": metrics.inverse_negative_penalty.tolist(),
+        "first_match": metrics.first_match.tolist(),
+        "nearest": [str(gallery.labels.sample_id[row]) if row >= 0 else "" for row in first],
+        "nearest_pid": [int(gallery.labels.pid[row]) if row >= 0 else -1 for row in first],
+        "distance": [float(one.distances[0]) if len(one.rows) else math.nan for one in found],
+    }
 
 
 def read_rank_lists(

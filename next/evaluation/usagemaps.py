@@ -1,14 +1,18 @@
-"""Usage maps: what each expert draws on, by modality and by camera."""
+"""Usage maps: what each expert draws on, by modality, by camera and by caption attribute."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes
 
 from next.evaluation.canvas import house_style, plot_figure, save, wrap
+from next.evaluation.embed import SampleUsage
+from next.evaluation.heatmaps import heat_map, short_names
+
+_REACH = 10.0
+"""Percentage points at which the colours of deviations are full."""
 
 
 @house_style()
@@ -53,10 +57,7 @@ def expert_usage(
         if values is not None:
             _check_heat(title, values, (len(cameras), len(modalities), None))
             # A camera whose samples all lack a modality has no value there.
-            known = ~np.isnan(values)
-            total = np.where(known, values, 0).sum(axis=2)
-            counts = known.sum(axis=2)
-            means = np.where(counts > 0, total / np.maximum(counts, 1), np.nan)
+            means = _mean_of(values, axis=2)
             panels.append(
                 (
                     title,
@@ -72,9 +73,71 @@ def expert_usage(
     widest = max(values.shape[1] for _, values, *_ in panels)
     figure = plot_figure(max(4.6, 1.6 + (0.6 if widest <= 8 else 0.42) * widest), sum(heights))
     grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)
-    for axes, panel in zip(grid.ravel(), panels, strict=True):
-        _heat_map(axes, *panel)
+    for axes, (title, values, rows, columns, xlabel) in zip(grid.ravel(), panels, strict=True):
+        heat_map(axes, title, 100 * values, short_names(rows), columns, xlabel=xlabel)
     return save(figure, path)
+
+
+@house_style()
+def attribute_usage(
+    path: str | Path,
+    usage: SampleUsage,
+    attributes: Mapping[str, np.ndarray],
+    *,
+    modalities: Sequence[str],
+) -> Path:
+    """How the experts' use of samples with an attribute differs from that of all samples.
+
+    Percentage points on a scale from -10 to 10, the same for all runs: red is more than the mean,
+    blue is less.
+
+    Args:
+        path: PNG to write.
+        usage: of n samples.
+        attributes: name of an attribute's value -> [n] bool, which samples have it by their
+            captions; drawn from top to bottom.
+        modalities: M names.
+
+    Raises:
+        ValueError: nothing to draw, or an attribute that no sample has.
+    """
+    for name, rows in attributes.items():
+        if not np.any(rows):
+            raise ValueError(f"{name!r} must be an attribute of some sample, but none has it")
+    panels = []
+    if usage.semantic_entropy is not None:
+        entropy = _mean_of(usage.semantic_entropy, axis=1)
+        experts = [f"{index + 1}" for index in range(entropy.shape[1])]
+        panels.append(("Semantic entropy", entropy, experts, "expert"))
+    if usage.structure_share is not None:
+        names = short_names(modalities, 8)
+        panels.append(("Structure dispatch", usage.structure_share.mean(axis=2), names, ""))
+    if not panels or not attributes:
+        raise ValueError("there is nothing to draw: give experts' usage and attributes")
+    labels = [f"{name} ({int(np.sum(chosen))})" for name, chosen in attributes.items()]
+    widths = [max(4, values.shape[1]) for _, values, *_ in panels]  # a title needs four columns
+    figure = plot_figure(3.4 + 0.62 * sum(widths), 1.5 + 0.4 * len(labels))
+    grid = figure.subplots(
+        1,
+        len(panels),
+        squeeze=False,
+        sharey=True,
+        width_ratios=widths,
+    )
+    for axes, (title, values, columns, xlabel) in zip(grid.ravel(), panels, strict=True):
+        means = [_mean_of(values[chosen], axis=0) for chosen in attributes.values()]
+        apart = 100 * (np.stack(means) - _mean_of(values, axis=0))
+        heat_map(axes, title, apart, labels, columns, xlabel=xlabel, reach=_REACH)
+    figure.suptitle("Use by caption, points off the mean", fontsize=14, fontweight="bold")
+    return save(figure, path)
+
+
+def _mean_of(values: np.ndarray, axis: int) -> np.ndarray:
+    """Mean without NaN; NaN where nothing is left."""
+    known = ~np.isnan(values)
+    count = known.sum(axis=axis)
+    total = np.where(known, values, 0).sum(axis=axis)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def _check_heat(title: str, values: np.ndarray, shape: tuple[int | None, ...]) -> None:
@@ -89,29 +152,3 @@ def _check_heat(title: str, values: np.ndarray, shape: tuple[int | None, ...]) -
             f"{title} must lie between 0 and 1, but got {np.nanmin(values):.3g} to "
             f"{np.nanmax(values):.3g}"
         )
-
-
-def _heat_map(
-    axes: Axes, title: str, values: np.ndarray, rows: list[str], columns: list[str], xlabel: str
-) -> None:
-    axes.imshow(np.nan_to_num(values), cmap="viridis", vmin=0, vmax=1, aspect="auto")
-    small = values.shape[1] > 8
-    for row, column in np.ndindex(values.shape):
-        value = values[row, column]
-        axes.text(
-            column,
-            row,
-            "n/a" if np.isnan(value) else f"{100 * value:.0f}",
-            ha="center",
-            va="center",
-            color="black" if value > 0.55 else "white",
-            fontsize=10 if small else 13,
-        )
-    axes.set_xticks(range(len(columns)), columns)
-    axes.set_yticks(range(len(rows)), [wrap(row, 10) for row in rows])
-    axes.set_title(title)
-    axes.set_xlabel(xlabel)
-    axes.tick_params(length=0)
-    axes.grid(visible=False)
-    for spine in axes.spines.values():
-        spine.set_visible(False)

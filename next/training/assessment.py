@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 
 from next.config import RunConfig, override
 from next.data.shards import Manifest
 from next.evaluation.missing import MissingMatrix, missing_matrix
-from next.evaluation.pictures import draw_evaluation
+from next.evaluation.noise import paired_bootstrap
+from next.evaluation.pictures import draw_evaluation, read_queries
 from next.evaluation.protocol import evaluate
 from next.model.network import NEXT
+from next.training.attributes import caption_attributes
 from next.training.checkpoint import load_network, read_progress
 from next.training.inputs import TestData, test_data, training_data
 
@@ -25,6 +28,10 @@ class Assessment(NamedTuple):
     """``test/mAP``, ``test/rank1``, ... (or ``val/...``), percent."""
     pictures: list[Path]
     """PNG files."""
+    interval: dict[str, tuple[float, float]]
+    """Metric -> ends of its 95 % bootstrap interval over query identities, percent."""
+    queries: dict[str, list[Any]]
+    """Column -> one value a query: :func:`next.evaluation.pictures.read_queries`."""
 
 
 def assess(
@@ -54,6 +61,7 @@ def assess(
     """
     network, config, (query, gallery, rule) = _open(checkpoint, manifest, device, split, cache)
     found = evaluate(network, query, gallery, rule=rule, config=config, device=device)
+    held_out = split == "val" and config.selection.split == "val"
     pictures = draw_evaluation(
         folder / "figures",
         network,
@@ -64,9 +72,16 @@ def assess(
         config=config,
         device=device,
         history=history,
+        attributes=caption_attributes(manifest, "train" if held_out else "gallery", gallery.rows),
     )
+    precision = found.metrics.average_precision
+    nothing = np.where(np.isnan(precision), np.nan, 0.0)
+    spread = paired_bootstrap(precision, nothing, groups=query.labels.pid)
     return Assessment(
-        {f"{split}/{name}": value for name, value in found.metrics.as_dict().items()}, pictures
+        {f"{split}/{name}": value for name, value in found.metrics.as_dict().items()},
+        pictures,
+        {f"{split}/mAP": (spread.low, spread.high)},
+        read_queries(found, query, gallery, rule=rule),
     )
 
 

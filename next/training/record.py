@@ -32,6 +32,7 @@ def record_assessment(run: Run, assessment: Assessment, *, step: int) -> None:
     for picture in assessment.pictures:
         run.log_artifact(picture, "figures")
         run.log_image(picture, f"figures/{picture.stem}", step=0)
+    run.log_table(assessment.queries, "queries.json")
 
 
 def data_schema(manifest: Manifest) -> dict[str, str]:

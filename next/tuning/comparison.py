@@ -23,9 +23,11 @@ PICTURES = (
     "learning_curves",
     "cmc",
     "rank_lists",
-    "expert_usage",
     "routing_maps",
+    "expert_usage",
+    "attribute_usage",
     "embedding_map",
+    "confusion",
 )
 """Pictures of a trial in the image grid, in that order."""
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from next.evaluation import figures, ranklists, routingmaps, usagemaps
-from next.evaluation.pictures import draw_evaluation, read_rank_lists
+from next.evaluation import figures, identitymaps, ranklists, routingmaps, usagemaps
+from next.evaluation.pictures import draw_evaluation, read_queries, read_rank_lists
 from next.evaluation.protocol import evaluate
 
 
@@ -19,15 +19,24 @@ def draw(folder, model, samples, config, rule="camera", **given):
 
 
 def test_all_pictures_of_a_run(tmp_path, make_model, samples, config, drawn):
-    for module in (figures, ranklists, routingmaps, usagemaps):
+    for module in (figures, identitymaps, ranklists, routingmaps, usagemaps):
         drawn(module)
-    history = [(10, {"train/loss": 3.0}), (10, {"val/mAP": 20.0, "val/rank1": 30.0})]
-    paths = draw(tmp_path / "figures", make_model(), samples, config, history=history)
+    paths = draw(
+        tmp_path / "figures",
+        make_model(),
+        samples,
+        config,
+        history=[(10, {"train/loss": 3.0}), (10, {"val/mAP": 20.0, "val/rank1": 30.0})],
+        attributes={"gender: male": np.arange(24) < 8},
+    )
     assert [path.name for path in paths] == [
         "learning_curves.png",
         "cmc.png",
         "rank_lists.png",
+        "embedding_map.png",
+        "confusion.png",
         "expert_usage.png",
+        "attribute_usage.png",
         "routing_maps.png",
     ]
     for path in paths:
@@ -44,9 +53,9 @@ def test_the_same_evaluation_gives_the_same_bytes(tmp_path, make_model, samples,
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"model__semantic__enabled": False}, 4),
-        ({"model__structure__enabled": False}, 4),
-        ({"model__semantic__enabled": False, "model__structure__enabled": False}, 2),
+        ({"model__semantic__enabled": False}, 6),
+        ({"model__structure__enabled": False}, 6),
+        ({"model__semantic__enabled": False, "model__structure__enabled": False}, 4),
     ],
 )
 def test_ablated_models_have_the_pictures_of_what_is_left(
@@ -58,7 +67,7 @@ def test_ablated_models_have_the_pictures_of_what_is_left(
 def test_data_without_cameras_can_be_drawn(tmp_path, make_model, samples, config, drawn):
     drawn(usagemaps)
     labels = samples.labels._replace(camera=np.full(24, -1))
-    assert len(draw(tmp_path, make_model(), replace(samples, labels=labels), config, "none")) == 4
+    assert len(draw(tmp_path, make_model(), replace(samples, labels=labels), config, "none")) == 6
 
 
 def test_rank_lists_hold_the_images_that_were_retrieved(make_model, samples, config):
@@ -74,6 +83,23 @@ def test_rank_lists_hold_the_images_that_were_retrieved(make_model, samples, con
         assert removed == {query - query % 4 + query % 2, query - query % 4 + query % 2 + 2}
         assert ranked.right.tolist() == [row // 4 == query // 4 for row in rows]
         assert ranked.query.caption == f"{query // 4}\ncam {1 + query % 2}"
+
+
+def test_the_table_of_queries_says_what_came_first(make_model, samples, config):
+    found = evaluate(make_model(), samples, samples, rule="camera", config=config, device="cpu")
+    table = read_queries(found, samples, samples, rule="camera")
+    assert {len(column) for column in table.values()} == {24}
+    assert np.nanmean(table["average_precision"]) == pytest.approx(found.metrics.mAP)
+    first = np.array(table["first_match"]) == 1
+    right = np.array(table["nearest_pid"]) == np.array(table["pid"])
+    np.testing.assert_array_equal(first, right)
+    ids = samples.labels.sample_id.tolist()
+    for row in range(24):
+        nearest = ids.index(table["nearest"][row])
+        own = samples.labels.camera[nearest] == samples.labels.camera[row]
+        assert not (own and samples.labels.pid[nearest] == samples.labels.pid[row])
+        apart = np.linalg.norm(found.query.features[row] - found.gallery.features[nearest])
+        assert table["distance"][row] == pytest.approx(apart, abs=1e-3)
 
 
 def row_of(samples, images):

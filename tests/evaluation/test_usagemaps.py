@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from next.evaluation import usagemaps
-from next.evaluation.usagemaps import expert_usage
+from next.evaluation.embed import SampleUsage
+from next.evaluation.usagemaps import attribute_usage, expert_usage
 
 
 def usage(modalities=3, experts=4, cameras=0):
@@ -34,8 +35,8 @@ def test_expert_usage_by_modality(tmp_path, drawn, experts, modalities):
     )
     assert path.stat().st_size > 5_000
     first, second = saved[0].axes
-    np.testing.assert_array_equal(first.images[0].get_array(), share)
-    np.testing.assert_array_equal(second.images[0].get_array(), entropy)
+    np.testing.assert_allclose(first.images[0].get_array(), 100 * share)
+    np.testing.assert_allclose(second.images[0].get_array(), 100 * entropy)
 
 
 def test_expert_usage_by_camera(tmp_path, drawn):
@@ -50,7 +51,7 @@ def test_expert_usage_by_camera(tmp_path, drawn):
         structure_share_by_camera=share,
         semantic_entropy_by_camera=entropy,
     )
-    np.testing.assert_allclose(saved[0].axes[1].images[0].get_array(), share.mean(axis=2))
+    np.testing.assert_allclose(saved[0].axes[1].images[0].get_array(), 100 * share.mean(axis=2))
     assert [text.get_text() for text in saved[0].axes[2].texts].count("n/a") == 1
 
 
@@ -66,6 +67,47 @@ def test_expert_usage_by_camera(tmp_path, drawn):
 def test_usage_that_does_not_fit_is_an_error(tmp_path, given, message):
     with pytest.raises(ValueError, match=message):
         expert_usage(tmp_path / "usage.png", modalities=["RGB", "NI", "TI"], **given)
+
+
+def sample_usage(samples=40, modalities=3, experts=4):
+    generator = np.random.default_rng(2)
+    share = generator.uniform(0.1, 1, (samples, modalities, experts))
+    return SampleUsage(
+        semantic_entropy=generator.uniform(0, 1, (samples, modalities, experts)),
+        structure_entropy=None,
+        structure_share=share / share.sum(axis=1, keepdims=True),
+    )
+
+
+def test_attribute_usage_is_the_difference_to_the_mean_of_all_samples(tmp_path, drawn):
+    saved = drawn(usagemaps)
+    found, half = sample_usage(), np.arange(40) < 20
+    found.semantic_entropy[3, 1] = np.nan  # a missing modality
+    attribute_usage(
+        tmp_path / "attributes.png",
+        found,
+        {"gender: male": half, "upper clothing: a dark red jacket": ~half},
+        modalities=["RGB", "NI", "TI"],
+    )
+    semantic, structure = saved[0].axes
+    of_expert = np.nanmean(found.semantic_entropy, axis=1)
+    expected = 100 * (of_expert[half].mean(axis=0) - of_expert.mean(axis=0))
+    np.testing.assert_allclose(semantic.images[0].get_array()[0], expected)
+    by_modality = found.structure_share.mean(axis=2)
+    expected = 100 * (by_modality[~half].mean(axis=0) - by_modality.mean(axis=0))
+    np.testing.assert_allclose(structure.images[0].get_array()[1], expected)
+    assert semantic.images[0].get_clim() == structure.images[0].get_clim() == (-10, 10)
+    labels = [label.get_text() for label in semantic.get_yticklabels()]
+    assert labels[0] == "gender: male (20)"
+
+
+def test_attributes_that_cannot_be_drawn_are_an_error(tmp_path):
+    with pytest.raises(ValueError, match="'age: child' must be an attribute of some sample"):
+        attribute_usage(
+            tmp_path / "a.png", sample_usage(), {"age: child": np.zeros(40, bool)}, modalities="abc"
+        )
+    with pytest.raises(ValueError, match="nothing to draw"):
+        attribute_usage(tmp_path / "a.png", sample_usage(), {}, modalities="abc")
 
 
 def draw(path):

@@ -30,7 +30,10 @@ def test_a_run_leaves_scores_pictures_checkpoints_and_its_configuration(tiny_con
         "figures/learning_curves.png",
         "figures/cmc.png",
         "figures/rank_lists.png",
+        "figures/embedding_map.png",
+        "figures/confusion.png",
         "figures/expert_usage.png",
+        "figures/attribute_usage.png",
         "figures/routing_maps.png",
     } <= files
     assert (result.folder / "checkpoints" / "best").resolve() == result.checkpoint.resolve()

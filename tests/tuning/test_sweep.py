@@ -85,7 +85,7 @@ def test_a_sweep_gives_a_parent_with_lean_children_a_leaderboard_and_one_test(
     children = [run for run in runs if run["tags"].get("next.kind") == "trial"]
     assert len(parents) == 1
     assert len(children) == 4
-    assert len(parents[0]["figures"]) == 6
+    assert len(parents[0]["figures"]) == 9
     assert "test/mAP" in parents[0]["metrics"]
     varied = {name for trial in trials for name in trial["settings"]}
     for run in children:
