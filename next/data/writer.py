@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -397,12 +398,14 @@ def _draft_of(target: Folder) -> Iterator[Folder | None]:
 def _commit(draft: Folder, target: Folder, parts: Sequence[Part], file: ManifestFile) -> None:
     """Make the draft a set of shards: without what is not of it, and with a manifest."""
     with ThreadPoolExecutor(8) as pool:
-        records = pool.map(lambda part: read_record(draft, part), parts)
-        if any(
-            record is None or record.key != part.key
-            for part, record in zip(parts, records, strict=True)
-        ):
-            raise _interference(target)
+        for part, record in zip(parts, pool.map(partial(read_record, draft), parts), strict=True):
+            if record is None and draft.is_local:
+                raise FileNotFoundError(
+                    f"{target.uri}: {part.file} was written, but not here; where other machines "
+                    f"write (--workers), --out must be a folder that all of them see"
+                )
+            if record is None or record.key != part.key:
+                raise _interference(target)
     listed = {shard.file for entry in file.splits.values() for shard in entry.shards}
     for path in draft.walk():  # of an earlier call, whose source gave more shards
         if re.fullmatch(r"\w+/.*\.(parquet|partial)", path) and path not in listed:
