@@ -1,8 +1,9 @@
-"""Embed, rank and draw with a checkpoint, on the test split or on the held-out identities."""
+"""Embed, rank and draw with a checkpoint or a registered model, on the test or held-out split."""
 
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,11 @@ from next.cli import parse, run_job
 from next.config import override
 from next.data.shards import open_manifest
 from next.evaluation.missing import MissingMatrix
+from next.evaluation.missingmaps import missing_map
+from next.tracking.registry import fetch_model, registry_server
 from next.training.assessment import assess, assess_missing
 from next.training.checkpoint import read_config, read_progress
+from next.training.embedder import LOADER
 from next.training.launch import configure_torch, device
 
 REFERENCES = {
@@ -26,12 +30,18 @@ REFERENCES = {
 
 @dataclass(frozen=True)
 class EvaluateJob:
-    """Assess a checkpoint: mAP, CMC and mINP by the card's rule, and the pictures."""
+    """Assess a checkpoint or a registered model: scores by the card's rule, and the pictures."""
 
-    checkpoint: Path
-    """Folder of a checkpoint, such as runs/NAME/checkpoints/best."""
     data: str
     """Folder of shards that jobs/prepare.py wrote."""
+    checkpoint: Path | None = None
+    """Folder of a checkpoint, such as runs/NAME/checkpoints/best."""
+    model: str | None = None
+    """Registered model instead of a checkpoint: models:/NAME/VERSION or models:/NAME@champion."""
+    tracking_uri: str | None = None
+    """MLflow server that has the model; without it, the local one of --runs."""
+    runs: Path = Path("runs")
+    """Folder of all runs, whose local server is asked for the model."""
     split: Literal["test", "val"] = "test"
     """test: query and gallery of the card; val: the train identities held out by the run."""
     out: Path | None = None
@@ -42,7 +52,7 @@ class EvaluateJob:
     """Torch threads; None: as torch chooses."""
     missing: bool = False
     """Instead: the scores with every set of modalities missing at test, in query and gallery alike,
-    and of queries with any set against a gallery with any other; no pictures."""
+    and of queries with any set against a gallery with any other, drawn as one matrix."""
     dry_run: bool = False
     """Check that checkpoint and data are whole, and compute nothing."""
     json: bool = False
@@ -52,25 +62,44 @@ class EvaluateJob:
 def main(argv: Sequence[str]) -> int:
     """Parse, call, exit code."""
     job = parse(EvaluateJob, argv)
+    if (job.checkpoint is None) == (job.model is None):
+        raise ValueError("give one of --checkpoint and --model, what is to be assessed")
+    with tempfile.TemporaryDirectory(prefix="next-model-") as parent:
+        return _assess(job, job.checkpoint or _fetch(job, Path(parent)))
+
+
+def _fetch(job: EvaluateJob, parent: Path) -> Path:
+    """The checkpoint of a registered model; nothing that comes with it is executed."""
+    with registry_server(job.tracking_uri, job.runs) as uri:
+        return fetch_model(uri, str(job.model), parent, loader=LOADER) / "checkpoint"
+
+
+def _assess(job: EvaluateJob, checkpoint: Path) -> int:
     manifest = open_manifest(job.data)
-    progress = read_progress(job.checkpoint)
-    config = read_config(job.checkpoint)
+    progress = read_progress(checkpoint)
+    config = read_config(checkpoint)
     settings = {"threads": job.threads} | ({"data.cache": job.cache} if job.cache else {})
     config = override(config, settings)
     if job.dry_run:
         print(f"checkpoint after epoch {progress.epoch}; data {manifest.digest}")
         return 0
     configure_torch(config)
+    out = job.out or (checkpoint.parent if job.checkpoint else job.runs) / f"assessment-{job.split}"
     if job.missing:
         matrix = assess_missing(
-            job.checkpoint, manifest, split=job.split, cache=job.cache, device=device(config)
+            checkpoint, manifest, split=job.split, cache=job.cache, device=device(config)
+        )
+        names = ["+".join(subset) for subset in matrix.subsets]
+        picture = missing_map(
+            out / "figures" / "missing.png", matrix.mAP, queries=names, galleries=names
         )
         known = REFERENCES.get(manifest.benchmark.name, {}) if job.split == "test" else {}
         print(json.dumps(as_json(matrix)) if job.json else "\n".join(table(matrix, known)))
+        if not job.json:
+            print(f"picture  {picture}")
         return 0
-    out = job.out or job.checkpoint.parent / f"assessment-{job.split}"
     found = assess(
-        job.checkpoint, manifest, out, split=job.split, cache=job.cache, device=device(config)
+        checkpoint, manifest, out, split=job.split, cache=job.cache, device=device(config)
     )
     if job.json:
         print(json.dumps({"metrics": found.metrics, "pictures": [str(p) for p in found.pictures]}))

@@ -351,6 +351,9 @@ class TrackingConfig(Section):
     """Experiment; None: the benchmark's name."""
     enabled: bool = True
     """Off: the journal beside the run is still written."""
+    model: str | None = Field(default=None, pattern=r"^[A-Za-z0-9._-]+$")
+    """Registered model of which the best checkpoint becomes a version, with the alias
+    ``candidate``; None: it is not registered (``jobs/promote.py`` can do it later)."""
     system_seconds: float | None = Field(default=10.0, ge=0.1)
     """Seconds between samples of CPU, memory and GPUs (``system/*``); None: none are taken."""
 
@@ -501,7 +504,8 @@ def from_toml(text: str) -> RunConfig:
     """Read what :func:`to_toml` wrote.
 
     A default that is not None but was None in the written configuration is set back to None, so
-    that reading is the exact inverse of writing.
+    that reading is the exact inverse of writing. A setting that cannot be None and is absent did
+    not exist when the file was written (an older checkpoint), and gets its default.
 
     Raises:
         ValueError: unknown settings or bad values.
@@ -510,9 +514,17 @@ def from_toml(text: str) -> RunConfig:
     absent = {
         name: None
         for name, value in flatten(RunConfig())
-        if value is not None and name not in settings
+        if value is not None and name not in settings and _may_be_none(name)
     }
     return override(RunConfig(), absent | settings)
+
+
+def _may_be_none(name: str) -> bool:
+    section: Section = RunConfig()
+    *sections, leaf = name.split(".")
+    for part in sections:
+        section = getattr(section, part)
+    return type(None) in get_args(type(section).model_fields[leaf].annotation)
 
 
 def describe(error: ValidationError) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import open_clip
+import safetensors.torch
 import torch
 from open_clip.transformer import TextTransformer
 from torch.nn import functional as F
@@ -28,13 +29,15 @@ class TextTower:
 
     Args:
         config: the same backbone as the network's.
+        weights: a file that :meth:`save` wrote, in place of what ``config.pretrained`` names.
 
     Raises:
         ValueError: as :func:`next.model.clip.load_clip`; of the weights, when they are read.
     """
 
-    def __init__(self, config: BackboneConfig) -> None:
+    def __init__(self, config: BackboneConfig, weights: Path | None = None) -> None:
         self._config = text_side(config)
+        self._weights = weights
         settings = clip_settings(self._config.name)
         self.context: int = settings["text_cfg"].get("context_length", 77)
         """Tokens that the tower reads, with start and end."""
@@ -43,7 +46,11 @@ class TextTower:
 
     @cached_property
     def _tower(self) -> TextTransformer:
-        return load_clip(self._config).text.eval().requires_grad_(False)
+        if self._weights is None:
+            return load_clip(self._config).text.eval().requires_grad_(False)
+        tower = load_clip(self._config, blank=True).text.eval().requires_grad_(False)
+        tower.load_state_dict(safetensors.torch.load_file(self._weights))
+        return tower
 
     @cached_property
     def _tokenizer(self) -> open_clip.SimpleTokenizer:
@@ -65,6 +72,11 @@ class TextTower:
             return 0.0
         lengths = [len(self._tokenizer.encode(text)) + 2 for text in texts]
         return float(np.mean(np.array(lengths) > self.context))
+
+    def save(self, path: Path) -> None:
+        """Write the weights as safetensors."""
+        weights = {key: value.contiguous() for key, value in self._tower.state_dict().items()}
+        safetensors.torch.save_file(weights, path)
 
     @cached_property
     def key(self) -> str:

@@ -253,6 +253,26 @@ def load_network(folder: Path) -> tuple[NEXT, RunConfig]:
     return network.eval(), config
 
 
+def export_checkpoint(folder: Path, destination: Path) -> Path:
+    """Copy what a trained network needs, and no more: weights, configuration, progress.
+
+    What only training needs (optimizer and random state, a PyTorch archive) stays behind, so the
+    copy is safetensors, TOML and JSON. :func:`load_network` reads it.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint in ``folder``.
+        ValueError: it is torn.
+    """
+    read_progress(folder)
+    destination.mkdir(parents=True, exist_ok=True)
+    state = json.loads((Path(folder) / "state.json").read_text())
+    state["files"] = {name: state["files"][name] for name in ("config.toml", "model.safetensors")}
+    for name in state["files"]:
+        shutil.copyfile(Path(folder) / name, destination / name)
+    (destination / "state.json").write_text(json.dumps(state, indent=2))
+    return destination
+
+
 def _copied(tree: Any) -> Any:
     """The same tree of dicts, lists and tensors, with all tensors copied to the CPU."""
     if isinstance(tree, torch.Tensor):

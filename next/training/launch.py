@@ -25,6 +25,7 @@ from next.training.inputs import resolve, training_data
 from next.training.interruption import Bell, listening
 from next.training.loop import Outcome, Worker, train
 from next.training.record import record_assessment, record_inputs, seed_tags
+from next.training.registration import register_best, write_card
 from next.training.report import FolderReporter, Metrics, TrainReporter
 from next.training.store import CheckpointStore
 
@@ -98,7 +99,9 @@ def launch(config: RunConfig, *, on_report: Callable[[Metrics], None] | None = N
             record_assessment(run, assessment, step=outcome.step)
             run.set_tags({"next.checkpoint_uri": str(checkpoint)})
             write_result(folder, outcome, assessment)
+            write_card(folder, config, manifest, assessment, outcome.best)
             url = run.url
+        register_best(folder, config, uri)
     serve = None if config.tracking.uri else view_command(folder.parent / "mlflow")
     return RunResult(folder, outcome, checkpoint, assessment, url, serve)
 

@@ -34,6 +34,7 @@ from next.tracking.run import (
 )
 from next.tracking.views import SWEEP
 from next.training.assessment import assess
+from next.training.checkpoint import read_config
 from next.training.inputs import resolve, training_data
 from next.training.launch import (
     claim_folder,
@@ -47,6 +48,7 @@ from next.training.launch import (
 )
 from next.training.loop import Worker, train
 from next.training.record import record_assessment, record_inputs, seed_tags
+from next.training.registration import register_best, write_card
 from next.training.report import TuneReporter
 from next.tuning.comparison import comparison_link, record_pictures, set_up_comparison
 from next.tuning.progress import Progress
@@ -158,7 +160,10 @@ def run_sweep(
         record_assessment(parent, assessment, step=0)
         parent.set_tags({"next.best_trial": trials[0].name, "next.checkpoint_uri": str(checkpoint)})
         parent.log_artifact(write_leaderboard(folder / "leaderboard.json", trials))
+        write_card(folder, read_config(checkpoint), manifest, assessment, trials[0].score)
         compare = comparison_link(parent)
+        parent.close()
+        register_best(folder, base, uri)
     serve = None if base.tracking.uri else view_command(folder.parent / "mlflow")
     return SweepResult(folder, varied, trials, assessment, checkpoint, compare, serve)
 

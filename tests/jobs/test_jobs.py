@@ -64,6 +64,13 @@ def test_dry_run_train_and_evaluate_agree(demo_shards, recipe, tmp_path):
         ("train", ["--data", "nowhere"], "error: .*nowhere/manifest.json: there is no manifest"),
         ("sweep", ["--data", "nowhere"], "error: .*nowhere/manifest.json: there is no manifest"),
         ("evaluate", ["--checkpoint", "x", "--data", "SHARDS"], "error: x holds no checkpoint"),
+        ("evaluate", ["--data", "SHARDS"], "error: give one of --checkpoint and --model"),
+        ("promote", ["--model", "m"], "error: nothing to do: give --run to register, --when"),
+        (
+            "promote",
+            ["--model", "m", "--when", "test/mAP > 3", "--runs", "nowhere"],
+            "error: .*nowhere/mlflow must hold the store of a local MLflow server",
+        ),
         (
             "sweep",
             ["--space", "tune_spaces/expert.py", "--data", "SHARDS"],
@@ -90,7 +97,9 @@ def test_a_sweep_dry_run_checks_the_space_and_says_what_it_varies(demo_shards, r
     assert "captions.keep" in plan["varied"]
 
 
-@pytest.mark.parametrize("name", ["train", "sweep", "evaluate", "prepare", "cache", "demo"])
+@pytest.mark.parametrize(
+    "name", ["train", "sweep", "evaluate", "promote", "prepare", "cache", "demo"]
+)
 @pytest.mark.slow
 def test_help_names_every_flag_with_a_sentence(name, tmp_path):
     done = job(name, "--help", home=tmp_path)

@@ -1,0 +1,220 @@
+"""Registered models: the best checkpoint with its card, loaded elsewhere, promoted on condition."""
+
+import json
+import os
+import pickle
+import pickletools
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pandas
+import pytest
+import torch
+
+from next.config import RunConfig, override
+from next.data.loader import evaluation_batches
+from next.data.shards import open_manifest
+from next.evaluation.embed import embed
+from next.tracking.promotion import promote
+from next.tracking.registry import fetch_model
+from next.training.checkpoint import load_network
+from next.training.embedder import LOADER
+from next.training.inputs import test_data as open_test_data
+from next.training.launch import launch
+from next.training.registration import register_run, weights_licence
+from tests.conftest import TINY
+
+ROOT = Path(__file__).resolve().parents[2]
+NAME = "reid-tiny"
+
+
+@pytest.fixture(scope="module")
+def trained(server, demo_shards, cache_folder, tmp_path_factory):
+    """A finished run whose best checkpoint is version 1 of a model."""
+    place = {
+        "data.uri": str(demo_shards),
+        "data.cache": str(cache_folder),
+        "run.storage_path": str(tmp_path_factory.mktemp("runs")),
+        "run.name": "tiny",
+        "tracking.enabled": True,
+        "tracking.uri": server.uri,
+        "tracking.model": NAME,
+        "captions.evaluation": "all",
+    }
+    return launch(override(RunConfig(), TINY | place))
+
+
+@pytest.fixture(scope="module")
+def fetched(server, trained, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fetched")
+    return fetch_model(server.uri, f"models:/{NAME}@candidate", folder, loader=LOADER)
+
+
+@pytest.fixture(scope="module")
+def split(demo_shards, trained):
+    """Columns of a few gallery samples as MLflow's users give them, and our own embeddings."""
+    manifest = open_manifest(demo_shards)
+    network, config = load_network(trained.checkpoint)
+    gallery = open_test_data(config, manifest).gallery.select(np.arange(6))
+    expected = embed(network, evaluation_batches(gallery, config=config, device="cpu"), "cpu")
+    names = manifest.benchmark.modalities
+    images = [row for _, row in manifest.iter_images("gallery")][:6]
+    captions = manifest.sentences("gallery")
+    columns = {
+        f"image_{name}": [row[place] for row in images] for place, name in enumerate(names)
+    } | {
+        f"caption_{name}": [" ".join(captions[place][row]) for row in range(6)]
+        for place, name in enumerate(names)
+    }
+    return columns, expected.features
+
+
+def is_pickle(data: bytes) -> bool:
+    try:
+        return sum(1 for _ in pickletools.genops(data)) > 2
+    except Exception:
+        return False
+
+
+@pytest.mark.slow
+def test_mlflow_loads_it_in_a_fresh_process_and_checks_the_signature(
+    server, trained, split, tmp_path
+):
+    columns, expected = split
+    pandas.DataFrame(columns).to_parquet(tmp_path / "samples.parquet")
+    code = (
+        "import sys, mlflow, numpy, pandas\n"
+        "mlflow.set_tracking_uri(sys.argv[1])\n"
+        "model = mlflow.pyfunc.load_model(sys.argv[2])\n"
+        "found = model.predict(pandas.read_parquet(sys.argv[3]))\n"
+        "numpy.save(sys.argv[4], found)\n"
+        "try:\n"
+        "    model.predict(pandas.DataFrame({'image_RGB': [1.5]}))\n"
+        "except mlflow.MlflowException as error:\n"
+        "    print('REFUSED', error)\n"
+    )
+    done = subprocess.run(
+        [
+            *(sys.executable, "-W", "ignore", "-c", code, server.uri, f"models:/{NAME}/1"),
+            *(str(tmp_path / "samples.parquet"), str(tmp_path / "found.npy")),
+        ],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    np.testing.assert_allclose(np.load(tmp_path / "found.npy"), expected, atol=1e-5)
+    assert "REFUSED" in done.stdout
+
+
+def test_nothing_of_the_model_is_a_pickle(fetched, tmp_path):
+    root = next(folder for folder in fetched.parents if (folder / "MLmodel").exists())
+    files = [path for path in root.rglob("*") if path.is_file()]
+    assert {"MLmodel", "model.safetensors", "text.safetensors", "config.toml", "card.json"} <= {
+        path.name for path in files
+    }
+    for path in files:
+        assert not zipfile.is_zipfile(path), path
+        assert not is_pickle(path.read_bytes()), path
+    torch.save({"a": 1}, tmp_path / "pickled.pt")
+    assert zipfile.is_zipfile(tmp_path / "pickled.pt"), "the check finds what torch pickles"
+    assert is_pickle(pickle.dumps({"a": 1}))
+
+
+def test_the_card_says_what_the_model_is_worth_and_on_what(client, trained, demo_shards):
+    version = client.get_model_version_by_alias(NAME, "candidate")
+    card = json.loads(version.tags["next.card"])
+    assert card["data_digest"] == open_manifest(demo_shards).digest
+    assert card["scores"]["test/mAP"] == pytest.approx(trained.assessment.metrics["test/mAP"])
+    low, high = card["interval"]["test/mAP"]
+    assert 0 <= low < card["scores"]["test/mAP"] < high <= 100
+    assert card["subsets"][0] == card["modalities"]
+    assert len(card["subsets"]) == 2 ** len(card["modalities"]) - 1
+    assert card["weights_licence"] == "the run's own (random start)"
+    assert "| test/mAP |" in version.description
+    assert version.run_id
+
+
+def test_the_licence_follows_the_weights_that_training_began_with():
+    backbone = RunConfig().model.backbone
+    assert weights_licence(backbone) == "MIT (OpenAI's CLIP)"
+    own = backbone.model_copy(update={"pretrained": "my.safetensors"})
+    assert weights_licence(own) == "not known; see the source of my.safetensors"
+
+
+@pytest.mark.slow
+def test_the_job_assesses_a_registered_model_and_gets_the_same_scores(
+    server, trained, demo_shards, tmp_path
+):
+    flags = ["--model", f"models:/{NAME}/1", "--tracking-uri", server.uri, "--threads", "1"]
+    done = subprocess.run(
+        [
+            *(sys.executable, "jobs/evaluate.py", "--data", str(demo_shards), "--json"),
+            *(*flags, "--out", str(tmp_path)),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["metrics"] == trained.assessment.metrics
+
+
+def test_a_promotion_needs_a_condition_that_holds(server, client, trained):
+    score = trained.assessment.metrics["test/mAP"]
+    with pytest.raises(ValueError, match="a promotion needs a condition"):
+        promote(server.uri, NAME, [])
+    refused = promote(server.uri, NAME, [f"test/mAP >= {score + 1:.1f}", "test/mAP > champion"])
+    assert not refused.promoted
+    assert refused.champion is None
+    assert "not met" in refused.findings[0]
+    assert "there is no champion yet" in refused.findings[1]
+
+    first = promote(server.uri, NAME, [f"test/mAP >= {score - 1:.1f}"])
+    assert first.promoted
+    champion = client.get_model_version_by_alias(NAME, "champion")
+    assert champion.version == str(first.version.version)
+    assert f"test/mAP >= {score - 1:.1f}: {score:.2f}" in champion.tags["next.promoted_when"]
+
+    again = register_run(trained.folder, server.uri, NAME)
+    equal = promote(server.uri, NAME, ["test/mAP > champion + 0.5"])
+    assert not equal.promoted
+    assert equal.version == again
+    assert equal.champion == first.version
+    assert promote(server.uri, NAME, ["test/mAP >= champion"]).promoted
+    assert client.get_model_version_by_alias(NAME, "champion").version == str(again.version)
+
+
+@pytest.mark.parametrize(
+    ("conditions", "message"),
+    [
+        (["mAP better"], "a condition must be METRIC OPERATOR VALUE"),
+        (["test/map > 3"], r"has no test/map; it has test/mAP"),
+    ],
+)
+def test_a_condition_that_says_nothing_is_refused(server, trained, conditions, message):
+    with pytest.raises(ValueError, match=message):
+        promote(server.uri, NAME, conditions)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("reid-tiny", "must be given as models:/NAME/VERSION or models:/NAME@ALIAS"),
+        ("models:/reid-tiny@nobody", "there is no version models:/reid-tiny@nobody"),
+        ("models:/reid-tiny/99", "99"),
+    ],
+)
+def test_a_model_that_is_not_there_is_an_error(server, trained, tmp_path, model, message):
+    with pytest.raises(ValueError, match=message):
+        fetch_model(server.uri, model, tmp_path, loader=LOADER)
+
+
+def test_a_version_that_names_another_loader_is_not_loaded(server, trained, tmp_path):
+    with pytest.raises(ValueError, match=r"must be a model of this package .*; it is not loaded"):
+        fetch_model(server.uri, f"models:/{NAME}/1", tmp_path, loader="somebody.else")
