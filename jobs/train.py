@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from next.cli import REQUIRED, Settings, parse, run_defaults, run_job
 from next.config import RunConfig, override
 from next.data.shards import open_manifest
 from next.training.inputs import resolve
+from next.training.interruption import INTERRUPTED, Interrupted
 from next.training.launch import configure_torch, device, launch
 from next.training.rehearsal import rehearse
 
@@ -25,6 +27,8 @@ class TrainJob:
     """Card whose recipe gives the defaults; the shards' own card where it is left out."""
     recipe: Path | None = None
     """Name of one of the card's recipes, or a TOML file of settings; flags replace both."""
+    fresh: bool = False
+    """Start anew although a run of this name exists; the same as --run.fresh True."""
     dry_run: bool = False
     """Print the resolved plan with a measured estimate of time, and start nothing."""
     json: bool = False
@@ -36,7 +40,9 @@ def main(argv: Sequence[str]) -> int:
     """Parse, call, exit code."""
     default = TrainJob(data=REQUIRED, config=run_defaults(argv))
     job = parse(TrainJob, argv, default=default)
-    config = override(job.config, {"data.uri": job.data})
+    config = override(
+        job.config, {"data.uri": job.data, "run.fresh": job.fresh or job.config.run.fresh}
+    )
     if job.dry_run:
         manifest = open_manifest(job.data)
         config = resolve(config, manifest)
@@ -44,7 +50,11 @@ def main(argv: Sequence[str]) -> int:
         rehearsal = rehearse(config, manifest, device(config))
         print(json.dumps(rehearsal._asdict()) if job.json else "\n".join(rehearsal.lines()))
         return 0
-    result = launch(config)
+    try:
+        result = launch(config)
+    except Interrupted as interrupted:
+        sys.stderr.write(f"{interrupted}\n")
+        return INTERRUPTED
     scores = result.assessment.metrics | {"val/mAP": result.outcome.best}
     if job.json:
         found = {"folder": str(result.folder), "metrics": scores, "url": result.url}

@@ -8,10 +8,11 @@ rebuilds the model and so validates it; a bad run dies before a worker starts.
 from __future__ import annotations
 
 import difflib
+import math
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -312,17 +313,42 @@ class SelectionConfig(Section):
 class ScalingConfig(Section):
     """Named after ``ray.train.ScalingConfig``."""
 
-    num_workers: int = Field(default=1, ge=1)
-    """1: train in this process (or in Tune's actor); more: through Ray Train."""
+    num_workers: Annotated[int, Field(ge=1)] | tuple[int, int] = 1
+    """1: train in this process (or in Tune's actor); more: through Ray Train. Two numbers, least
+    and most: as many as the cluster holds, fewer when a node is lost, more when one joins."""
     use_gpu: bool = False
     """One GPU for each worker."""
     cpus_per_worker: float = Field(default=1.0, gt=0)
     """CPUs that Ray reserves for each worker; may be a fraction."""
+    elastic_resize_monitor_interval_s: float = Field(default=60.0, ge=0)
+    """With two numbers of workers: seconds between looks at whether there is room for more."""
+
+    @model_validator(mode="after")
+    def _least_is_not_above_most(self) -> ScalingConfig:
+        if not 1 <= self.min_workers <= self.max_workers:
+            raise ValueError(
+                f"scaling.num_workers must be one number, or the least and the most with "
+                f"1 <= least <= most, but got {self.num_workers}"
+            )
+        return self
+
+    @property
+    def min_workers(self) -> int:
+        """Without so many the run waits."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """More are never used."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
 
 class CheckpointConfig(Section):
     """Named after ``ray.train.CheckpointConfig``."""
 
+    storage_path: str | None = None
+    """Folder of the checkpoints of all runs, ``s3://bucket/prefix`` or local, that all nodes see;
+    None: within the run's own folder."""
     num_to_keep: int = Field(default=1, ge=1)
     """Best checkpoints kept, beside the two latest."""
     every_steps: int | None = Field(default=None, ge=1)
@@ -337,9 +363,22 @@ class RunSection(Section):
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run's folder; the same name resumes the run. None: a new name from the time."""
     storage_path: str = "runs"
-    """Folder of all runs."""
+    """Folder of all runs, on the machine of the driver; for checkpoints in an object store set
+    ``checkpoint.storage_path``."""
+    max_failures: int = Field(default=3, ge=-1)
+    """How often workers of Ray Train that died are started again from the last checkpoint; -1:
+    always. The loss of a node that was announced does not count."""
     fresh: bool = False
     """Start anew although a run of this name exists (its folder is set aside, not deleted)."""
+
+    @model_validator(mode="after")
+    def _journal_needs_a_disk(self) -> RunSection:
+        if "://" in self.storage_path:
+            raise ValueError(
+                f"run.storage_path must be a local folder, which the journal is appended to, but "
+                f"got {self.storage_path}; set checkpoint.storage_path to that instead"
+            )
+        return self
 
 
 class TrackingConfig(Section):
@@ -392,19 +431,27 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _workers_share_the_batch(self) -> RunConfig:
-        if self.batch.size % self.scaling.num_workers:
+        sizes = range(self.scaling.min_workers, self.scaling.max_workers + 1)
+        uneven = [str(size) for size in sizes if self.batch.size % size]
+        if uneven:
             raise ValueError(
-                f"batch.identities * batch.instances must be a multiple of scaling.num_workers, "
-                f"so that every worker gets the same share, but got "
-                f"{self.batch.size} over {self.scaling.num_workers}"
+                f"batch.identities * batch.instances must be a multiple of scaling.num_workers (of "
+                f"every number from the least to the most), so that every worker gets the same "
+                f"share, but got {self.batch.size} over {', '.join(uneven)}; "
+                f"{math.lcm(*sizes)} and its multiples would do"
             )
-        share = self.batch.size // self.scaling.num_workers
+        share = self.batch.size // self.scaling.max_workers
         if self.optim.accumulate > share:
             raise ValueError(
                 f"optim.accumulate must not exceed the {share} samples of a worker's share of the "
                 f"batch, but got {self.optim.accumulate}; lower it"
             )
-        if self.data.placement == "sharded" and self.batch.identities % self.scaling.num_workers:
+        if self.data.placement == "sharded" and not isinstance(self.scaling.num_workers, int):
+            raise ValueError(
+                f"scaling.num_workers must be one number with data.placement = sharded, which "
+                f"deals the shards to so many workers, but got {self.scaling.num_workers}"
+            )
+        if self.data.placement == "sharded" and self.batch.identities % self.scaling.max_workers:
             raise ValueError(
                 f"batch.identities must be a multiple of scaling.num_workers with data.placement "
                 f"= sharded, because each worker draws its own identities, but got "

@@ -28,8 +28,9 @@ HOMES = {
     "pyarrow": ("next/storage.py", "next/data/shards.py", "next/data/writer.py"),
     "mlflow": ("next/tracking/",),
     "ray": (
-        "next/training/launch.py",
+        "next/training/cluster.py",
         "next/training/report.py",
+        "next/training/workers.py",
         "next/tuning/",
         "next/captioning/pipeline.py",
         "next/data/distribution.py",

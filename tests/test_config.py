@@ -34,6 +34,9 @@ def test_override_replaces_and_leaves_the_original_alone():
         ({"augment.erase_area": (0.5, 0.1)}, r"0 < low <= high <= 1, but got \(0.5, 0.1\)"),
         ({"optim.warmup_epochs": 99}, r"must not exceed optim.epochs, but got 99"),
         ({"scaling.num_workers": 3}, r"multiple of scaling.num_workers.* 64 over 3"),
+        ({"scaling.num_workers": (1, 4)}, r"multiple of scaling.num_workers.* 64 over 3; 12 and"),
+        ({"scaling.num_workers": (4, 2)}, r"1 <= least <= most, but got \(4, 2\)"),
+        ({"run.storage_path": "s3://b/runs"}, r"a local folder.*set checkpoint.storage_path"),
         ({"selection.holdout": 0}, r"selection.holdout must be positive.*selection.split = test"),
         ({"run.name": "../up"}, r"run.name: .*pattern"),
     ],
@@ -53,6 +56,9 @@ def test_toml_is_the_exact_inverse_also_where_a_default_was_unset():
         RunConfig(), {"model.backbone.pretrained": None, "data.modalities": ("RGB", "TIR")}
     )
     assert from_toml(to_toml(config)) == config
+    elastic = override(config, {"scaling.num_workers": (1, 2)})
+    assert from_toml(to_toml(elastic)) == elastic
+    assert (elastic.scaling.min_workers, elastic.scaling.max_workers) == (1, 2)
 
 
 def test_none_as_text_unsets_an_optional_setting_because_toml_has_no_null():

@@ -114,7 +114,7 @@ def capacity(inquiry: Inquiry) -> Finding:
     room = sum(_workers_on(node, scaling.cpus_per_worker, gpus) for node in nodes)
     have = ", ".join(f"{n.get('CPU', 0):g} CPU {n.get('GPU', 0):g} GPU" for n in nodes)
     found = f"asked: {asked}; the cluster's {len(nodes)} nodes have {have}"
-    if room >= scaling.num_workers:
+    if room >= scaling.min_workers:
         return Finding("capacity", "ok", found)
     return Finding(
         "capacity",
@@ -287,7 +287,7 @@ def _workers_on(node: Mapping[str, float], cpus: float, gpus: int) -> int:
 
 def _capacity_here(config: RunConfig, asked: str) -> Finding:
     cores = len(os.sched_getaffinity(0))
-    workers = config.scaling.num_workers
+    workers = config.scaling.min_workers
     found = f"asked: {asked}; this machine has {cores} CPUs"
     if config.scaling.use_gpu:
         import torch  # seconds to import, and only needed here

@@ -106,7 +106,7 @@ class Run:
     def log_metrics(self, metrics: Mapping[str, SupportsFloat], *, step: int) -> None:
         """Log values of one step; NaN and infinities are kept.
 
-        After a resume the same value of the same step is not logged twice.
+        After a resume a step keeps the values it has.
 
         Raises:
             ValueError: a name that MLflow would not take.
@@ -365,13 +365,13 @@ class _Earlier:
                 self.tables = [table["path"] for table in json.loads(record.values[LOGGED_TABLES])]
 
     def without_repeats(self, values: dict[str, float], step: int) -> dict[str, float]:
-        """The values that the step does not have already (NaN repeats NaN)."""
+        """The values that the step does not have already; the first one stays.
+
+        Steps that are computed again after a resume may differ in the last bits (another number
+        of workers, another device), and in how long they took.
+        """
         known = self.metrics.get(step, {})
-        return {
-            name: value
-            for name, value in values.items()
-            if name not in known or repr(known[name]) != repr(value)
-        }
+        return {name: value for name, value in values.items() if name not in known}
 
     def without_old_params(self, params: dict[str, str]) -> dict[str, str]:
         """The new ones; MLflow does not let a parameter change."""

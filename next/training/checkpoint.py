@@ -21,7 +21,7 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -123,7 +123,8 @@ def write_snapshot(folder: Path, snapshot: Snapshot) -> Path:
         OSError: the disk is full or not writable; nothing is left behind.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f"{DRAFT}{folder.name}-", dir=folder.parent))
+    draft = folder.with_name(f"{DRAFT}{folder.name}-{uuid.uuid4().hex}")
+    draft.mkdir()
     try:
         _write_files(draft, snapshot)
         if folder.exists():

@@ -115,7 +115,7 @@ def test_data(config: RunConfig, manifest: Manifest) -> TestData:
 
 def _check_shards(config: RunConfig, pids: np.ndarray, shards: np.ndarray) -> None:
     """Refuse a run in some epoch of which a worker's shards hold too few identities."""
-    world = config.scaling.num_workers
+    world = config.scaling.max_workers
     rows = np.bincount(shards)
     pairs = np.unique(np.stack([shards, pids]), axis=1)
     identities = np.bincount(pairs[0], minlength=len(rows))

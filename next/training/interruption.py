@@ -15,6 +15,10 @@ import torch.distributed as dist
 _log = logging.getLogger(__name__)
 
 
+INTERRUPTED = 75
+"""Exit code of a run that stopped with a checkpoint: EX_TEMPFAIL, which schedulers start again."""
+
+
 class Ask(IntEnum):
     """What a run is asked for; the higher one wins."""
 
@@ -25,8 +29,11 @@ class Ask(IntEnum):
     """Write a checkpoint and end."""
 
 
-class Interrupted(Exception):
-    """A run that was asked to stop wrote its checkpoint and ended; the same command resumes it."""
+class Interrupted(BaseException):
+    """A run that was asked to stop wrote its checkpoint and ended; the same command resumes it.
+
+    No error, as little as ``KeyboardInterrupt`` is one: MLflow shows such a run as killed.
+    """
 
     def __init__(self, step: int) -> None:
         super().__init__(

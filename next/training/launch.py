@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import torch
 
 from next.config import RunConfig, differences, from_toml, to_toml
 from next.data.plan import plan_hash, split_train, training_plan
@@ -21,13 +18,31 @@ from next.data.shards import Manifest, open_manifest
 from next.tracking.provenance import provenance_tags
 from next.tracking.run import check_server, open_run, read_metrics, start_server, view_command
 from next.training.assessment import Assessment, assess
+from next.training.checkpoint import read_config, read_progress
+from next.training.cluster import start_ray
 from next.training.inputs import resolve, training_data
 from next.training.interruption import Bell, listening
 from next.training.loop import Outcome, Worker, train
+from next.training.process import configure_torch, device
 from next.training.record import record_assessment, record_inputs, seed_tags
 from next.training.registration import register_best, write_card
-from next.training.report import FolderReporter, Metrics, TrainReporter
+from next.training.report import FolderReporter, Metrics
 from next.training.store import CheckpointStore
+
+__all__ = [
+    "RunResult",
+    "claim_folder",
+    "configure_torch",
+    "copy_checkpoint",
+    "device",
+    "headline",
+    "launch",
+    "read_history",
+    "run_tags",
+    "start_ray",
+    "tracking_address",
+    "write_result",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -36,16 +51,6 @@ _MAY_CHANGE = (
     "model.backbone.file", "model.backbone.text_file",
 )  # fmt: skip
 """Settings that a resumed run may change: they decide where and how, not what is computed."""
-
-
-_RAY_ENVIRONMENT = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # else a report costs up to two seconds
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "30",  # a pruned trial may finish sending its metrics
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "MALLOC_ARENA_MAX": "1",  # each trial trains in a new thread; glibc keeps a heap for each
-}
 
 
 class RunResult(NamedTuple):
@@ -78,6 +83,13 @@ def launch(config: RunConfig, *, on_report: Callable[[Metrics], None] | None = N
     config = resolve(config, manifest)
     folder = claim_folder(config)
     configure_torch(config)
+    store = CheckpointStore(
+        f"{config.checkpoint.storage_path}/{folder.name}"
+        if config.checkpoint.storage_path
+        else folder / "checkpoints"
+    )
+    if config.run.fresh:
+        store.set_aside(time.strftime("%Y%m%d-%H%M%S"))
     with tracking_address(config) as uri:
         tracked: dict[str, Any] = {
             "uri": uri,
@@ -88,10 +100,15 @@ def launch(config: RunConfig, *, on_report: Callable[[Metrics], None] | None = N
             "tags": run_tags(config, manifest),
             "system_seconds": config.tracking.system_seconds,
         }
-        if config.scaling.num_workers == 1:
-            outcome, checkpoint = _train_here(config, manifest, folder, tracked, on_report)
-        else:
-            outcome, checkpoint = _train_on_ray(config, manifest, folder, tracked, on_report)
+        outcome = _finished(store, config, manifest.digest)
+        if outcome is None and config.scaling.num_workers == 1:
+            outcome = _train_here(config, manifest, store.uri, tracked, on_report)
+        elif outcome is None:
+            outcome = _train_on_ray(config, manifest, folder, store.uri, tracked, on_report)
+        checkpoint = store.best()
+        if not store.folder.is_local:
+            kept = folder / "checkpoints" / checkpoint.name
+            checkpoint = Path(shutil.copytree(checkpoint, kept, dirs_exist_ok=True))
         with open_run(**tracked) as run:
             assessment = assess(
                 checkpoint, manifest, folder, device=device(config), history=read_history(folder)
@@ -120,23 +137,27 @@ def claim_folder(config: RunConfig, *, prefix: str = "run") -> Path:
         folder.rename(aside)
         _log.info("set the earlier run aside: %s", aside)
     elif record.exists():
-        changed = {
-            setting: values
-            for setting, values in differences(from_toml(record.read_text()), config).items()
-            if not setting.startswith(_MAY_CHANGE)
-        }
+        changed = _changed(from_toml(record.read_text()), config)
         if changed:
-            listed = "\n  ".join(
-                f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items()
-            )
             raise ValueError(
                 f"run {name!r} in {folder.parent} was started with other settings; resume it with "
-                f"the same ones, choose another run.name, or set run.fresh. Changed:\n  {listed}"
+                f"the same ones, choose another run.name, or set run.fresh. Changed:\n  {changed}"
             )
         _log.info("continuing run %s", folder)
     folder.mkdir(parents=True, exist_ok=True)
-    record.write_text(to_toml(config))
+    draft = folder / ".config.toml"
+    draft.write_text(to_toml(config))
+    os.replace(draft, record)
     return folder
+
+
+def _changed(before: RunConfig, now: RunConfig) -> str:
+    """Settings that decide what is computed and differ, a line each; empty: none does."""
+    return "\n  ".join(
+        f"{setting}: {old!r} -> {new!r}"
+        for setting, (old, new) in differences(before, now).items()
+        if not setting.startswith(_MAY_CHANGE)
+    )
 
 
 @contextmanager
@@ -169,7 +190,7 @@ def run_tags(config: RunConfig, manifest: Manifest) -> dict[str, str]:
     pids = manifest.labels("train").pid
     rows, _ = split_train(config, pids)
     shards = manifest.shard_of_row("train")[rows]
-    first = training_plan(config, pids[rows], shards, epoch=0, world=config.scaling.num_workers)
+    first = training_plan(config, pids[rows], shards, epoch=0, world=config.scaling.max_workers)
     return provenance_tags() | {
         "next.data_digest": manifest.digest,
         "next.plan_hash": plan_hash(first),
@@ -192,26 +213,6 @@ def headline(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def device(config: RunConfig) -> torch.device:
-    """Where this process computes.
-
-    Raises:
-        ValueError: a GPU is asked for and there is none.
-    """
-    if not config.scaling.use_gpu:
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ValueError("scaling.use_gpu is set, but torch sees no GPU here; leave it off")
-    return torch.device("cuda")
-
-
-def configure_torch(config: RunConfig) -> None:
-    """Threads of this process, and kernels that give the same bits again."""
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    torch.backends.cudnn.benchmark = False
-
-
 def write_result(folder: Path, outcome: Outcome, assessment: Assessment) -> None:
     """``result.json``: the scores, for scripts."""
     draft = folder / ".result.json"
@@ -229,73 +230,81 @@ def write_result(folder: Path, outcome: Outcome, assessment: Assessment) -> None
     os.replace(draft, folder / "result.json")
 
 
+def _finished(store: CheckpointStore, config: RunConfig, digest: str) -> Outcome | None:
+    """What a run of this folder came to; None if it has still to train.
+
+    Raises:
+        ValueError: its checkpoint is of other data or another model, or all of them are torn.
+    """
+    checkpoint = store.latest()
+    if checkpoint is None:
+        return None
+    progress, trained = read_progress(checkpoint), read_config(checkpoint)
+    if progress.data_digest != digest:
+        raise ValueError(
+            f"the run's checkpoint was trained on data {progress.data_digest}, but data.uri holds "
+            f"{digest}; use the same shards, or start a new run"
+        )
+    changed = _changed(trained, config)
+    if changed:
+        raise ValueError(
+            f"the checkpoints in {store.uri} are of another model or other settings; use those, "
+            f"another run.name, or run.fresh. Changed:\n  {changed}"
+        )
+    if progress.epoch < config.optim.epochs:
+        return None
+    assert progress.best is not None
+    _log.info(
+        "run %s is finished (epoch %d, step %d): it is assessed again, and not trained; choose "
+        "another run.name, or set run.fresh to train it anew",
+        *(config.run.name, progress.epoch, progress.step),
+    )
+    return Outcome([], progress.metrics, progress.best, progress.step)
+
+
 def _train_here(
     config: RunConfig,
     manifest: Manifest,
-    folder: Path,
+    checkpoints: str,
     tracked: dict[str, Any],
     on_report: Callable[[Metrics], None] | None,
-) -> tuple[Outcome, Path]:
+) -> Outcome:
     bell = Bell()
     with (
         open_run(**tracked) as run,
         listening(bell),
-        FolderReporter(
-            folder / "checkpoints", on_report, checkpoint=config.checkpoint, bell=bell
-        ) as reporter,
+        FolderReporter(checkpoints, on_report, checkpoint=config.checkpoint, bell=bell) as reporter,
     ):
         record_inputs(run, config, manifest)
-        outcome = train(
+        return train(
             config,
             training_data(config, manifest),
             reporter,
             Worker(device=device(config)),
             lambda metrics, step: run.log_metrics(metrics, step=step),
         )
-    return outcome, reporter.best()
 
 
 def _train_on_ray(
     config: RunConfig,
     manifest: Manifest,
     folder: Path,
+    checkpoints: str,
     tracked: dict[str, Any],
     on_report: Callable[[Metrics], None] | None,
-) -> tuple[Outcome, Path]:
-    import ray
-    import ray.train
-    from ray.train.torch import TorchTrainer
+) -> Outcome:
+    from next.training.workers import train_on_workers
 
-    training_data(config, manifest)  # the node's cache and text bank, before workers ask for them
-    started = not ray.is_initialized()
-    if started:
-        start_ray(config.scaling.num_workers * config.scaling.cpus_per_worker, dashboard=True)
+    with open_run(**tracked) as run:
+        record_inputs(run, config, manifest)
     try:
-        result = TorchTrainer(
-            _ray_worker,
-            train_loop_config={
-                "config": to_toml(config),
-                "checkpoints": str(folder / "checkpoints"),
-                "tracked": tracked,
-            },
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=config.scaling.num_workers,
-                use_gpu=config.scaling.use_gpu,
-                resources_per_worker={"CPU": config.scaling.cpus_per_worker}
-                | ({"GPU": 1} if config.scaling.use_gpu else {}),
-            ),
-            run_config=ray.train.RunConfig(
-                name="ray",
-                storage_path=str(folder),
-            ),
-        ).fit()
-    finally:
-        if started:
-            ray.shutdown()
-    outcome = Outcome(**result.return_value)
+        outcome = train_on_workers(config, manifest, folder, checkpoints, tracked)
+    except BaseException:
+        with open_run(**tracked):  # which takes down how it ended
+            raise
     if on_report is not None:
         on_report(outcome.metrics)
-    return outcome, CheckpointStore(folder / "checkpoints").best()
+    return outcome
 
 
 def copy_checkpoint(checkpoint: Any, destination: Path) -> None:
@@ -304,66 +313,3 @@ def copy_checkpoint(checkpoint: Any, destination: Path) -> None:
     destination.parent.mkdir(parents=True, exist_ok=True)
     with checkpoint.as_directory() as source:
         shutil.copytree(source, destination)
-
-
-def start_ray(cpus: float, *, dashboard: bool) -> None:
-    """The cluster that ``RAY_ADDRESS`` names, or a Ray on this machine alone.
-
-    Args:
-        cpus: logical CPUs that will be asked for at once; a machine with fewer declares as many.
-        dashboard: Ray Train needs it to give back the reservation of a stopped worker group.
-    """
-    import ray
-
-    for name, value in _RAY_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False)
-        return
-    ray.init(
-        address="local",
-        num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)),
-        include_dashboard=dashboard,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
-    token = Path.home() / ".ray" / "auth_token"
-    if token.exists():  # Ray writes its secret readable by everybody
-        token.chmod(0o600)
-
-
-def _ray_worker(settings: dict[str, Any]) -> dict[str, Any]:
-    import ray.train
-    import ray.train.torch
-
-    config = from_toml(settings["config"])
-    configure_torch(config)
-    context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    manifest = open_manifest(str(config.data.uri))
-    with ExitStack() as stack:
-        run = stack.enter_context(open_run(**settings["tracked"])) if rank == 0 else None
-        if run is not None:
-            record_inputs(run, config, manifest)
-
-        def log_metrics(metrics: dict[str, float], step: int) -> None:
-            if run is not None:
-                run.log_metrics(metrics, step=step)
-
-        reporter = stack.enter_context(
-            TrainReporter(
-                Path(settings["checkpoints"]),
-                rank,
-                world,
-                checkpoint=config.checkpoint,
-                bell=Bell(),
-            )
-        )
-        outcome = train(
-            config,
-            training_data(config, manifest),
-            reporter,
-            Worker(rank, world, ray.train.torch.get_device()),
-            log_metrics,
-        )
-    return outcome._asdict()

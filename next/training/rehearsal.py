@@ -76,7 +76,7 @@ def rehearse(config: RunConfig, manifest: Manifest, device: torch.device) -> Reh
     optimizer = build_optimizer(network, config.optim)
     batch_loss = GlobalLoss(network, config.loss, world=1)
     pids = data.train.labels.pid
-    world = config.scaling.num_workers
+    world = config.scaling.max_workers
     plan = training_plan(config, pids, data.train.shards, epoch=0, world=world)
     batches = train_batches(
         data.train,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -12,8 +12,9 @@ from typing import Any, Protocol
 import torch.distributed as dist
 
 from next.config import CheckpointConfig
-from next.training.checkpoint import Snapshot, write_snapshot
-from next.training.interruption import Agreement, Ask, Bell
+from next.training.checkpoint import Row, Snapshot, write_snapshot
+from next.training.interruption import Agreement, Ask, Bell, Interrupted
+from next.training.step_log import NonFiniteLossError
 from next.training.store import BackgroundWriter, CheckpointStore
 
 Metrics = dict[str, float]
@@ -45,7 +46,7 @@ class FolderReporter:
 
     def __init__(
         self,
-        folder: Path,
+        folder: str | Path,
         on_report: Callable[[Metrics], None] | None = None,
         *,
         checkpoint: CheckpointConfig = CheckpointConfig(),  # noqa: B008 (frozen)
@@ -58,7 +59,7 @@ class FolderReporter:
 
     def latest(self) -> AbstractContextManager[Path | None]:
         self._writer.wait()
-        return self._store.latest()
+        return nullcontext(self._store.latest())
 
     def report(self, metrics: Metrics, take: TakeSnapshot) -> None:
         self._writer.submit(take)
@@ -115,26 +116,52 @@ class TuneReporter:
 
 
 class TrainReporter:
-    """A worker of Ray Train: rank 0 writes the checkpoints, every rank continues from the same."""
+    """A worker of Ray Train: rank 0 writes the checkpoints, every rank continues from the same.
+
+    What is logged travels with Ray's reports, since the run's journal is beside the driver. Every
+    rank reports as often as the others.
+    """
 
     def __init__(
-        self, folder: Path, rank: int, world: int, *, checkpoint: CheckpointConfig, bell: Bell
+        self,
+        folder: str | Path,
+        rank: int,
+        world: int,
+        *,
+        send: Callable[[dict[str, Any]], None],
+        checkpoint: CheckpointConfig,
+        bell: Bell,
     ) -> None:
+        """Every rank makes one, at the same point.
+
+        Args:
+            folder: of the run's checkpoints; local or of an object store, and seen by all ranks.
+            rank: of this process.
+            world: ranks in all.
+            send: ``ray.train.report``.
+            checkpoint: settings.
+            bell: what this process is asked for.
+        """
+        self._send = send
         self._rank = rank
         self._store = CheckpointStore(folder, num_to_keep=checkpoint.num_to_keep)
         self._writer = BackgroundWriter(self._store, patience_s=checkpoint.patience_s)
         self._asked: Callable[[], Ask] = Agreement(bell) if world > 1 else bell.answer
+        self._rows: list[Row] = []
+        self._first = True
 
-    @contextmanager
-    def latest(self) -> Iterator[Path | None]:
-        with ExitStack() as stack:
-            folder = stack.enter_context(self._store.latest()) if self._rank == 0 else None
-            chosen = [folder.name if folder is not None else None]
-            if dist.is_initialized():
-                dist.broadcast_object_list(chosen, src=0)
-            if self._rank != 0 and chosen[0] is not None:
-                folder = stack.enter_context(self._store.opened(chosen[0]))
-            yield folder
+    def latest(self) -> AbstractContextManager[Path | None]:
+        folder = self._store.latest() if self._rank == 0 else None
+        chosen = [folder.name if folder is not None else None]
+        if dist.is_initialized():
+            dist.broadcast_object_list(chosen, src=0)
+        if self._rank != 0 and chosen[0] is not None:
+            folder = self._store.fetch(chosen[0])
+        return nullcontext(folder)
+
+    def log_metrics(self, metrics: Metrics, step: int) -> None:
+        """Values of one step, for the next report."""
+        self._rows.append((step, metrics))
 
     def report(self, metrics: Metrics, take: TakeSnapshot) -> None:
         self.keep(take)
@@ -142,6 +169,7 @@ class TrainReporter:
     def keep(self, take: TakeSnapshot) -> None:
         if self._rank == 0:
             self._writer.submit(take)
+        self._hand_over(last=False)
 
     def asked(self) -> Ask:
         return self._asked()
@@ -156,6 +184,12 @@ class TrainReporter:
         trace: TracebackType | None,
     ) -> None:
         self._writer.close(error)
+        if error is None or isinstance(error, Interrupted | NonFiniteLossError):  # alike on all
+            self._hand_over(last=True)
+
+    def _hand_over(self, *, last: bool) -> None:
+        self._send({"rows": self._rows, "first": self._first, "last": last})
+        self._rows, self._first = [], False
 
 
 @contextmanager

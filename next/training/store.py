@@ -4,9 +4,10 @@ A store is a folder of checkpoints, named by their optimizer step::
 
     step-00000040             within an epoch
     step-00000048-evaluated   at its end, with the scores of its weights
-    last, best                links to two of them
+    last, best                links to two of them (on disks)
 
-It keeps the two newest, so that there is one to fall back to, and the best ones.
+It keeps the two newest, so that there is one to fall back to, and the best ones. In an object store
+a checkpoint is uploaded with ``state.json`` last, and read by way of a temporary folder.
 """
 
 from __future__ import annotations
@@ -15,15 +16,17 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from next.storage import open_folder
 from next.training.checkpoint import DRAFT, Snapshot, read_progress, write_snapshot
 from next.training.interruption import Interrupted
 
@@ -37,15 +40,24 @@ _LONGEST_PAUSE = 15.0
 class CheckpointStore:
     """The checkpoints of one run; one process writes, any number read."""
 
-    def __init__(self, folder: Path, *, num_to_keep: int = 1) -> None:
+    def __init__(self, folder: str | Path, *, num_to_keep: int = 1) -> None:
         """Nothing is read or written yet.
 
         Args:
             folder: of the checkpoints.
             num_to_keep: best checkpoints that are kept beside the newest.
         """
-        self.folder = folder
+        self.folder = open_folder(folder)
         self.num_to_keep = num_to_keep
+        self._fetched: Path | None = None
+        if not self.folder.is_local:
+            self._fetched = Path(tempfile.mkdtemp(prefix="next-checkpoints-"))
+            weakref.finalize(self, shutil.rmtree, self._fetched, ignore_errors=True)
+
+    @property
+    def uri(self) -> str:
+        """What opens this store on any machine that sees it."""
+        return self.folder.address
 
     def save(self, snapshot: Snapshot) -> None:
         """Write a checkpoint, point ``last`` and ``best``, remove what need not be kept.
@@ -55,36 +67,47 @@ class CheckpointStore:
         """
         progress = snapshot.progress
         name = f"step-{progress.step:08d}" + ("-evaluated" if progress.evaluated else "")
-        write_snapshot(self.folder / name, snapshot)
+        if self.folder.is_local:
+            write_snapshot(Path(self.folder.uri) / name, snapshot)
+        else:
+            with tempfile.TemporaryDirectory(prefix="next-checkpoint-") as parent:
+                draft = write_snapshot(Path(parent) / name, snapshot)
+                self._remove(name)
+                self.folder.upload_tree(draft, name, last=("state.json",))
         scores = self._scores()
-        ranked = sorted(
-            (name for name, score in scores.items() if score is not None),
-            key=lambda name: (-float(scores[name] or 0), name),
-        )
-        self._point("last", max(scores))
-        if ranked:
-            self._point("best", ranked[0])
+        ranked = _ranked(scores)
+        if self.folder.is_local:
+            self._point("last", max(scores))
+            if ranked:
+                self._point("best", ranked[0])
         keep = {*sorted(scores)[-_NEWEST:], *ranked[: self.num_to_keep]}
-        for path in self.folder.iterdir():
-            stale = path.name.startswith(DRAFT) or (
-                path.name.startswith("step-") and path.name not in keep
-            )
-            if stale:
-                shutil.rmtree(path, ignore_errors=True)
+        for other in self.folder.names():
+            if other.startswith(DRAFT) or (other.startswith("step-") and other not in keep):
+                self._remove(other)
 
-    @contextmanager
-    def latest(self) -> Iterator[Path | None]:
+    def set_aside(self, suffix: str) -> None:
+        """Let a new run of this name begin without them; they go on under another name."""
+        if self.folder.is_local:
+            old = Path(self.folder.uri)
+            if old.exists():
+                old.rename(f"{old}.{suffix}")
+            return
+        if not self.folder.names():
+            return
+        filesystem, base = self.folder.filesystem, self.folder.base
+        for path in self.folder.walk():
+            filesystem.copy_file(f"{base}/{path}", f"{base}.{suffix}/{path}")
+        for name in self.folder.names():
+            self._remove(name)
+
+    def latest(self) -> Path | None:
         """The newest whole checkpoint; None for a run that has written none.
 
         Raises:
             ValueError: there are checkpoints, and all are torn.
+            OSError: the storage cannot be reached.
         """
-        yield self._first_whole(sorted(self._scores(), reverse=True))
-
-    @contextmanager
-    def opened(self, name: str) -> Iterator[Path]:
-        """A checkpoint by the name of its folder."""
-        yield self.folder / name
+        return self._first_whole(sorted(self._scores(), reverse=True))
 
     def best(self) -> Path:
         """The whole checkpoint with the highest score.
@@ -92,51 +115,73 @@ class CheckpointStore:
         Raises:
             FileNotFoundError: no checkpoint has a score yet.
             ValueError: all that have one are torn.
+            OSError: the storage cannot be reached.
         """
-        scores = {name: score for name, score in self._scores().items() if score is not None}
-        found = self._first_whole(sorted(scores, key=lambda name: (-scores[name], name)))
+        found = self._first_whole(_ranked(self._scores()))
         if found is None:
             raise FileNotFoundError(
-                f"{self.folder} has no evaluated checkpoint yet; let the run reach its first "
+                f"{self.folder.uri} has no evaluated checkpoint yet; let the run reach its first "
                 f"evaluation (selection.every)"
             )
         return found
 
+    def fetch(self, name: str) -> Path:
+        """A checkpoint by the name of its folder, on this machine; not checked."""
+        if self._fetched is None:
+            return Path(self.folder.uri) / name
+        local = self._fetched / name
+        shutil.rmtree(local, ignore_errors=True)  # one of that name may have been replaced since
+        return self.folder.download_tree(name, local)
+
     def _first_whole(self, names: list[str]) -> Path | None:
         problems = []
         for name in names:
+            local = self.fetch(name)
             try:
-                read_progress(self.folder / name)
-            except (ValueError, OSError) as error:
+                read_progress(local)
+            except (ValueError, FileNotFoundError) as error:
                 _log.warning("%s; falling back to the checkpoint before", error)
                 problems.append(str(error))
             else:
-                return self.folder / name
+                return local
         if problems:
             raise ValueError(
-                f"no checkpoint in {self.folder} is whole; set run.fresh to start anew, or bring "
-                f"back a copy:\n  " + "\n  ".join(problems)
+                f"no checkpoint in {self.folder.uri} is whole; set run.fresh to start anew, or "
+                f"bring back a copy:\n  " + "\n  ".join(problems)
             )
         return None
 
     def _scores(self) -> dict[str, float | None]:
         """Score of each checkpoint that was written to its end, by name."""
-        scores = {}
-        for record in self.folder.glob("step-*/state.json"):
+        scores: dict[str, float | None] = {}
+        for name in self.folder.names():
+            record = f"{name}/state.json"
+            if not name.startswith("step-") or self.folder.size(record) is None:
+                continue
             try:
-                progress = json.loads(record.read_text())["progress"]
-            except (ValueError, KeyError, OSError):
+                progress = json.loads(self.folder.read(record))["progress"]
+            except (ValueError, KeyError):
                 progress = {}  # torn; whoever wants to read it is told
-            evaluated = record.parent.name.endswith("-evaluated")
-            score = progress.get("metrics", {}).get("val/mAP") if evaluated else None
-            scores[record.parent.name] = score
+            evaluated = name.endswith("-evaluated")
+            scores[name] = progress.get("metrics", {}).get("val/mAP") if evaluated else None
         return scores
 
+    def _remove(self, name: str) -> None:
+        self.folder.delete(f"{name}/state.json")  # first, so that what is left never counts
+        self.folder.delete_tree(name)
+
     def _point(self, link: str, name: str) -> None:
-        draft = self.folder / f".{link}"
+        folder = Path(self.folder.uri)
+        draft = folder / f".{link}"
         draft.unlink(missing_ok=True)
         draft.symlink_to(name)
-        os.replace(draft, self.folder / link)
+        os.replace(draft, folder / link)
+
+
+def _ranked(scores: dict[str, float | None]) -> list[str]:
+    """Names of the evaluated checkpoints, best first, the earlier of equals first."""
+    evaluated = [(-score, name) for name, score in scores.items() if score is not None]
+    return [name for _, name in sorted(evaluated)]
 
 
 class BackgroundWriter:

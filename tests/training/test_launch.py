@@ -2,8 +2,15 @@
 
 import json
 import os
+import select
+import shutil
+import socket
+import socketserver
 import subprocess
 import sys
+import threading
+import time
+import urllib.parse
 from pathlib import Path
 
 import pytest
@@ -11,6 +18,7 @@ import torch
 
 from next.config import override
 from next.data.shards import open_manifest
+from next.tracking.run import read_metrics
 from next.training.checkpoint import load_network
 from next.training.inputs import resolve
 from next.training.launch import claim_folder, launch
@@ -56,6 +64,96 @@ def test_the_same_name_continues_and_other_settings_are_refused_with_a_list(tiny
     fresh = launch(override(changed, {"run.fresh": True}))
     assert fresh.outcome.step == len(fresh.outcome.losses)
     assert len(list(first.folder.parent.glob("tiny.*"))) == 1, "the earlier run is kept"
+
+
+def test_a_run_that_is_finished_says_so_and_ends_well(tiny_config, caplog):
+    caplog.set_level("INFO")
+    first = launch(tiny_config)
+    again = launch(override(tiny_config, {"scaling.num_workers": 2}))  # which starts no Ray
+    assert "run tiny is finished (epoch 3, step 11): it is assessed again" in caplog.text
+    assert again.assessment.metrics == first.assessment.metrics
+    assert again.outcome == first.outcome._replace(losses=[])
+
+
+def test_checkpoints_of_other_settings_or_data_are_refused_before_anything_starts(
+    tiny_config, tmp_path
+):
+    """Checkpoints may outlive the run's folder, where the configuration is looked at first."""
+    apart = {"checkpoint.storage_path": str(tmp_path / "kept"), "optim.epochs": 1}
+    launch(override(tiny_config, apart))
+    shutil.rmtree(tiny_config.run.storage_path)
+    with pytest.raises(
+        ValueError, match=r"(?s)checkpoints in .*kept/tiny are of another model.*experts: 2 -> 3"
+    ):
+        launch(override(tiny_config, apart | {"model.semantic.experts": 3}))
+    shutil.rmtree(tiny_config.run.storage_path)
+    resumed = launch(override(tiny_config, apart))
+    assert resumed.outcome.losses == []
+    fresh = launch(override(tiny_config, apart | {"run.fresh": True}))
+    assert fresh.outcome.losses
+    assert len(list((tmp_path / "kept").iterdir())) == 2, "the earlier ones are set aside"
+
+
+class Relay(socketserver.ThreadingTCPServer):
+    """Stands before a server, and can be gone for a while."""
+
+    allow_reuse_address = True
+    daemon_threads = True
+    gone = False
+
+    def __init__(self, port: int) -> None:
+        self.target = port
+        super().__init__(("127.0.0.1", 0), self.pass_on)
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+
+    def pass_on(self, client, address, server) -> None:
+        if self.gone:
+            return
+        with socket.create_connection(("127.0.0.1", self.target)) as upstream:
+            ends = {client: upstream, upstream: client}
+            while not self.gone:
+                for end in select.select(list(ends), [], [], 0.1)[0]:
+                    data = end.recv(1 << 16)
+                    if not data:
+                        return
+                    ends[end].sendall(data)
+
+
+@pytest.mark.slow
+def test_a_storage_that_is_gone_for_a_while_changes_nothing(
+    tiny_config, s3, s3_server, monkeypatch, tmp_path, caplog
+):
+    relay = Relay(urllib.parse.urlsplit(s3_server.endpoint).port)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{relay.server_address[1]}")
+    stored = override(
+        tiny_config, {"checkpoint.storage_path": f"{s3}/kept", "checkpoint.every_steps": 2}
+    )
+    undisturbed = launch(override(stored, {"run.name": "undisturbed"}))
+
+    def outage() -> None:
+        folder = Path(stored.run.storage_path) / "tiny"
+        while not (folder / "journal.jsonl").exists() or len(read_metrics(folder)) < 3:
+            time.sleep(0.01)
+        relay.gone = True
+        while "cannot be written" not in caplog.text:
+            time.sleep(0.05)
+        time.sleep(3)
+        relay.gone = False
+
+    cut = threading.Thread(target=outage)
+    cut.start()
+    try:
+        result = launch(stored)
+    finally:
+        cut.join(60)
+        relay.shutdown()
+        relay.server_close()
+    assert "cannot be reached" in caplog.text
+    assert "is written now" in caplog.text
+    assert result.outcome == undisturbed.outcome
+    assert result.assessment.metrics == undisturbed.assessment.metrics
+    steps = [row["step"] for row in read_metrics(result.folder) if "train/loss" in row["values"]]
+    assert steps == list(range(1, result.outcome.step + 1))
 
 
 @pytest.mark.parametrize(

@@ -295,7 +295,14 @@ def world_member(rank: int, world: int, meeting: str, parts: list[Part], queue) 
         config = from_toml(part.config)
         bell = Ringing(part.stop if rank == world - 1 else 0, Ask.STOP)
         data = training_data(config, open_manifest(config.data.uri))
-        reporter = TrainReporter(part.folder, rank, world, checkpoint=config.checkpoint, bell=bell)
+        reporter = TrainReporter(
+            part.folder,
+            rank,
+            world,
+            send=lambda report: None,
+            checkpoint=config.checkpoint,
+            bell=bell,
+        )
         try:
             with reporter:
                 outcome = train(config, data, reporter, Worker(rank, world))

@@ -26,12 +26,13 @@ def snapshot(step: int, score: float | None = None, size: int = 10) -> Snapshot:
 
 
 def names(store: CheckpointStore) -> list[str]:
-    return sorted(path.name for path in store.folder.iterdir())
+    return store.folder.names()
 
 
 def latest_step(store: CheckpointStore) -> int:
-    with store.latest() as folder:
-        return read_progress(folder).step
+    folder = store.latest()
+    assert folder is not None
+    return read_progress(folder).step
 
 
 def test_the_two_newest_and_the_best_are_kept_and_linked(tmp_path):
@@ -53,9 +54,11 @@ def test_the_two_newest_and_the_best_are_kept_and_linked(tmp_path):
         "step-00000006",
         "step-00000007-evaluated",
     ]
-    assert os.readlink(store.folder / "best") == "step-00000004-evaluated", "the first of equals"
+    assert os.readlink(tmp_path / "checkpoints" / "best") == "step-00000004-evaluated", (
+        "the first of equals"
+    )
     assert store.best().name == "step-00000004-evaluated"
-    assert os.readlink(store.folder / "last") == "step-00000007-evaluated"
+    assert os.readlink(tmp_path / "checkpoints" / "last") == "step-00000007-evaluated"
     assert latest_step(store) == 7
 
 
@@ -111,8 +114,7 @@ def test_a_run_whose_checkpoints_are_all_torn_is_not_begun_anew_in_silence(tmp_p
 
 def test_nothing_stored_is_nothing_to_continue_from(tmp_path):
     store = CheckpointStore(tmp_path / "none")
-    with store.latest() as folder:
-        assert folder is None
+    assert store.latest() is None
     with pytest.raises(FileNotFoundError, match=r"has no evaluated checkpoint yet"):
         store.best()
 
@@ -207,7 +209,7 @@ def test_a_full_disk_is_told_and_the_checkpoint_is_written_when_there_is_room(sm
         threading.Event().wait(0.1)
     assert "the checkpoint of step 2 cannot be written" in caplog.text
     assert latest_step(store) == 1
-    assert not list(store.folder.glob(".draft*")), "nothing is left of the attempt"
+    assert not list((small_disk / "checkpoints").glob(".draft*")), "nothing is left of the attempt"
     ballast.unlink()
     writer.close()
     assert latest_step(store) == 2
@@ -222,3 +224,28 @@ def test_a_disk_that_stays_full_ends_the_run_with_what_to_do(small_disk):
         writer.wait()
     assert latest_step(store) == 1
     writer.close(OSError())
+
+
+def test_an_object_store_keeps_checkpoints_alike(s3):
+    """Uploaded with the record last, read whole, the torn passed over, the old removed."""
+    store = CheckpointStore(f"{s3}/runs/one")
+    assert store.latest() is None
+    for step, score in ((1, 10.0), (2, 30.0), (3, 20.0), (4, None)):
+        store.save(snapshot(step, score))
+    assert names(store) == [
+        "step-00000002-evaluated",
+        "step-00000003-evaluated",
+        "step-00000004",
+    ]
+    again = CheckpointStore(store.uri)
+    assert latest_step(again) == 4
+    assert read_progress(again.best()).step == 2
+    assert (again.best() / "model.safetensors").is_file()
+    # An upload that was cut off has no record; one that was spoilt differs from its record.
+    again.folder.write("step-00000005/model.safetensors", b"half")
+    assert latest_step(CheckpointStore(store.uri)) == 4
+    again.folder.write("step-00000004/model.safetensors", b"spoilt")
+    assert latest_step(CheckpointStore(store.uri)) == 3
+    again.set_aside("old")
+    assert CheckpointStore(store.uri).latest() is None
+    assert latest_step(CheckpointStore(f"{s3}/runs/one.old")) == 3

@@ -1,0 +1,191 @@
+"""The Ray cluster of a run: found or started, large enough, with folders that every node sees."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import socket
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from next.config import RunConfig, ScalingConfig
+
+_log = logging.getLogger(__name__)
+
+_ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # else a report costs up to two seconds
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "30",  # a pruned trial may finish sending its metrics
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "MALLOC_ARENA_MAX": "1",  # each trial trains in a new thread; glibc keeps a heap for each
+}
+
+_CONNECT_SECONDS = 5.0
+_NODES_SECONDS = 30.0
+"""How long a node may take to join that is starting."""
+_LOOK_SECONDS = 60.0
+
+
+def start_ray(cpus: float, *, dashboard: bool) -> None:
+    """The cluster that ``RAY_ADDRESS`` names, or a Ray on this machine alone.
+
+    Args:
+        cpus: logical CPUs that will be asked for at once; a machine with fewer declares as many.
+        dashboard: Ray Train needs it to give back the reservation of a stopped worker group.
+
+    Raises:
+        ConnectionError: nothing answers at ``RAY_ADDRESS``.
+    """
+    import ray
+
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if os.environ.get("RAY_ADDRESS"):
+        check_address(os.environ["RAY_ADDRESS"])
+        ray.init(log_to_driver=False)
+        return
+    ray.init(
+        address="local",
+        num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)),
+        include_dashboard=dashboard,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+    token = Path.home() / ".ray" / "auth_token"
+    if token.exists():  # Ray writes its secret readable by everybody
+        token.chmod(0o600)
+
+
+def check_address(address: str) -> None:
+    """Raise unless something answers at ``HOST:PORT``; Ray itself would try for a minute or more.
+
+    Raises:
+        ConnectionError: nothing answers.
+        ValueError: it is no address.
+    """
+    if address in ("auto", "local"):
+        return
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError(
+            f"RAY_ADDRESS must be HOST:PORT (or auto), but got {address!r}; set it as `ray start "
+            f"--head` printed it, or unset it to use this machine alone"
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
+    except OSError as error:
+        raise ConnectionError(
+            f"RAY_ADDRESS is {address}, but nothing answers there ({error}); start the cluster "
+            f"(`ray start --head`), correct the address, or unset it to use this machine alone"
+        ) from None
+
+
+def worker_resources(scaling: ScalingConfig) -> dict[str, float]:
+    """What Ray reserves for each worker."""
+    return {"CPU": scaling.cpus_per_worker} | ({"GPU": 1.0} if scaling.use_gpu else {})
+
+
+def require_room(scaling: ScalingConfig, *, patience_s: float = _NODES_SECONDS) -> None:
+    """Raise unless the cluster can hold the least number of workers, now or by its autoscaler.
+
+    Workers that others occupy count as room: the run waits for them.
+
+    Args:
+        scaling: workers and what each needs.
+        patience_s: seconds for which nodes may still join.
+
+    Raises:
+        ValueError: it can never hold them.
+    """
+    import ray
+
+    needs = worker_resources(scaling)
+    deadline = time.monotonic() + patience_s
+    while (holds := _holds(ray.nodes(), needs)) < scaling.min_workers:
+        most = _autoscaler_most()
+        if most is not None and all(
+            most.get(name, 0) >= need * scaling.min_workers for name, need in needs.items()
+        ):
+            _log.info("the cluster holds %d workers now; its autoscaler may add nodes", holds)
+            return
+        if most is not None or time.monotonic() > deadline:
+            each = ", ".join(f"{need:g} {name}" for name, need in needs.items())
+            raise ValueError(
+                f"scaling.num_workers needs room for {scaling.min_workers} workers of {each} each, "
+                f"but the cluster holds {holds} and "
+                + ("its autoscaler adds too few" if most is not None else "has no autoscaler")
+                + "; lower scaling.num_workers or scaling.cpus_per_worker, or add nodes"
+            )
+        time.sleep(0.5)
+
+
+def require_shared(config: RunConfig, checkpoints: str) -> None:
+    """Raise unless every node sees checkpoints and shards, where these are local paths.
+
+    Args:
+        config: names the shards.
+        checkpoints: of the run; a file is put there for the other nodes to look for.
+
+    Raises:
+        ValueError: a node does not; the settings are named.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = ray.get_runtime_context().get_node_id()
+    others = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
+    if not others:
+        return
+    looked = {}
+    marker = Path(checkpoints) / f".seen-{uuid.uuid4().hex}"
+    if "://" not in checkpoints:
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        marker.touch()
+        section = "checkpoint" if config.checkpoint.storage_path else "run"
+        looked[f"{section}.storage_path"] = str(marker)
+    if "://" not in str(config.data.uri):
+        looked["data.uri"] = str(Path(str(config.data.uri)) / "manifest.json")
+    look = ray.remote(num_cpus=0, max_retries=0)(_unseen)
+    try:
+        answers = {
+            node["NodeManagerAddress"]: look.options(
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            ).remote(looked)
+            for node in others
+        }
+        for address, answer in answers.items():
+            unseen = ray.get(answer, timeout=_LOOK_SECONDS)
+            if unseen:
+                folders = ", ".join(str(Path(looked[name]).parent) for name in unseen)
+                raise ValueError(
+                    f"{' and '.join(unseen)} must be seen by every node of the cluster, but node "
+                    f"{address} does not see {folders}; set checkpoint.storage_path and --data to "
+                    f"s3://bucket/prefix, or to folders that all nodes mount"
+                )
+    finally:
+        marker.unlink(missing_ok=True)
+
+
+def _unseen(paths: dict[str, str]) -> list[str]:
+    return [name for name, path in paths.items() if not Path(path).exists()]
+
+
+def _holds(nodes: list[dict[str, Any]], needs: dict[str, float]) -> int:
+    """Workers that fit on the nodes if nothing else ran there."""
+    return sum(
+        min(int(node["Resources"].get(name, 0) / need + 1e-6) for name, need in needs.items())
+        for node in nodes
+        if node["Alive"]
+    )
+
+
+def _autoscaler_most() -> dict[str, float] | None:
+    """Resources of the cluster at its largest; None: nobody adds nodes to it."""
+    from ray._private.state import state
+
+    most: dict[str, float] | None = state.get_max_resources_from_cluster_config()
+    return most
