@@ -24,7 +24,7 @@ import numpy as np
 from next.config import CaptionsConfig
 from next.data.cache import exclusive, lease, make_room, mark_used
 from next.data.draws import uniform
-from next.data.shards import read_matrix, write_matrix
+from next.data.shards import Manifest, read_matrix, write_matrix
 
 _log = logging.getLogger(__name__)
 
@@ -94,6 +94,17 @@ class CaptionTable:
             ids[~present] = -1
         reliable = np.fromiter(map(is_reliable, numbers), dtype=bool, count=len(numbers))
         return cls(tuple(numbers), ids, reliable)
+
+    @classmethod
+    def read(
+        cls, manifest: Manifest, split: str, present: np.ndarray | None = None
+    ) -> CaptionTable:
+        """The captions of a split of prepared data; ``present`` as in :meth:`build`."""
+        sentences, ids = manifest.sentence_numbers(split)
+        if present is not None:
+            ids[~present] = -1
+        reliable = np.fromiter(map(is_reliable, sentences), dtype=bool, count=len(sentences))
+        return cls(tuple(sentences), ids, reliable)
 
     def usable(self, unreliable: bool) -> np.ndarray:
         """The numbers of sentences that may be sampled, moved up to the front: as ``ids``."""

@@ -184,7 +184,7 @@ def open_samples(
         images = PartedImages(len(present), parts, open_part, shape)
     captions = None
     if config.captions.sampling != "none":
-        table = CaptionTable.build(manifest.sentences(split), present)
+        table = CaptionTable.read(manifest, split, present)
         bank = _text_bank(manifest, config, text_tower_key, encode)
         if bank is not None:
             experts = config.model.semantic.experts
@@ -222,7 +222,7 @@ def _text_bank(
         return bank
     texts: dict[str, None] = {}
     for split in dict.fromkeys(map(manifest.resolve, manifest.splits)):
-        every = CaptionTable.build(manifest.sentences(split))
+        every = CaptionTable.read(manifest, split)
         texts.update(dict.fromkeys(bank_texts(every, settings, experts)))
     if not texts:
         return None

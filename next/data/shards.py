@@ -158,6 +158,25 @@ class Manifest:
                 of_modality.extend(sentences or [] for sentences in table[name].to_pylist())
         return texts
 
+    def sentence_numbers(self, split: str) -> tuple[list[str], np.ndarray]:
+        """Distinct sentences and which of them make up each caption.
+
+        The same as :meth:`sentences`, without an object for every sentence.
+
+        Returns:
+            The sentences in the order in which they first occur, modality by modality, and int32
+            ``[rows, M, S]`` of their numbers in the caption's order, padded with -1.
+        """
+        columns = [f"sentences_{modality}" for modality in self.benchmark.modalities]
+        table = pa.concat_tables([file.read(columns=columns) for file in self._parquet(split)])
+        captions = [table[name].combine_chunks() for name in columns]
+        encoded = pa.concat_arrays([one.flatten() for one in captions]).dictionary_encode()
+        numbers = encoded.indices.to_numpy(zero_copy_only=False)
+        lengths = np.stack([np.diff(one.offsets.to_numpy()) for one in captions])  # null: 0
+        ids = np.full((*lengths.shape, max(1, lengths.max(initial=0))), -1, dtype=np.int32)
+        ids[np.arange(ids.shape[-1]) < lengths[..., None]] = numbers
+        return encoded.dictionary.to_pylist(), ids.swapaxes(0, 1)
+
     def _shards(self) -> list[ShardEntry]:
         return [shard for entry in self.splits.values() for shard in entry.shards]
 

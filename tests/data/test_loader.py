@@ -349,6 +349,17 @@ def test_samples_come_from_shards_and_every_text_is_encoded_once(manifest, confi
     np.testing.assert_array_equal(again[1].images, again[2].images)
 
 
+def test_a_table_read_from_shards_is_the_one_built_from_their_captions(manifest):
+    present = manifest.present("train")
+    assert not present.all()
+    for mask in (None, present):
+        read = CaptionTable.read(manifest, "train", mask)
+        built = CaptionTable.build(manifest.sentences("train"), mask)
+        assert read.sentences == built.sentences
+        assert read.reliable.tolist() == built.reliable.tolist()
+        np.testing.assert_array_equal(read.ids, built.ids)
+
+
 def test_settings_choose_modalities_and_image_size(manifest, config):
     config = override(config, {"data.modalities": ("TI", "RGB"), "data.image_size": (16, 8)})
     samples = opened(manifest, "gallery", config, Tower())
