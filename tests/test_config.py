@@ -88,3 +88,14 @@ def test_every_setting_has_a_docstring():
 
     sections(RunConfig)
     assert "model.semantic.experts" in setting_names()
+
+
+def test_an_older_configuration_gets_the_defaults_of_settings_that_it_did_not_know():
+    written = [
+        line
+        for line in to_toml(override(RunConfig(), {"optim.lr": 0.5})).splitlines()
+        if not line.startswith(("accumulate =", "epochs ="))
+    ]
+    read = from_toml("\n".join(written))
+    assert read.optim.lr == 0.5
+    assert read.optim.epochs == RunConfig().optim.epochs

@@ -23,20 +23,35 @@ class Replay(NamedTuple):
 
 
 def replay(folder: str | Path, uri: str) -> Replay:
-    """Bring the rest of a run to a server; a run whose process died is marked as KILLED.
+    """Bring the rest of a run, and of the runs below its folder, to a server.
 
-    A server that does not know the run (another one, or one with a new store) gets all of it.
-    Bring a parent before its children.
+    The trials of a sweep lie below it, so a sweep is completed as a whole. A run whose process
+    died is marked as KILLED. A server that does not know the run (another one, or one with a new
+    store) gets all of it. Bring a parent that lies elsewhere before its children.
+
+    Returns:
+        Records in all; ``run_id`` is that of the folder itself.
 
     Raises:
         FileNotFoundError: the folder has no journal.
-        RuntimeError: a process still writes the run.
+        RuntimeError: a process still writes one of the runs.
         ValueError: a bad address.
         ConnectionError: the server cannot be reached or cannot take records now.
     """
     folder, uri = Path(folder).absolute(), check_uri(uri)
     if not (folder / FILE_NAME).exists():
         raise FileNotFoundError(f"{folder} must be the folder of a run, but holds no {FILE_NAME}")
+    below = sorted(path.parent for path in folder.rglob(FILE_NAME) if path.parent != folder)
+    whole = _replay_one(folder, uri)
+    for run in below:
+        found = _replay_one(run, uri)
+        whole = Replay(
+            whole.delivered + found.delivered, whole.refused + found.refused, whole.run_id
+        )
+    return whole
+
+
+def _replay_one(folder: Path, uri: str) -> Replay:
     journal = Journal(folder)
     try:
         records = (entry.record for entry in read_records(folder))
