@@ -23,6 +23,7 @@ from next.model.losses import objective
 class Shape(NamedTuple):
     """What a tower's operations follow from."""
 
+    name: str
     size: tuple[int, int]
     width: int
     hidden: int

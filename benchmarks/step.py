@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from next.config import LossConfig, OptimConfig, RunConfig, override
 from next.data.loader import Batch
 from next.model.network import NEXT
+from next.training.allocator import keep_freed_memory
 from next.training.loop import GlobalLoss, training_step
 from next.training.optimizer import build_optimizer
 
@@ -38,8 +39,8 @@ IDENTITIES, MODALITIES = 171, 3
 
 
 SHAPES = {
-    "ViT-B-16": Shape((256, 128), 768, 3072, 12, 16, 512),
-    "next-tiny": Shape((64, 32), 128, 256, 3, 8, 128),
+    "ViT-B-16": Shape("ViT-B-16-quickgelu", (256, 128), 768, 3072, 12, 16, 512),
+    "next-tiny": Shape("next-tiny", (64, 32), 128, 256, 3, 8, 128),
 }
 """``next-tiny`` is there to try the script."""
 DENSE_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40": 181e12}
@@ -53,13 +54,13 @@ def rows(parts: Sequence[str], samples: int) -> list[Row]:
     """Settings of all processes of the parts, in order."""
     found: list[Row] = []
     if "step" in parts:
-        for bfloat16 in (False, True):
-            found.append({"name": "products", "kind": "products", "bfloat16": bfloat16})
-            found.append({"name": "public", "kind": "public", "bfloat16": bfloat16})
-            if bfloat16:
-                found.append({"name": "ours, compiled", "compile": True, "bfloat16": True})
-            found.append({"name": "ours", "bfloat16": bfloat16})
-            found.append({"name": "ours, tower alone", "experts": 0, "bfloat16": bfloat16})
+        for half in (False, True):
+            found.append({"name": "products", "kind": "products", "bfloat16": half})
+            found.append({"name": "public", "kind": "public", "bfloat16": half})
+            found.append({"name": "ours", "bfloat16": half})
+    if "compiled" in parts:
+        found.append({"name": "ours", "bfloat16": True})
+        found.append({"name": "ours, compiled", "compile": True, "bfloat16": True})
     if "captions" in parts:
         found += [
             {"name": "public, text tower", "kind": "public", "captions": True, "bfloat16": half}
@@ -89,22 +90,30 @@ def rows(parts: Sequence[str], samples: int) -> list[Row]:
 def main(argv: Sequence[str]) -> int:
     """Measure, print one table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    every = ("step", "captions", "growth", "experts", "saving", "profile")
+    every = ("step", "compiled", "captions", "growth", "experts", "saving", "profile")
     parser.add_argument("--parts", nargs="+", choices=every, default=list(every))
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--backbone", default="ViT-B-16", choices=tuple(SHAPES))
     parser.add_argument("--samples", type=int, default=16, help="samples of a batch")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--clock", default="wall", choices=("wall", "cpu"),
+        help="cpu: the process' own seconds, with one thread, where others use the machine too",
+    )  # fmt: skip
     parser.add_argument("--steps", type=int, default=2, help="timed steps, after one to warm up")
     parser.add_argument("--out", type=Path, default=Path("runs/step.json"))
     parser.add_argument("--row", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    if options.clock == "cpu" and (options.threads != 1 or options.device != "cpu"):
+        parser.error("--clock cpu goes with --threads 1 on --device cpu: it counts every thread")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here")
     if options.row is not None:
         print(json.dumps(measure(json.loads(options.row))))
         return 0
-    shared = {name: getattr(options, name) for name in ("backbone", "device", "threads", "steps")}
+    shared = {
+        name: getattr(options, name) for name in ("backbone", "device", "threads", "steps", "clock")
+    }
     results = []
     for row in rows(options.parts, options.samples):
         child = subprocess.run(
@@ -146,7 +155,7 @@ def line(row: Row, results: list[Row]) -> str:
 
 def tower_flops(shape: Shape, samples: int) -> float:
     """Operations of the tower's forward and backward for all modalities of ``samples``."""
-    _, width, hidden, layers, patch, joint = shape
+    _, _, width, hidden, layers, patch, joint = shape
     linear = 2 * shape.tokens * width * (4 * width + 2 * hidden)
     attention = 4 * shape.tokens**2 * width
     embed = 2 * (shape.tokens - 1) * 3 * patch**2 * width
@@ -161,12 +170,12 @@ def measure(row: Row) -> Row:
     device, shape = torch.device(row["device"]), SHAPES[row["backbone"]]
     if row["kind"] == "products":
         dtype = torch.bfloat16 if row["bfloat16"] else torch.float32
-        return row | {"rate": product_rate(shape, row["samples"], dtype, device)}
+        return row | {"rate": product_rate(shape, row["samples"], dtype, device, row["clock"])}
     step = build(row, device)
     step()
     if row["kind"] == "profile":
         return row | {"seconds": [], "operators": profile(step)}
-    seconds = [timed(step, device) for _ in range(row["steps"])]
+    seconds = [timed(step, device, row["clock"]) for _ in range(row["steps"])]
     peak = (
         torch.cuda.max_memory_allocated()
         if device.type == "cuda"
@@ -180,16 +189,19 @@ def measure(row: Row) -> Row:
     }
 
 
-def timed(step: Callable[[], object], device: torch.device) -> float:
+def timed(step: Callable[[], object], device: torch.device, clock: str) -> float:
     """Seconds of one call, to the end of what it started on the device."""
+    now = time.process_time if clock == "cpu" else time.perf_counter
     _wait(device)
-    began = time.perf_counter()
+    began = now()
     step()
     _wait(device)
-    return time.perf_counter() - began
+    return now() - began
 
 
-def product_rate(shape: Shape, samples: int, dtype: torch.dtype, device: torch.device) -> float:
+def product_rate(
+    shape: Shape, samples: int, dtype: torch.dtype, device: torch.device, clock: str
+) -> float:
     """Operations a second of the bare matrix products of a block, forward and backward.
 
     The three products of each linear layer as PyTorch runs them, best of three.
@@ -208,7 +220,7 @@ def product_rate(shape: Shape, samples: int, dtype: torch.dtype, device: torch.d
             lambda gradient=gradient, x=x: gradient.T @ x,
         ):
             product()
-            total += min(timed(product, device) for _ in range(3))
+            total += min(timed(product, device, clock) for _ in range(3))
             operations += 2 * tokens * inner * out
     return operations / total
 
@@ -231,7 +243,7 @@ def build(row: Row, device: torch.device) -> Callable[[], object]:
             "model.backbone.compile": row.get("compile", False),
             "model.backbone.checkpointing": row.get("checkpointing", False),
             "model.modalities": MODALITIES,
-            "model.backbone.name": row["backbone"],
+            "model.backbone.name": shape.name,
             "model.image_size": shape.size,
             "model.identities": IDENTITIES,
             "model.semantic.enabled": experts > 0,
@@ -242,6 +254,8 @@ def build(row: Row, device: torch.device) -> Callable[[], object]:
             "optim.accumulate": row.get("accumulate", 1),
         },
     )
+    if device.type == "cpu":
+        keep_freed_memory()
     network = NEXT(config.model).to(device).train()
     text = F.normalize(torch.randn(samples, MODALITIES, max(experts, 1), shape.joint), dim=-1)
     batch = Batch(

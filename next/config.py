@@ -404,6 +404,9 @@ class RunConfig(Section):
     """Seed of initialisation, batch order, augmentation and caption sampling."""
     threads: int | None = Field(default=None, ge=1)
     """Torch threads of a worker; None: as torch chooses."""
+    keep_memory: bool = False
+    """On a CPU, keep the memory that a step frees for the next one: a full-size step in float32 is
+    about a tenth faster, and the process holds its peak."""
     data: DataConfig = DataConfig()
     """Input."""
     batch: BatchConfig = BatchConfig()

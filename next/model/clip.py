@@ -8,6 +8,7 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.transformer import (
+    QuickGELU,
     ResidualAttentionBlock,
     TextTransformer,
     VisionTransformer,
@@ -29,6 +30,8 @@ _CUSTOM_BLOCKS = {
 _CONSTANTS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "text.attn_mask")
 """Constants that OpenAI's archives, and some versions of open_clip, keep among the weights."""
 _DEFAULT_TEXT = "ViT-B-16"
+_QUICK = 1.702
+"""The factor of QuickGELU."""
 
 open_clip.add_model_config(Path(__file__).with_name("next-tiny.json"))
 
@@ -81,7 +84,23 @@ class ClipTower(nn.Module):
 def block_forward(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
     """What a block of CLIP computes on ``x [n, T, width]``."""
     x = x + block.ls_1(self_attention(block.attn, block.ln_1(x)))
-    return x + block.ls_2(block.mlp(block.ln_2(x)))
+    return x + block.ls_2(feed_forward(block.mlp, block.ln_2(x)))
+
+
+def feed_forward(mlp: nn.Sequential, x: Tensor) -> Tensor:
+    """What ``mlp`` computes; QuickGELU in one pass instead of three.
+
+    ``y sigmoid(1.702 y) = silu(1.702 y) / 1.702``, whose factors go into the weights beside it: of
+    what a block holds for its backward pass one tensor of the hidden width is spared.
+    """
+    into, activation, back = mlp.children()
+    if not isinstance(activation, QuickGELU):
+        out: Tensor = mlp(x)
+        return out
+    assert isinstance(into, nn.Linear)
+    assert isinstance(back, nn.Linear)
+    hidden = F.silu(F.linear(x, _QUICK * into.weight, _QUICK * into.bias))
+    return F.linear(hidden, back.weight / _QUICK, back.bias)
 
 
 def self_attention(attention: nn.MultiheadAttention, x: Tensor) -> Tensor:

@@ -47,8 +47,8 @@ __all__ = [
 _log = logging.getLogger(__name__)
 
 _MAY_CHANGE = (
-    "run.", "tracking.", "scaling.", "checkpoint.", "threads", "data.cache", "data.uri",
-    "model.backbone.file", "model.backbone.text_file",
+    "run.", "tracking.", "scaling.", "checkpoint.", "threads", "keep_memory", "data.cache",
+    "data.uri", "model.backbone.file", "model.backbone.text_file",
 )  # fmt: skip
 """Settings that a resumed run may change: they decide where and how, not what is computed."""
 

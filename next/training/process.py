@@ -5,18 +5,24 @@ from __future__ import annotations
 import torch
 
 from next.config import RunConfig
+from next.training.allocator import keep_freed_memory
 
 
 def device(config: RunConfig) -> torch.device:
     """Where this process computes.
 
     Raises:
-        ValueError: a GPU is asked for and there is none.
+        ValueError: a GPU is asked for and there is none, or it lacks bfloat16.
     """
     if not config.scaling.use_gpu:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ValueError("scaling.use_gpu is set, but torch sees no GPU here; leave it off")
+    if config.optim.precision == "bfloat16" and not torch.cuda.is_bf16_supported():
+        raise ValueError(
+            f"optim.precision must be float32 on {torch.cuda.get_device_name()}, which lacks "
+            f"bfloat16; leave it out"
+        )
     return torch.device("cuda")
 
 
@@ -24,4 +30,6 @@ def configure_torch(config: RunConfig) -> None:
     """Threads of this process, and kernels that give the same bits again."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    if config.keep_memory:
+        keep_freed_memory()
     torch.backends.cudnn.benchmark = False
