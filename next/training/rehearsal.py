@@ -14,8 +14,9 @@ from next.data.plan import occurrences, plan_hash, training_plan, worker_slice
 from next.data.shards import Manifest
 from next.evaluation.embed import embed
 from next.model.network import NEXT
+from next.training.cost import StepCost, free_bytes, measure_cost
 from next.training.inputs import training_data
-from next.training.loop import GlobalLoss
+from next.training.loop import GlobalLoss, training_step
 from next.training.optimizer import build_optimizer
 
 _STEPS = 3
@@ -40,6 +41,14 @@ class Rehearsal(NamedTuple):
     workers: int
     parameters: int
     trainable_parameters: int
+    gflops_per_sample: float
+    """Forward and backward of all modalities."""
+    memory_bytes: int
+    """Estimated for a step of one worker: weights, gradients, optimizer, activations."""
+    activation_bytes_per_sample: int
+    """Of which each sample that is held at a time takes this much."""
+    free_bytes: int
+    """Of the device, beside what this process holds already."""
     seconds_per_step: float
     """Median of three steps of one worker's share of the batch, after one to warm up."""
     seconds_per_evaluation: float
@@ -59,10 +68,20 @@ class Rehearsal(NamedTuple):
             f"batch         {self.batch} samples over {self.workers} worker(s)",
             f"steps         {self.steps_per_epoch} an epoch, {self.epochs} epochs",
             f"parameters    {self.parameters:,} ({self.trainable_parameters:,} trained)",
+            f"cost          {self.gflops_per_sample:,.1f} GFLOPs a sample, forward and backward",
+            f"memory        about {self.memory_bytes / 2**30:.1f} GiB a worker "
+            f"({self.activation_bytes_per_sample / 2**20:.0f} MiB a sample)"
+            + ("" if self.memory_bytes <= self.free_bytes else self._too_large()),
             f"measured      {self.seconds_per_step:.3f} s a step, "
             f"{self.seconds_per_evaluation:.1f} s an evaluation",
             f"estimate      {self.seconds_estimated / 60:.1f} minutes",
         ]
+
+    def _too_large(self) -> str:
+        return (
+            f", but only {self.free_bytes / 2**30:.1f} GiB are free: set optim.accumulate, "
+            f"model.backbone.checkpointing or optim.precision = bfloat16, or lower the batch"
+        )
 
 
 def rehearse(config: RunConfig, manifest: Manifest, device: torch.device) -> Rehearsal:
@@ -74,7 +93,8 @@ def rehearse(config: RunConfig, manifest: Manifest, device: torch.device) -> Reh
     torch.manual_seed(config.seed)
     network = NEXT(config.model).to(device)
     optimizer = build_optimizer(network, config.optim)
-    batch_loss = GlobalLoss(network, config.loss, world=1)
+    batch_loss = GlobalLoss(network, config.loss, 1, config.optim.accumulate)
+    free = free_bytes(device)
     pids = data.train.labels.pid
     world = config.scaling.max_workers
     plan = training_plan(config, pids, data.train.shards, epoch=0, world=world)
@@ -87,13 +107,14 @@ def rehearse(config: RunConfig, manifest: Manifest, device: torch.device) -> Reh
         classes=np.unique(pids),
         device=device,
     )
-    times = []
+    times: list[float] = []
+    cost: StepCost | None = None
     for _, batch in zip(range(_STEPS + 1), batches, strict=False):
+        cost = cost or measure_cost(network, batch, config.optim)
         began = time.perf_counter()
-        optimizer.zero_grad(set_to_none=True)
-        batch_loss(batch).total.backward()
-        optimizer.step()
+        training_step(batch_loss, optimizer, batch, config.optim).total.item()
         times.append(time.perf_counter() - began)
+    assert cost is not None
     step = float(np.median(times[1:] or times))
 
     began = time.perf_counter()
@@ -120,10 +141,12 @@ def rehearse(config: RunConfig, manifest: Manifest, device: torch.device) -> Reh
         steps_per_epoch=len(plan),
         epochs=epochs,
         workers=world,
-        parameters=sum(parameter.numel() for parameter in network.parameters()),
-        trainable_parameters=sum(
-            parameter.numel() for parameter in network.parameters() if parameter.requires_grad
-        ),
+        parameters=cost.parameters,
+        trainable_parameters=cost.trained,
+        gflops_per_sample=cost.gflops_per_sample,
+        memory_bytes=cost.bytes_of(-(-config.batch.size // world // config.optim.accumulate)),
+        activation_bytes_per_sample=cost.activation_bytes_per_sample,
+        free_bytes=free,
         seconds_per_step=step,
         seconds_per_evaluation=evaluation,
         seconds_estimated=epochs * len(plan) * step
