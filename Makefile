@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test test-fast browser lint format bench clean help
+.PHONY: demo test test-fast browser services lint format bench clean help
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -29,6 +29,11 @@ test-fast: $(VENV)/.ready ## the tests that take less than ten seconds each
 browser: ## Chromium for the tests that look at pages (Debian's package; needs root), else they are skipped
 	command -v chromium || (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null) \
 	  || echo "no Chromium: the tests of MLflow's pages will be skipped"
+
+services: ## PostgreSQL for the tests of back ends (Debian's package; needs root), else they are skipped
+	ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 \
+	  || (apt-get update -qq && apt-get install -y -qq --no-install-recommends postgresql >/dev/null) \
+	  || echo "no PostgreSQL: the tests of that back end will be skipped"
 
 lint: $(VENV)/.ready ## ruff and mypy
 	$(BIN)/ruff check .
