@@ -175,7 +175,10 @@ class Manifest:
         lengths = np.stack([np.diff(one.offsets.to_numpy()) for one in captions])  # null: 0
         ids = np.full((*lengths.shape, max(1, lengths.max(initial=0))), -1, dtype=np.int32)
         ids[np.arange(ids.shape[-1]) < lengths[..., None]] = numbers
-        return encoded.dictionary.to_pylist(), ids.swapaxes(0, 1)
+        sentences = encoded.dictionary.to_pylist()
+        del table, captions, encoded, numbers
+        pa.default_memory_pool().release_unused()  # it would stay with every trial of the node
+        return sentences, ids.swapaxes(0, 1)
 
     def _shards(self) -> list[ShardEntry]:
         return [shard for entry in self.splits.values() for shard in entry.shards]
