@@ -123,7 +123,7 @@ def _runner(workers: int) -> Iterator[Run | None]:
     import ray
 
     from next.data.distribution import run_on_ray
-    from next.training.launch import start_ray
+    from next.training.cluster import start_ray
 
     start_ray(workers, dashboard=False)
     try:
