@@ -48,6 +48,7 @@ bench: $(VENV)/.ready ## every measurement in benchmarks/
 	$(BIN)/python benchmarks/ablation.py
 	$(BIN)/python benchmarks/captioning.py accuracy
 	$(BIN)/python benchmarks/captioning.py speed
+	$(BIN)/python benchmarks/caption_retrieval.py
 	$(BIN)/python benchmarks/prepare.py --ray 2 --s3
 	$(BIN)/python benchmarks/tracking.py
 	$(BIN)/python benchmarks/footprint.py -- make demo
