@@ -266,6 +266,9 @@ class OptimConfig(Section):
     """Learning rate at the end, as a share of the group's peak (peers: of ``lr``)."""
     clip_norm: float | None = Field(default=None, gt=0)
     """Largest norm of the whole gradient; None: not clipped."""
+    collapse_steps: int | None = Field(default=200, ge=1)
+    """End the run when one of several experts gets 99 % of its branch's attention for so many
+    steps in a row; None: go on."""
     accumulate: int = Field(default=1, ge=1)
     """Parts in which a worker's share of the batch goes through the network. The loss is still of
     the whole batch, so the result is the same; memory is that of one part, and every part is

@@ -44,6 +44,8 @@ class Aggregation(nn.Module):
         self.norm_mlp = nn.LayerNorm(width)
         self.mlp_in = nn.Linear(width, hidden)
         self.mlp_out = nn.Linear(hidden, width)
+        self.attention: Tensor | None = None
+        """[T] mean attention that each expert token got in the last forward of training."""
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -68,7 +70,16 @@ class Aggregation(nn.Module):
         query = self.query(self.norm_query(cls)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         pairs = self.key_value(self.norm_expert(experts)).unflatten(-1, (2, self.heads, -1))
         key, value = pairs.permute(2, 0, 3, 1, 4)
+        if self.training:
+            self.attention = _shares(query.detach(), key.detach(), present)
         attended = attend(query, key, value).transpose(1, 2).flatten(2)
         x = at_least_float32(cls) + self.out(attended)
         x = x + self.mlp_out(F.gelu(self.mlp_in(self.norm_mlp(x))))
         return x.masked_fill(~present[:, :, None], 0.0).flatten(1)
+
+
+def _shares(query: Tensor, key: Tensor, present: Tensor) -> Tensor:
+    """[T] mean attention of each token, over samples, heads and the modalities that are there."""
+    scores = at_least_float32(query * query.shape[-1] ** -0.5) @ at_least_float32(key).mT
+    weights = scores.softmax(dim=-1).mean(dim=1)  # [B, M, T]
+    return weights[present].mean(dim=0)

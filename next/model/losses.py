@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -34,6 +36,8 @@ class Losses(NamedTuple):
     """Sum over branches of the triplet loss, without its weight."""
     parts: dict[str, Tensor]
     """``<branch>/{identity,triplet,positive,negative}`` of each branch, detached."""
+    dominance: Mapping[str, Tensor] = MappingProxyType({})
+    """Largest share of a branch's attention that one of its experts gets; detached."""
 
 
 def identity_loss(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:

@@ -95,6 +95,7 @@ def train(
 
     Raises:
         NonFiniteLossError: naming the steps and the parts of the loss.
+        RouterCollapseError: one expert got all of a branch's attention for too many steps.
         MemoryError: the device's memory does not hold a step; with the batch that would fit.
         Interrupted: the run was asked to stop; it handed over a checkpoint.
         ValueError: the checkpoint is of another model or other data.
@@ -105,7 +106,9 @@ def train(
     average = WeightAverage(network, config.optim.ema) if config.optim.ema is not None else None
     with reporter.latest() as folder:
         progress = _restore(folder, network, optimizer, average, data.digest)
-    log = StepLog(log_metrics if worker.rank == 0 else None, progress.rows)
+    log = StepLog(
+        log_metrics if worker.rank == 0 else None, progress.rows, config.optim.collapse_steps
+    )
 
     def snapshot() -> Snapshot:
         now = replace(progress, rows=log.new_rows())
@@ -185,7 +188,8 @@ def train(
                 done, config.optim.epochs, train_loss, metrics["val/mAP"],
                 metrics["val/rank1"], seconds, progress.plan_hash[:8],
             )  # fmt: skip
-        reporter.report(metrics, snapshot)
+        pace = seconds / max(1, len(plan) - first)  # no part of what a run came to
+        reporter.report(metrics | {"train/seconds_per_step": pace}, snapshot)
 
     assert progress.best is not None
     return Outcome(log.losses, progress.metrics, progress.best, progress.step)
@@ -256,7 +260,25 @@ class GlobalLoss(nn.Module):
         if self.world > 1:
             branches = {name: gather(feature) for name, feature in branches.items()}
             labels = gather(labels)
-        return objective(self.network.heads(branches), branches, labels, self.config)
+        losses = objective(self.network.heads(branches), branches, labels, self.config)
+        return losses._replace(dominance=self._dominance())
+
+    def _dominance(self) -> dict[str, Tensor]:
+        """Of each branch with several experts; the same on every rank."""
+        found = {}
+        for branch, config in (
+            ("semantic", self.network.config.semantic),
+            ("structure", self.network.config.structure),
+        ):
+            if branch not in self.network.aggregation or config.experts == 1:
+                continue
+            tokens = self.network.get_submodule(f"aggregation.{branch}").attention
+            assert isinstance(tokens, Tensor), "a step is taken in training mode"
+            shares = tokens.unflatten(0, (config.experts, -1)).sum(-1)
+            if self.world > 1:
+                dist.all_reduce(shares)
+            found[branch] = shares.max() / self.world
+        return found
 
     def _embed(self, batch: Batch) -> dict[str, Tensor]:
         inputs = (batch.images, batch.present, batch.text, batch.camera)

@@ -16,13 +16,25 @@ class NonFiniteLossError(ArithmeticError):
     """The loss became NaN or infinite; the last good checkpoint is kept."""
 
 
+class RouterCollapseError(RuntimeError):
+    """One expert gets everything, so the others are trained no more; the checkpoints are kept."""
+
+
+_EVERYTHING = 0.99
+
+
 class StepLog:
     """What is logged: handed over at once, and kept until the next checkpoint takes it along."""
 
     def __init__(
-        self, hand_over: Callable[[dict[str, float], int], None] | None, again: Iterable[Row]
+        self,
+        hand_over: Callable[[dict[str, float], int], None] | None,
+        again: Iterable[Row],
+        collapse_steps: int | None = None,
     ) -> None:
         """On ranks other than 0, ``hand_over`` is None and rows are dropped."""
+        self._collapse_steps = collapse_steps
+        self._collapsed: dict[str, int] = {}
         self.losses: list[float] = []
         """Total loss of every step so far."""
         self._hand_over = hand_over
@@ -43,6 +55,7 @@ class StepLog:
 
         Raises:
             NonFiniteLossError: naming the steps and the parts of the loss.
+            RouterCollapseError: naming the branch and the steps.
         """
         if not losses:
             return progress
@@ -54,12 +67,31 @@ class StepLog:
             self.row(values, progress.step + index + 1)
             self.losses.append(loss)
             loss_sum += loss
+        self._require_several_experts(curves, progress)
         return replace(
             progress,
             step=progress.step + len(losses),
             step_in_epoch=progress.step_in_epoch + len(losses),
             loss_sum=loss_sum,
         )
+
+    def _require_several_experts(self, curves: dict[str, list[float]], before: Progress) -> None:
+        if self._collapse_steps is None:
+            return
+        for name, curve in curves.items():
+            if not name.startswith("dominance_"):
+                continue
+            for index, share in enumerate(curve, 1):
+                self._collapsed[name] = self._collapsed.get(name, 0) + 1
+                if share < _EVERYTHING:
+                    self._collapsed[name] = 0
+                if self._collapsed[name] >= self._collapse_steps:
+                    branch = name.removeprefix("dominance_")
+                    raise RouterCollapseError(
+                        f"one {branch} expert got {100 * share:.1f} % of the attention for "
+                        f"{self._collapse_steps} steps, up to step {before.step + index}; lower "
+                        f"optim.lr, raise model.routing.temperature, or set optim.collapse_steps"
+                    )
 
     def new_rows(self) -> tuple[Row, ...]:
         """The rows since the last call, for the checkpoint."""
@@ -72,6 +104,8 @@ def _curves(losses: list[Losses]) -> dict[str, list[float]]:
     parts = {"loss": torch.stack([loss.total.detach() for loss in losses])}
     for name in losses[0].parts:
         parts[f"loss_{name}"] = torch.stack([loss.parts[name].detach() for loss in losses])
+    for name in losses[0].dominance:
+        parts[f"dominance_{name}"] = torch.stack([loss.dominance[name] for loss in losses])
     return {name: values.float().cpu().tolist() for name, values in parts.items()}
 
 

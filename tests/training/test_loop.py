@@ -18,7 +18,7 @@ from next.training.inputs import resolve, training_data
 from next.training.interruption import Ask, Bell, Interrupted
 from next.training.loop import Outcome, Worker, train
 from next.training.report import FolderReporter, TrainReporter
-from next.training.step_log import NonFiniteLossError
+from next.training.step_log import NonFiniteLossError, RouterCollapseError
 
 
 @pytest.fixture
@@ -362,3 +362,23 @@ def test_world_size_is_invisible_also_through_a_stop_and_a_resume(ready, tmp_pat
     assert_close(mixed.losses, whole.losses[5:])
     (four,) = train_together(4, tmp_path / "meeting-4", Part(to_toml(longer), tmp_path / "four"))
     assert_close(four.losses[:20], alone[:20])
+
+
+def test_a_router_that_collapsed_ends_the_run_and_says_which(tiny_config, tmp_path, monkeypatch):
+    config = override(tiny_config, {"optim.collapse_steps": 3})
+    manifest = open_manifest(str(config.data.uri))
+    config = resolve(config, manifest)
+    data = training_data(config, manifest)
+    shares: list[dict[str, float]] = []
+
+    def log(values, step):
+        shares.append({k: v for k, v in values.items() if k.startswith("train/dominance")})
+
+    train(config, data, FolderReporter(tmp_path / "healthy"), log_metrics=log)
+    seen = [share for row in shares for share in row.values()]
+    assert len(seen) == 2 * len([row for row in shares if row])
+    assert all(0.5 <= share < 0.95 for share in seen), "two experts share the attention"
+
+    monkeypatch.setattr("next.training.step_log._EVERYTHING", 0.5)  # one of two always has that
+    with pytest.raises(RouterCollapseError, match=r"one semantic expert got \d.* for 3 steps, up"):
+        train(config, data, FolderReporter(tmp_path / "collapsed"))
