@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from next.cli import REQUIRED, Settings, parse, run_defaults, run_job
 from next.config import RunConfig, override
+from next.tuning.folder import find_sweep, is_driven, list_sweeps, read_standing
+from next.tuning.report import report_sweep
 from next.tuning.space import check_space, load_space
-from next.tuning.sweep import SweepConfig, prepare_sweep, run_sweep
+from next.tuning.sweep import (
+    SweepConfig,
+    SweepResult,
+    prepare_sweep,
+    resume_sweep,
+    run_sweep,
+)
+
+_USAGE = """usage: sweep.py {start,resume,report,list} ...
+
+  start    search a space of settings (also without the word: sweep.py --space FILE --data URI)
+  resume   go on with a sweep whose driver died or that has ended, perhaps with more trials
+  report   write report.html and sweep.json of a sweep as it stands
+  list     the sweeps of a storage path
+
+Each takes --help. Optuna's dashboard shows a sweep's study: optuna-dashboard sqlite:///FOLDER/study.db
+"""
 
 
 @dataclass(frozen=True)
-class SweepJob:
+class StartJob:
     """Search a space of settings; the best trial meets the test split once, at the end."""
 
     space: Path
@@ -34,38 +54,161 @@ class SweepJob:
     config: Settings = field(default_factory=RunConfig)
 
 
+@dataclass(frozen=True)
+class ResumeJob:
+    """Go on with a sweep: what ended is kept, what was running continues from its checkpoint."""
+
+    name: str
+    """Name of the sweep below the storage path, or its folder."""
+    storage_path: Path = Path("runs")
+    """Folder of all runs."""
+    trials: int | None = None
+    """Trials in all; None: as the sweep was started."""
+    hours: float | None = None
+    """Hours in all; None: as the sweep was started."""
+    target: float | None = None
+    """Score that ends the search; None: as the sweep was started."""
+    concurrency: int | None = None
+    """Trials at a time; None: as the sweep was started."""
+    space: Path | None = None
+    """File of the space; None: the one that the sweep was started with."""
+    fork: str | None = None
+    """Name of a new sweep of a changed space, seeded by the trials that fit it."""
+    json: bool = False
+    """Print the answer as one JSON object."""
+
+
+@dataclass(frozen=True)
+class ReportJob:
+    """Write report.html and sweep.json of a sweep as it stands; it may be running."""
+
+    name: str
+    """Name of the sweep below the storage path, or its folder."""
+    storage_path: Path = Path("runs")
+    """Folder of all runs."""
+    json: bool = False
+    """Print sweep.json instead of where it is."""
+
+
+@dataclass(frozen=True)
+class ListJob:
+    """The sweeps of a storage path, the newest first."""
+
+    storage_path: Path = Path("runs")
+    """Folder of all runs."""
+    json: bool = False
+    """Print one JSON list."""
+
+
 def main(argv: Sequence[str]) -> int:
     """Parse, call, exit code."""
+    verbs = {"start": _start, "resume": _resume, "report": _report, "list": _list}
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_USAGE)
+        return 0 if argv else 2
+    verb, rest = (argv[0], argv[1:]) if argv[0] in verbs else ("start", argv)
+    if verb == "start" and not argv[0].startswith("-") and argv[0] != "start":
+        raise ValueError(f"{argv[0]!r} must be one of {', '.join(verbs)}; see --help")
+    return verbs[verb](rest)
+
+
+def _start(argv: Sequence[str]) -> int:
     # DESIGN names `--trials`; it is short for `--sweep.trials`.
     argv = ["--sweep.trials" if word == "--trials" else word for word in argv]
-    default = SweepJob(space=REQUIRED, data=REQUIRED, config=run_defaults(argv))
-    job = parse(SweepJob, argv, default=default)
+    default = StartJob(space=REQUIRED, data=REQUIRED, config=run_defaults(argv))
+    job = parse(StartJob, argv, default=default)
     config = override(job.config, {"data.uri": job.data})
     space = load_space(job.space)
     if job.dry_run:
-        manifest, config = prepare_sweep(config, space)
-        varied = check_space(space, config)
+        manifest, config = prepare_sweep(config)
         plan = {
             "data_digest": manifest.digest,
             "space": space.name,
-            "varied": varied,
+            "varied": check_space(space, config),
+            "objectives": dict(space.objectives),
             "trials": job.sweep.trials,
+            "of_them": {
+                "search": job.sweep.search_runs,
+                "noise": job.sweep.noise_runs,
+                "race": job.sweep.race_runs,
+            },
             "concurrency": job.sweep.concurrency,
             "epochs": config.optim.epochs,
         }
         print(json.dumps(plan) if job.json else "\n".join(f"{k:12}{v}" for k, v in plan.items()))
         return 0
-    result = run_sweep(config, space, job.sweep)
+    return _tell(run_sweep(config, space, job.sweep), as_json=job.json)
+
+
+def _resume(argv: Sequence[str]) -> int:
+    job = parse(ResumeJob, _named(argv))
+    given = {
+        "trials": job.trials,
+        "hours": job.hours,
+        "target": job.target,
+        "concurrency": job.concurrency,
+    }
+    result = resume_sweep(
+        find_sweep(job.storage_path, job.name),
+        changes={name: value for name, value in given.items() if value is not None},
+        space=job.space,
+        fork=job.fork,
+    )
+    return _tell(result, as_json=job.json)
+
+
+def _report(argv: Sequence[str]) -> int:
+    job = parse(ReportJob, _named(argv))
+    folder = find_sweep(job.storage_path, job.name)
+    written = report_sweep(folder)
     if job.json:
-        print(
-            json.dumps(
-                {
-                    "folder": str(result.folder),
-                    "test": result.assessment.metrics,
-                    "trials": [asdict(trial) for trial in result.trials],
-                }
-            )
-        )
+        print((folder / "sweep.json").read_text())
+        return 0
+    for path in written:
+        print(f"report      {path}")
+    return 0
+
+
+def _list(argv: Sequence[str]) -> int:
+    job = parse(ListJob, argv)
+    rows = [_row(job.storage_path / name) for name in list_sweeps(job.storage_path)]
+    if job.json:
+        print(json.dumps(rows))
+        return 0
+    for row in rows:
+        print("  ".join(f"{key} {value}" for key, value in row.items()))
+    if not rows:
+        sys.stderr.write(f"there is no sweep in {job.storage_path}\n")
+    return 0
+
+
+def _row(folder: Path) -> dict[str, Any]:
+    """One sweep of the list; one whose study cannot be read says why."""
+    try:
+        found = read_standing(folder)
+    except (ValueError, OSError) as error:
+        return {"sweep": folder.name, "error": str(error)}
+    states = [trial.state for trial in found.trials]
+    counts = {state: states.count(state) for state in ("finished", "pruned", "failed", "running")}
+    best = next((s for s in found.settings if s.score is not None), None)
+    return {
+        "sweep": folder.name,
+        "of": found.sweep.trials,
+        **counts,
+        "driver": "at work" if is_driven(folder) else "none",
+        "best": None if best is None else best.name,
+        "score": None if best is None else best.score,
+    }
+
+
+def _named(argv: Sequence[str]) -> list[str]:
+    """``resume NAME`` is short for ``resume --name NAME``."""
+    return ["--name", *argv] if argv and not argv[0].startswith("-") else list(argv)
+
+
+def _tell(result: SweepResult, *, as_json: bool) -> int:
+    if as_json:
+        print((result.folder / "sweep.json").read_text())
     else:
         print("\n".join(result.lines()))
     return 0

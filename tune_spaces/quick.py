@@ -5,7 +5,7 @@ from typing import Any
 import optuna
 
 
-def suggest(trial: optuna.Trial) -> dict[str, Any]:
+def suggest(trial: optuna.trial.BaseTrial) -> dict[str, Any]:
     """Draw expert counts, routing temperature and caption sampling from few values."""
     settings: dict[str, Any] = {
         "model.semantic.experts": trial.suggest_categorical("model.semantic.experts", [2, 4, 8]),

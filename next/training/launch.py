@@ -33,7 +33,6 @@ __all__ = [
     "RunResult",
     "claim_folder",
     "configure_torch",
-    "copy_checkpoint",
     "device",
     "headline",
     "launch",
@@ -305,11 +304,3 @@ def _train_on_ray(
     if on_report is not None:
         on_report(outcome.metrics)
     return outcome
-
-
-def copy_checkpoint(checkpoint: Any, destination: Path) -> None:
-    """Bring a Ray checkpoint, wherever it lies, to a local folder."""
-    shutil.rmtree(destination, ignore_errors=True)
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with checkpoint.as_directory() as source:
-        shutil.copytree(source, destination)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -12,7 +11,7 @@ from typing import Any, Protocol
 import torch.distributed as dist
 
 from next.config import CheckpointConfig
-from next.training.checkpoint import Row, Snapshot, write_snapshot
+from next.training.checkpoint import Row, Snapshot
 from next.training.interruption import Agreement, Ask, Bell, Interrupted
 from next.training.step_log import NonFiniteLossError
 from next.training.store import BackgroundWriter, CheckpointStore
@@ -94,25 +93,52 @@ class FolderReporter:
 
 
 class TuneReporter:
-    """A trial that trains in Tune's own actor."""
+    """A trial that trains in Tune's own actor; its checkpoints are in the trial's folder.
+
+    Tune hears first, and the checkpoint is written then, also when Tune ends the trial. Tune
+    returns once the driver has recorded the evaluation, so a driver that dies in between has the
+    evaluation and an earlier checkpoint: the epoch is trained again and is known already. The
+    other way round the evaluation would be missing for ever.
+
+    Args:
+        folder: of the checkpoints.
+        measured: what is reported beside the metrics (the peak memory).
+        checkpoint: how many are kept, and how long one is tried.
+    """
+
+    def __init__(
+        self, folder: Path, measured: Callable[[], Metrics], *, checkpoint: CheckpointConfig
+    ) -> None:
+        self._kept = FolderReporter(folder, checkpoint=checkpoint)
+        self._measured = measured
 
     def latest(self) -> AbstractContextManager[Path | None]:
-        from ray import tune
-
-        return _local(tune.get_checkpoint())
+        return self._kept.latest()
 
     def report(self, metrics: Metrics, take: TakeSnapshot) -> None:
         from ray import tune
 
-        with tempfile.TemporaryDirectory(prefix="next-checkpoint-") as parent:
-            written = write_snapshot(Path(parent) / "checkpoint", take())
-            tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(written))
+        try:
+            tune.report(metrics | self._measured())
+        finally:
+            self._kept.report(metrics, take)
 
     def keep(self, take: TakeSnapshot) -> None:
-        """Tune takes a checkpoint with metrics only, so a trial continues from an evaluation."""
+        self._kept.keep(take)
 
     def asked(self) -> Ask:
-        return Ask.GO_ON
+        return self._kept.asked()
+
+    def __enter__(self) -> TuneReporter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._kept.__exit__(kind, error, trace)
 
 
 class TrainReporter:
@@ -190,12 +216,3 @@ class TrainReporter:
     def _hand_over(self, *, last: bool) -> None:
         self._send({"rows": self._rows, "first": self._first, "last": last})
         self._rows, self._first = [], False
-
-
-@contextmanager
-def _local(checkpoint: Any) -> Iterator[Path | None]:
-    if checkpoint is None:
-        yield None
-        return
-    with checkpoint.as_directory() as folder:
-        yield Path(folder)

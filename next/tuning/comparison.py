@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
 
 import optuna
 import torch
@@ -16,7 +15,6 @@ from next.tracking.views import experiment_tags, sweep_view
 from next.training.assessment import assess
 from next.training.launch import read_history
 from next.training.record import record_assessment
-from next.tuning.results import Trial
 from next.tuning.space import Space
 
 PICTURES = (
@@ -69,7 +67,7 @@ def comparison_link(parent: Run) -> str | None:
 
 
 def record_pictures(
-    trials: list[tuple[Trial, Any]],
+    trials: list[tuple[str, Path]],
     folder: Path,
     manifest: Manifest,
     device: torch.device,
@@ -78,25 +76,24 @@ def record_pictures(
     """Draw trials on the held-out identities, and log that to their runs for the image grid.
 
     Args:
-        trials: with the Ray checkpoint of each.
+        trials: name and best checkpoint of each.
         folder: of the sweep.
         manifest: the data.
         device: where to compute.
         tracked: address, experiment and parent of the runs.
     """
-    for trial, checkpoint in trials:
-        own = folder / "trials" / trial.name
-        with checkpoint.as_directory() as local:
-            assessment = assess(
-                Path(local), manifest, own, device=device, split="val", history=read_history(own)
-            )
+    for name, checkpoint in trials:
+        own = folder / "trials" / name
+        assessment = assess(
+            checkpoint, manifest, own, device=device, split="val", history=read_history(own)
+        )
         with open_run(
             uri=tracked["uri"],
             experiment=str(tracked["experiment"]),
-            name=trial.name,
+            name=name,
             folder=own,
             parent=tracked["parent"],
-            tags={"next.checkpoint_uri": checkpoint.path},
+            tags={"next.checkpoint_uri": str(checkpoint)},
         ) as run:
             # Its scores are in the run already, at the steps at which they were measured.
             record_assessment(run, assessment._replace(metrics={}), step=0)

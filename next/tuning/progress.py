@@ -1,4 +1,8 @@
-"""A sweep's progress as lines: never silent for more than ten seconds, with what is left."""
+"""A sweep's progress: never silent for more than ten seconds, and a table that a log file can hold.
+
+A line comes every eight seconds and whenever a trial ends; the table, with the best five settings
+and what is running, after trials that end (four times a minute at most) and every two minutes.
+"""
 
 from __future__ import annotations
 
@@ -6,32 +10,41 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
-from ray.tune import Callback
+from next.tuning.results import Setting, Trial
+from next.tuning.search import Live, Search
+from next.tuning.seeds import Floor, noise_floor
+from next.tuning.settings import SweepConfig
 
-_SECONDS = 8.0
+_LINE_SECONDS = 8.0
+_TABLE_SECONDS = 120.0
+_TABLE_AFTER_TRIAL_SECONDS = 15.0
+
+Standing = Callable[[], tuple[list[Trial], list[Setting]]]
+"""All runs, and the settings they are of, best first."""
 
 
-class Progress(Callback):
-    """Counts what Tune tells it, and says so each time a trial ends and every eight seconds.
+class Progress:
+    """Says what a sweep does.
 
-    ``phase`` is what the sweep does when no trial runs; it is said in place of the counts.
+    Args:
+        sweep: budgets.
+        metric: the first objective.
+        standing: reads the record.
+        say: gets one line at a time.
     """
 
     def __init__(
-        self, trials: int, epochs: int, concurrency: int, say: Callable[[str], None]
+        self, sweep: SweepConfig, metric: str, standing: Standing, say: Callable[[str], None]
     ) -> None:
-        self.trials = trials
-        self.epochs = epochs
-        self.concurrency = concurrency
+        self.sweep = sweep
+        self.metric = metric
+        self.standing = standing
         self.say = say
+        self.search: Search | None = None
         self.phase: str | None = None
-        self.began = time.monotonic()
-        self.first_result: float | None = None
-        self.seen: dict[str, int] = {}
-        self.finished: dict[str, str] = {}
-        self.best: tuple[float, str] | None = None
+        self._shown = time.monotonic()
+        self._lock = threading.Lock()
 
     @contextmanager
     def ticking(self) -> Iterator[None]:
@@ -39,8 +52,8 @@ class Progress(Callback):
         done = threading.Event()
 
         def tick() -> None:
-            while not done.wait(_SECONDS):
-                self.say(self.line() if self.phase is None else f"... {self.phase}")
+            while not done.wait(_LINE_SECONDS):
+                self._tick()
 
         thread = threading.Thread(target=tick, daemon=True, name="sweep-progress")
         thread.start()
@@ -56,69 +69,116 @@ class Progress(Callback):
         if phase is not None:
             self.say(phase)
 
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial began, or began anew."""
-        if self.phase is not None:
-            self.phase = None
-            self.began = time.monotonic()
-        self.seen.setdefault(trial.trial_id, 0)
-
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-    ) -> None:
-        """One more evaluation of a running trial."""
-        if self.first_result is None:
-            self.first_result = time.monotonic()
-        self.seen[trial.trial_id] = int(result["epoch"])
-        score = result["val/mAP"]
-        if self.best is None or score > self.best[0]:
-            self.best = (score, str(trial))
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial came to its end, or was pruned."""
-        full = self.seen.get(trial.trial_id, 0) >= self.epochs
-        self._end(trial, "finished" if full else "pruned")
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial failed."""
-        self._end(trial, "failed")
+    def watch(self, search: Search) -> None:
+        """From now on the trials of ``search`` are the story."""
+        self.search = search
+        search.on_end = self._ended
 
     def line(self) -> str:
-        """Trials done, epochs done, the best so far, and an estimate of what is left."""
-        counts = {state: 0 for state in ("finished", "pruned", "failed")}
-        for state in self.finished.values():
-            counts[state] += 1
-        running = len(self.seen) - len(self.finished)
-        parts = [
-            f"{len(self.finished)}/{self.trials} trials",
-            ", ".join(f"{number} {state}" for state, number in counts.items() if number)
-            or "none ended yet",
-            f"{running} running",
-            f"{sum(self.seen.values())} epochs",
-        ]
-        if self.best is not None:
-            parts.append(f"best val/mAP {self.best[0]:.1f} ({self.best[1]})")
+        """Runs that ended, the running ones with their last score, and what is left."""
+        search = self.search
+        if search is None:
+            return "..."
+        running = " ".join(_running(run) for run in list(search.live.values()))
         left = self.seconds_left()
-        parts.append("estimating" if left is None else f"about {left:.0f} s left")
-        return " | ".join(parts)
+        return " | ".join(
+            (
+                f"{search.done}/{self.sweep.trials} trials",
+                f"running {running or 'none'}",
+                "estimating what is left" if left is None else f"about {_span(left)} left",
+            )
+        )
+
+    def table(self) -> list[str]:
+        """Spend, counts, the best five settings with their spread, and what is running."""
+        trials, settings = self.standing()
+        floor = noise_floor(settings)
+        counts = {state: sum(t.state == state for t in trials) for state in _COUNTED}
+        spent = 0.0 if self.search is None else self.search.spent_seconds()
+        left = self.seconds_left()
+        worked = sum(trial.seconds for trial in trials) / 3600
+        rows = [
+            f"+- {', '.join(f'{count} {state}' for state, count in counts.items())} "
+            f"of {self.sweep.trials} | spent {_span(spent)}, {worked:.2f} trial hours | "
+            + ("left: not known yet" if left is None else f"about {_span(left)} left")
+        ]
+        scored = [setting for setting in settings if setting.score is not None][:5]
+        rows += [
+            f"| {place}. {_score(setting, floor):>22} {self.metric}  {setting.state:8}"
+            f"  {setting.name}  {_brief(setting)}"
+            for place, setting in enumerate(scored, 1)
+        ]
+        live = [] if self.search is None else list(self.search.live.values())
+        rows.append(f"+- running: {'  '.join(_running(run) for run in live) or 'none'}")
+        return rows
 
     def seconds_left(self) -> float | None:
-        """Epochs that are still to come at the rate and the length of trials so far."""
-        epochs = sum(self.seen.values())
-        if self.first_result is None or epochs < 2:
+        """Runs that are still to come at the mean length of those that ended."""
+        search = self.search
+        if search is None or not search.ended:
             return None
-        rate = epochs / (time.monotonic() - self.began)
-        lengths = [self.seen[name] for name in self.finished]
-        typical = sum(lengths) / len(lengths) if lengths else self.epochs
-        open_epochs = sum(
-            max(typical - reached, 0)
-            for name, reached in self.seen.items()
-            if name not in self.finished
-        )
-        return (open_epochs + typical * max(self.trials - len(self.seen), 0)) / rate
+        lengths = [run.seconds for run in search.ended]
+        mean = sum(lengths) / len(lengths)
+        now = time.monotonic()
+        live = list(search.live.values())
+        work = sum(max(mean - (now - run.began), 0.0) for run in live)
+        work += mean * max(self.sweep.trials - search.done - len(live), 0)
+        left = work / max(1, search.places.concurrency)
+        if self.sweep.hours is not None:
+            left = min(left, max(3600 * self.sweep.hours - search.spent_seconds(), 0.0) + mean)
+        return left
 
-    def _end(self, trial: Any, state: str) -> None:
-        self.seen.setdefault(trial.trial_id, 0)
-        self.finished[trial.trial_id] = state
-        self.say(f"{trial}: {state} after {self.seen[trial.trial_id]} epochs")
+    def _tick(self) -> None:
+        if self.phase is not None:
+            self.say(f"... {self.phase}")
+            return
         self.say(self.line())
+        if time.monotonic() - self._shown > _TABLE_SECONDS:
+            self._show_table()
+
+    def _ended(self, run: Live) -> None:
+        self.phase = None
+        epoch = run.curve[-1][0] if run.curve else 0
+        why = f": {run.error.splitlines()[0][:200]}" if run.error else ""
+        self.say(f"{run.name}: {run.state} after {epoch} epochs, {_span(run.seconds)}{why}")
+        if time.monotonic() - self._shown > _TABLE_AFTER_TRIAL_SECONDS:
+            self._show_table()
+
+    def _show_table(self) -> None:
+        with self._lock:
+            self._shown = time.monotonic()
+            for row in self.table():
+                self.say(row)
+
+
+_COUNTED = ("finished", "pruned", "failed", "running")
+
+
+def _running(run: Live) -> str:
+    if not run.curve:
+        return f"{run.name} (starting)"
+    epoch, values = run.curve[-1]
+    return f"{run.name} (epoch {epoch}, {values[0]:.4g})"
+
+
+def _score(setting: Setting, floor: Floor) -> str:
+    half = floor.half_width(len(setting.finished) or 1)
+    runs = len(setting.finished)
+    spread = f"± {half:.2g}" if half == half else "± ?"
+    return f"{setting.score:.4g} {spread} ({runs} seed{'s' if runs != 1 else ''})"
+
+
+def _brief(setting: Setting) -> str:
+    values = (
+        f"{name.split('.', 1)[-1]}={value:.3g}"
+        if isinstance(value, float)
+        else f"{name.split('.', 1)[-1]}={value}"
+        for name, value in setting.settings.items()
+    )
+    return " ".join(values)[:110]
+
+
+def _span(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

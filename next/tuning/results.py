@@ -1,146 +1,214 @@
-"""A sweep's trials, ranked."""
+"""A sweep's trials as its record has them, grouped by setting and ranked."""
 
 from __future__ import annotations
 
-import io
 import json
+import math
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-from ray import tune
-from rich import box
-from rich.console import Console
-from rich.table import Table
+import optuna
+from optuna.trial import TrialState
 
+from next.config import RunConfig, flatten
 from next.evaluation.figures import TrialPoint, sweep_overview
-from next.training.assessment import Assessment
+from next.tuning.search import DEFAULT, best_of, read_curve
+from next.tuning.study import Studies
 
-METRIC = "val/mAP"
-"""What trials are compared by."""
+State = Literal["finished", "pruned", "failed", "running"]
+
+_STATES: dict[TrialState, State] = {
+    TrialState.COMPLETE: "finished",
+    TrialState.PRUNED: "pruned",
+    TrialState.FAIL: "failed",
+    TrialState.RUNNING: "running",
+    TrialState.WAITING: "running",
+}
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial as it ended."""
+    """One run of a sweep as it stands."""
 
     name: str
     folder: str
-    """Name of the trial's folder below the sweep's Tune folder."""
+    """The run's own folder."""
     settings: dict[str, Any]
-    """What the space drew."""
-    state: Literal["finished", "pruned", "failed"]
+    """What differs from the settings the sweep started from."""
+    state: State
     epochs: int
+    """Epochs at the last evaluation."""
     score: float | None
-    """Best value of the selection metric over the trial's epochs, percent; None: none reported."""
+    """First objective at its best epoch; None: none reported."""
+    values: tuple[float, ...]
+    """All objectives at that epoch."""
     curve: list[tuple[int, float]]
-    """Epoch and selection metric of each evaluation."""
+    """Epoch and first objective of each evaluation."""
     seconds: float
     error: str | None
+    seed: int
+    of: str | None
+    """The trial whose settings this one repeats with another seed; None: the sampler drew it."""
+    rank: float
+    """The score, larger is better whatever the objective; minus infinity without one."""
+    inherited: bool = False
+    """Taken over from the sweep that this one was forked from."""
 
 
-class SweepResult(NamedTuple):
-    """A finished sweep."""
+@dataclass(frozen=True)
+class Setting:
+    """One setting and all runs of it."""
 
-    folder: Path
-    varied: list[str]
-    """Settings that the space varied."""
-    trials: list[Trial]
-    """Best first."""
-    assessment: Assessment
-    """Test scores of the best trial's best checkpoint, and the pictures."""
-    checkpoint: Path
-    compare: str | None
-    """Address of MLflow's comparison of the trials."""
-    serve: str | None
-    """Shell command that serves that address again; None where a server of its own does."""
+    name: str
+    """Of the trial that the sampler drew, or ``default``."""
+    settings: dict[str, Any]
+    runs: list[Trial] = field(default_factory=list)
+    """The drawn one first (the default has none), then the repetitions by seed."""
 
-    def lines(self) -> list[str]:
-        """Leaderboard, test scores, pictures, and how to compare; for the terminal."""
-        scores = "  ".join(f"{name} {value:.1f}" for name, value in self.assessment.metrics.items())
-        end = [
-            f"on the test split, once: {self.trials[0].name}  {scores}",
-            *(f"picture     {path}" for path in self.assessment.pictures),
-            f"checkpoint  {self.checkpoint}",
-        ]
-        if self.compare is not None:
-            opened = f"{self.serve}  then open  " if self.serve else ""
-            end.append(f"compare     {opened}{self.compare}")
-        return [*leaderboard(self.trials, self.varied), *end]
+    @property
+    def finished(self) -> list[Trial]:
+        """Runs that were trained to their end."""
+        return [run for run in self.runs if run.state == "finished" and run.score is not None]
 
+    @property
+    def score(self) -> float | None:
+        """Mean over the finished runs; of a setting without one, what its run reached."""
+        scores = [run.score for run in self.finished if run.score is not None]
+        if scores:
+            return sum(scores) / len(scores)
+        return self.runs[0].score if self.runs else None
 
-def read_trials(grid: tune.ResultGrid, varied: list[str], epochs: int) -> list[Trial]:
-    """All trials of a sweep, best first; pruned and failed ones are kept, and marked."""
-    trials = [_read(result, varied, epochs) for result in grid]
-    return sorted(trials, key=lambda trial: -1.0 if trial.score is None else trial.score)[::-1]
+    @property
+    def best_run(self) -> Trial:
+        """The run with the best score of those that say what the setting is worth."""
+        return max(self.finished or self.runs, key=lambda run: run.rank)
+
+    @property
+    def state(self) -> State:
+        """Finished as soon as one run is."""
+        return "finished" if self.finished else self.runs[0].state
 
 
-def _read(result: Any, varied: list[str], epochs: int) -> Trial:
-    frame = result.metrics_dataframe
-    curve = (
-        []
-        if frame is None
-        else [
-            (int(epoch), float(score))
-            for epoch, score in zip(frame["epoch"], frame[METRIC], strict=True)
-        ]
-    )
-    reached = curve[-1][0] if curve else 0
-    state: Literal["finished", "pruned", "failed"] = (
-        "failed" if result.error else "finished" if reached >= epochs else "pruned"
-    )
-    return Trial(
-        name=Path(result.path).name,
-        folder=Path(result.path).name,
-        settings={name: result.config[name] for name in varied if name in result.config},
-        state=state,
-        epochs=reached,
-        score=max((score for _, score in curve), default=None),
-        curve=curve,
-        seconds=float((result.metrics or {}).get("time_total_s", 0.0)),
-        error=str(result.error) if result.error else None,
-    )
+def read_trials(
+    studies: Studies, folder: Path, objectives: Mapping[str, str], seed: int
+) -> list[Trial]:
+    """All runs of a sweep, those of the sampler first, in the order in which they began.
+
+    Args:
+        studies: the record.
+        folder: of the sweep.
+        objectives: metric -> ``max`` or ``min``.
+        seed: of the runs that the sampler drew.
+    """
+    way = next_way(objectives)
+    trials = []
+    for frozen in studies.search.get_trials(deepcopy=False):
+        if "settings" in frozen.user_attrs:
+            name = f"trial-{frozen.number:04d}"
+            trials.append(
+                _read(frozen, name, folder, frozen.user_attrs["settings"], way, seed, None)
+            )
+    for frozen in studies.seeds.get_trials(deepcopy=False):
+        repeats = frozen.user_attrs.get("repeats")
+        if repeats is not None:
+            name = f"{repeats['of']}-seed{repeats['seed']}"
+            trials.append(
+                _read(
+                    frozen, name, folder, repeats["settings"], way, repeats["seed"], repeats["of"]
+                )
+            )
+    return trials
 
 
-def leaderboard(trials: list[Trial], varied: list[str]) -> list[str]:
-    """Trials as a table, best first, as wide as it needs to be (a log file wraps nothing)."""
-    table = Table(title=f"leaderboard by {METRIC} on held-out train identities", box=box.SIMPLE)
-    for name in ("#", METRIC, "state", "epochs", "seconds", *varied):
-        left = name == "state"
-        table.add_column(name.removeprefix("model."), justify="left" if left else "right")
-    table.add_column("trial")
-    for place, trial in enumerate(trials, 1):
-        table.add_row(
-            str(place),
-            "-" if trial.score is None else f"{trial.score:.1f}",
-            trial.state,
-            str(trial.epochs),
-            f"{trial.seconds:.0f}",
-            *(_cell(trial.settings.get(name)) for name in varied),
-            trial.name,
+def starting_point(base: RunConfig, varied: Sequence[str]) -> dict[str, Any]:
+    """What a sweep started from, of the settings that it varies."""
+    values = dict(flatten(base))
+    return {name: values[name] for name in varied}
+
+
+def next_way(objectives: Mapping[str, str]) -> str:
+    """``max`` or ``min`` of the first objective, which ranks."""
+    return next(iter(objectives.values()))
+
+
+def group(
+    trials: list[Trial], objectives: Mapping[str, str], start: Mapping[str, Any]
+) -> list[Setting]:
+    """Settings, best first; finished ones before pruned, and those before failed ones.
+
+    Args:
+        trials: all runs.
+        objectives: metric -> ``max`` or ``min``.
+        start: what the sweep started from, of the settings that it varies.
+    """
+    settings: dict[str, Setting] = {}
+    for trial in trials:
+        name = trial.of or trial.name
+        own = dict(start) if name == DEFAULT else trial.settings
+        setting = settings.setdefault(name, Setting(name, own))
+        setting.runs.append(trial)
+    sign = -1.0 if next_way(objectives) == "max" else 1.0
+    order = {"finished": 0, "pruned": 1, "running": 1, "failed": 2}
+
+    def place(setting: Setting) -> tuple[int, float]:
+        score = setting.score
+        return (
+            order[setting.state] if score is not None else 3,
+            0.0 if score is None else sign * score,
         )
-    console = Console(width=400, file=io.StringIO())
-    with console.capture() as captured:
-        console.print(table)
-    return [line.rstrip() for line in captured.get().splitlines()]
+
+    return sorted(settings.values(), key=place)
 
 
-def write_leaderboard(path: Path, trials: list[Trial]) -> Path:
-    """The trials as JSON, best first."""
+def write_json(path: Path, content: Any) -> Path:
+    """A JSON file, whole or not at all."""
     draft = path.with_name(f".{path.name}")
-    draft.write_text(json.dumps([asdict(trial) for trial in trials], indent=2))
+    draft.write_text(json.dumps(content, indent=2))
     os.replace(draft, path)
     return path
 
 
-def draw_overview(folder: Path, trials: list[Trial]) -> Path:
+def draw_overview(folder: Path, trials: list[Trial], metric: str) -> Path:
     """The objective against each swept setting."""
-    points = [TrialPoint(t.settings, t.score, pruned=t.state == "pruned") for t in trials]
-    return sweep_overview(folder / "sweep.png", points, objective=METRIC)
+    points = [
+        TrialPoint(t.settings, t.score, pruned=t.state == "pruned") for t in trials if t.of is None
+    ]
+    return sweep_overview(folder / "sweep.png", points, objective=metric)
 
 
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+def plain(trial: Trial) -> dict[str, Any]:
+    """For JSON."""
+    return {name: value for name, value in asdict(trial).items() if name != "rank"}
+
+
+def _read(
+    frozen: optuna.trial.FrozenTrial,
+    name: str,
+    folder: Path,
+    settings: dict[str, Any],
+    way: str,
+    seed: int,
+    of: str | None,
+) -> Trial:
+    attributes = frozen.user_attrs
+    curve = read_curve(attributes)
+    values = best_of(curve, way) if curve else ()
+    return Trial(
+        name=name,
+        folder=str(attributes.get("folder", folder / "trials" / name)),
+        settings={key: value for key, value in settings.items() if key != "seed"},
+        state=_STATES[frozen.state],
+        epochs=curve[-1][0] if curve else 0,
+        score=values[0] if values else None,
+        values=values,
+        curve=[(epoch, point[0]) for epoch, point in curve],
+        seconds=float(attributes.get("seconds", 0.0)),
+        error=attributes.get("error"),
+        seed=seed,
+        of=of,
+        rank=(values[0] if way == "max" else -values[0]) if values else -math.inf,
+        inherited="inherited" in attributes,
+    )

@@ -1,18 +1,35 @@
-"""Search spaces: files with a module-level ``suggest(trial)`` that returns dotted settings."""
+"""Search spaces: files with a module-level ``suggest(trial)`` that returns dotted settings.
+
+A file may name what is optimised in ``OBJECTIVES``, metric -> ``max`` or ``min``; without it the
+sweep looks for the largest ``val/mAP``.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import optuna
 
-from next.config import RunConfig, override
+from next.config import RunConfig, near_matches, override
 
-Suggest = Callable[[optuna.Trial], dict[str, Any]]
+Suggest = Callable[[optuna.trial.BaseTrial], dict[str, Any]]
+
+METRIC = "val/mAP"
+"""What trials are compared by where a space does not say."""
+REPORTED = (
+    METRIC,
+    "val/mINP",
+    "val/rank1",
+    "val/rank5",
+    "val/rank10",
+    "train/loss",
+    "train/seconds_per_step",
+)
+"""What a trial reports after each evaluation, and so can be optimised."""
 
 _DRY_SAMPLES = 200
 
@@ -24,6 +41,10 @@ class Space(NamedTuple):
     """The file's name without ending."""
     suggest: Suggest
     """Define-by-run: draws with ``trial.suggest_*`` and returns dotted settings."""
+    path: Path
+    """The file."""
+    objectives: Mapping[str, str]
+    """Metric -> ``max`` or ``min``; the first one ranks the trials."""
 
 
 def load_space(path: str | Path) -> Space:
@@ -56,19 +77,30 @@ def load_space(path: str | Path) -> Space:
             f"{path} must define a function suggest(trial) that returns dotted settings, "
             f"but it defines {', '.join(key for key in vars(module) if key[0] != '_') or 'nothing'}"
         )
-    return Space(path.stem, suggest)
+    objectives = vars(module).get("OBJECTIVES", {METRIC: "max"})
+    _check_objectives(path, objectives)
+    return Space(path.stem, suggest, path, objectives)
 
 
 def check_space(space: Space, base: RunConfig, samples: int = _DRY_SAMPLES) -> list[str]:
-    """Draw from the space before anything starts; returns the names of the settings it varies.
+    """The names of the settings that a space varies; arguments as :func:`describe_space`."""
+    return list(describe_space(space, base, samples))
+
+
+def describe_space(space: Space, base: RunConfig, samples: int = _DRY_SAMPLES) -> dict[str, str]:
+    """Draw from the space before anything starts; setting -> what it is drawn from, as text.
+
+    A setting that is returned without being drawn is described by the values that were seen. Two
+    spaces with one description search the same settings.
 
     Raises:
-        ValueError: a drawn setting is unknown (with the near match) or out of range, or the
-            function fails or returns no settings.
+        ValueError: a drawn setting is unknown (with the near match) or out of range, is drawn from
+            two ranges, or the function fails or returns no settings.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    names: dict[str, None] = {}
+    drawn: dict[str, str] = {}
+    fixed: dict[str, set[str]] = {}
     for _ in range(samples):
         trial = study.ask()
         try:
@@ -92,5 +124,58 @@ def check_space(space: Space, base: RunConfig, samples: int = _DRY_SAMPLES) -> l
             override(base, settings)
         except ValueError as error:
             raise ValueError(f"space {space.name!r}: {error} (drawn: {settings})") from None
-        names |= dict.fromkeys(settings)
-    return list(names)
+        for name, distribution in trial.distributions.items():
+            text = _describe(distribution)
+            if drawn.setdefault(name, text) != text:
+                raise ValueError(
+                    f"space {space.name!r} draws {name} from {drawn[name]} in one case and from "
+                    f"{text} in another; a setting has one range, so draw it under one condition"
+                )
+        for name in settings:
+            drawn.setdefault(name, "")
+            if name not in trial.distributions:
+                fixed.setdefault(name, set()).add(repr(settings[name]))
+    for name, values in fixed.items():
+        parts = ([drawn[name]] if drawn[name] else []) + sorted(values)
+        drawn[name] = " or ".join(parts)
+    return drawn
+
+
+def space_difference(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
+    """What two descriptions differ in, a line each; empty for the same space."""
+    lines = [f"{name}: {old[name]} -> not varied" for name in old if name not in new]
+    lines += [f"{name}: not varied -> {new[name]}" for name in new if name not in old]
+    lines += [
+        f"{name}: {old[name]} -> {new[name]}"
+        for name in old
+        if name in new and old[name] != new[name]
+    ]
+    return lines
+
+
+def _describe(distribution: optuna.distributions.BaseDistribution) -> str:
+    if isinstance(distribution, optuna.distributions.CategoricalDistribution):
+        return f"one of {', '.join(map(str, distribution.choices))}"
+    kind = "whole number" if isinstance(distribution, optuna.distributions.IntDistribution) else ""
+    text = f"{kind} {distribution.low} to {distribution.high}".strip()
+    text += " (log)" if distribution.log else ""
+    step = distribution.step
+    return text + (f" in steps of {step}" if step not in (None, 1) else "")
+
+
+def _check_objectives(path: Path, objectives: Any) -> None:
+    if not isinstance(objectives, dict) or not objectives:
+        raise ValueError(
+            f'{path}: OBJECTIVES must be a dict such as {{"val/mAP": "max"}}, but is {objectives!r}'
+        )
+    for metric, direction in objectives.items():
+        if metric not in REPORTED:
+            near = near_matches(str(metric), list(REPORTED))
+            raise ValueError(
+                f"{path}: OBJECTIVES names {metric!r}, which no trial reports; "
+                + (f"did you mean {near[0]}?" if near else f"choose from {', '.join(REPORTED)}")
+            )
+        if direction not in ("max", "min"):
+            raise ValueError(
+                f"{path}: OBJECTIVES must say max or min for {metric}, but says {direction!r}"
+            )

@@ -1,99 +1,120 @@
 """A sweep: Ray Tune with Optuna, one MLflow parent run, one lean child run for each trial.
 
-A trial trains in Tune's own actor, and actors are reused: a trial costs its training and a
+A trial of one worker trains in Tune's own actor, and actors are reused: it costs its training and a
 fraction of a second. Every trial is judged on held-out train identities; the best trial's best
-checkpoint meets the test split once, at the end.
+checkpoint meets the test split once, at the end. Whatever dies, :func:`resume_sweep` goes on from
+the study file.
 """
 
 from __future__ import annotations
 
-import gc
 import logging
-import sys
-import warnings
-from collections.abc import Callable
+import shutil
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
-import optuna
 import ray
-from pydantic import Field
 from ray import tune
-from ray.tune.logger import JsonLoggerCallback
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
-from ray.tune.search.optuna import OptunaSearch
 
-from next.config import RunConfig, Section, from_toml, override, to_toml
+from next.config import RunConfig, from_toml, override, to_toml
 from next.data.shards import Manifest, open_manifest
 from next.tracking.run import (
-    Run,
     open_run,
     read_status,
     replay,
     view_command,
 )
-from next.tracking.views import SWEEP
-from next.training.assessment import assess
+from next.training.assessment import Assessment, assess
 from next.training.checkpoint import read_config
+from next.training.cluster import start_ray
 from next.training.inputs import resolve, training_data
-from next.training.launch import (
-    claim_folder,
-    configure_torch,
-    copy_checkpoint,
-    device,
-    read_history,
-    run_tags,
-    start_ray,
-    tracking_address,
-)
-from next.training.loop import Worker, train
-from next.training.record import record_assessment, record_inputs, seed_tags
+from next.training.launch import read_history, run_tags, tracking_address
+from next.training.process import device
+from next.training.record import record_assessment, record_inputs
 from next.training.registration import register_best, write_card
-from next.training.report import TuneReporter
 from next.tuning.comparison import comparison_link, record_pictures, set_up_comparison
+from next.tuning.folder import driving, new_folder, read_record, write_record
 from next.tuning.progress import Progress
-from next.tuning.results import (
-    METRIC,
-    SweepResult,
-    Trial,
-    draw_overview,
-    read_trials,
-    write_leaderboard,
-)
-from next.tuning.space import Space, check_space
+from next.tuning.report import report_sweep
+from next.tuning.resources import Places
+from next.tuning.results import Setting, Trial, draw_overview, group, read_trials, starting_point
+from next.tuning.search import Pruning, Repeat, Search
+from next.tuning.seeds import next_metric, next_racer
+from next.tuning.settings import SweepConfig
+from next.tuning.space import Space, describe_space, load_space, space_difference
+from next.tuning.study import FILE, Studies, create_studies, inherit, open_studies
+from next.tuning.summary import Summary, leaderboard, summarise
+from next.tuning.trial import best_checkpoint, run_trial
 
 _log = logging.getLogger(__name__)
 
+__all__ = ["SweepConfig", "SweepResult", "prepare_sweep", "resume_sweep", "run_sweep"]
 
-class SweepConfig(Section):
-    """How a space is searched."""
+Say = Callable[[str], None]
 
-    trials: int = Field(default=20, ge=1)
-    """Trials in all."""
-    concurrency: int = Field(default=2, ge=1)
-    """Trials at a time; each takes ``scaling.cpus_per_worker`` CPUs."""
-    sampler: Literal["tpe", "random"] = "tpe"
-    """tpe: multivariate, with groups for conditional settings; random: independent draws."""
-    pruner: Literal["asha", "none"] = "asha"
-    """asha: stop trials that fall behind at the rungs; none: train every trial to the end."""
-    grace_epochs: int = Field(default=4, ge=1)
-    """Epochs that every trial gets before it may be pruned."""
-    reduction: float = Field(default=3.0, gt=1)
-    """Of the trials that reach a rung, one in so many goes on."""
-    seed: int = Field(default=0, ge=0)
-    """Seed of the sampler (exact only with one trial at a time)."""
-    pictures: int = Field(default=4, ge=0)
-    """Best trials of which pictures are drawn, for MLflow's image grid."""
-    gpus_per_trial: float = Field(default=0.0, ge=0)
-    """GPUs of one trial; a fraction lets trials share one."""
+
+class SweepResult(NamedTuple):
+    """A finished sweep."""
+
+    folder: Path
+    varied: list[str]
+    """Settings that the space varied."""
+    trials: list[Trial]
+    """All runs; those of the sampler first, in the order in which they began."""
+    settings: list[Setting]
+    """The same by setting, best first."""
+    summary: Summary
+    """Noise floor, verdicts, and the choice of the winner."""
+    assessment: Assessment
+    """Test scores of the winner's best checkpoint, and the pictures."""
+    checkpoint: Path
+    compare: str | None
+    """Address of MLflow's comparison of the trials."""
+    serve: str | None
+    """Shell command that serves that address again; None where a server of its own does."""
+
+    def lines(self) -> list[str]:
+        """Leaderboard, verdicts, test scores, pictures, how to compare; for the terminal."""
+        scores = "  ".join(f"{name} {value:.1f}" for name, value in self.assessment.metrics.items())
+        end = [
+            f"on the test split, once: {self.summary.winner}  {scores}",
+            *(f"picture     {path}" for path in self.assessment.pictures),
+            f"checkpoint  {self.checkpoint}",
+            f"report      {self.folder / 'report.html'}",
+        ]
+        if self.compare is not None:
+            opened = f"{self.serve}  then open  " if self.serve else ""
+            end.append(f"compare     {opened}{self.compare}")
+        board = leaderboard(self.settings, self.varied, self.summary)
+        return [*board, *self.summary.lines(), *end]
+
+
+class _Sweep(NamedTuple):
+    """A sweep that is about to be driven."""
+
+    folder: Path
+    base: RunConfig
+    space: Space
+    varied: list[str]
+    sweep: SweepConfig
+    studies: Studies
+    manifest: Manifest
+    say: Say
+
+    @property
+    def objectives(self) -> Mapping[str, str]:
+        return self.space.objectives
+
+    def standing(self) -> tuple[list[Trial], list[Setting]]:
+        """All runs, and the settings that they are of, best first."""
+        trials = read_trials(self.studies, self.folder, self.objectives, self.base.seed)
+        return trials, group(trials, self.objectives, starting_point(self.base, self.varied))
 
 
 def run_sweep(
-    base: RunConfig,
-    space: Space,
-    sweep: SweepConfig,
-    *,
-    say: Callable[[str], None] = _log.info,
+    base: RunConfig, space: Space, sweep: SweepConfig, *, say: Say = _log.info
 ) -> SweepResult:
     """Search ``space`` around ``base``.
 
@@ -104,15 +125,136 @@ def run_sweep(
         say: gets one line at a time: progress, at least every ten seconds.
 
     Raises:
-        ValueError: the space, the settings or the data do not fit; before anything starts.
+        ValueError: the space, the settings or the data do not fit, or a sweep of this name exists;
+            before anything starts.
         RuntimeError: every trial failed.
     """
-    manifest, base = prepare_sweep(base, space)
-    varied = check_space(space, base)
-    folder = claim_folder(base, prefix=f"sweep-{space.name}")
-    experiment = base.tracking.experiment or manifest.benchmark.name
-    say(f"sweep {folder.name}: {sweep.trials} trials over {', '.join(varied)}")
-    progress = Progress(sweep.trials, base.optim.epochs, sweep.concurrency, say)
+    manifest, base = prepare_sweep(base)
+    description = describe_space(space, base)
+    folder = new_folder(base, space)
+    with driving(folder):
+        write_record(folder, space, sweep, description)
+        studies = create_studies(folder / FILE, folder.name, space.objectives, sweep)
+        say(f"sweep {folder.name}: {sweep.trials} trials over {', '.join(description)}")
+        return _drive(_Sweep(folder, base, space, list(description), sweep, studies, manifest, say))
+
+
+def resume_sweep(
+    folder: Path,
+    *,
+    changes: Mapping[str, Any] | None = None,
+    space: Path | None = None,
+    fork: str | None = None,
+    say: Say = _log.info,
+) -> SweepResult:
+    """Go on with a sweep whose driver has died or that has ended, perhaps with more trials.
+
+    Runs that ended stay as they are, those that were running continue from their checkpoint under
+    their own name, and the sampler continues from all of them.
+
+    Args:
+        folder: of the sweep.
+        changes: fields of :class:`SweepConfig` that change, such as ``trials``.
+        space: file of the space; None: the one that the sweep was started with.
+        fork: name of a new sweep of a changed space, seeded by the trials that it could have drawn.
+        say: gets one line at a time.
+
+    Raises:
+        FileNotFoundError: there is no sweep in ``folder``.
+        ValueError: the space has changed (its difference is listed), another driver is at work, or
+            the study file is locked or damaged.
+    """
+    record = read_record(folder)
+    base = from_toml((folder / "config.toml").read_text())
+    manifest, base = prepare_sweep(base)
+    sweep = SweepConfig(**(record["sweep"] | dict(changes or {})))
+    path = space or (Path(record["path"]) if Path(record["path"]).is_file() else None)
+    chosen = load_space(path or folder / "space.py")._replace(name=record["space"])
+    description = describe_space(chosen, base)
+    changed = space_difference(record["description"], description)
+    if dict(chosen.objectives) != record["objectives"]:
+        changed.append(f"objectives: {record['objectives']} -> {dict(chosen.objectives)}")
+    if fork is not None:
+        return _fork(folder, fork, base, chosen, sweep, manifest, description, say)
+    if changed:
+        listed = "\n  ".join(changed)
+        raise ValueError(
+            f"the space of sweep {folder.name} has changed since it was started; put it back, or "
+            f"give --fork NEW-NAME for a new sweep seeded by the trials that fit. Changed:\n  "
+            f"{listed}"
+        )
+    with driving(folder):
+        studies = open_studies(folder / FILE, folder.name, sweep)
+        write_record(folder, chosen, sweep, description)
+        say(f"resuming sweep {folder.name}: {sweep.trials} trials over {', '.join(description)}")
+        return _drive(
+            _Sweep(folder, base, chosen, list(description), sweep, studies, manifest, say)
+        )
+
+
+def prepare_sweep(base: RunConfig) -> tuple[Manifest, RunConfig]:
+    """Open the data and resolve the settings that all trials share.
+
+    Raises:
+        ValueError: settings and data do not fit.
+    """
+    if base.data.uri is None:
+        raise ValueError("data.uri is not set; give the folder that jobs/prepare.py wrote")
+    if base.scaling.max_workers != 1:
+        raise ValueError(
+            f"a sweep trains each trial with one worker, but scaling.num_workers is "
+            f"{base.scaling.num_workers}; set it to 1 and use more trials at a time instead"
+        )
+    manifest = open_manifest(base.data.uri)
+    return manifest, resolve(base, manifest)
+
+
+def _fork(
+    old: Path,
+    name: str,
+    base: RunConfig,
+    space: Space,
+    sweep: SweepConfig,
+    manifest: Manifest,
+    description: Mapping[str, str],
+    say: Say,
+) -> SweepResult:
+    """A new sweep that begins with the trials of ``old`` that its space could have drawn."""
+    source = open_studies(old / FILE, old.name, sweep)
+    base = override(base, {"run.name": name, "run.storage_path": str(old.parent)})
+    folder = new_folder(base, space)
+
+    def resolved(settings: Mapping[str, Any]) -> dict[str, Any] | None:
+        try:
+            return override(base, settings).model_dump()
+        except ValueError:
+            return None
+
+    with driving(folder):
+        write_record(folder, space, sweep, description)
+        studies = create_studies(folder / FILE, name, space.objectives, sweep)
+        taken = 0
+        if dict(space.objectives) == read_record(old)["objectives"]:
+            taken = inherit(
+                source.search,
+                studies.search,
+                resolved,
+                space.suggest,
+                lambda frozen: {
+                    "inherited": old.name,
+                    "folder": str(old / "trials" / f"trial-{frozen.number:04d}"),
+                },
+            )
+        say(f"sweep {name}: forked from {old.name}, {taken} of its trials fit the new space")
+        return _drive(_Sweep(folder, base, space, list(description), sweep, studies, manifest, say))
+
+
+def _drive(it: _Sweep) -> SweepResult:
+    """Search, race, assess, report."""
+    base, folder = it.base, it.folder
+    experiment = base.tracking.experiment or it.manifest.benchmark.name
+    metric = next_metric(it.objectives)
+    progress = Progress(it.sweep, metric, it.standing, it.say)
     with (
         progress.ticking(),
         tracking_address(base) as uri,
@@ -121,58 +263,82 @@ def run_sweep(
             experiment=experiment,
             name=folder.name,
             folder=folder,
-            params={"space": space.name, "trials": sweep.trials, "sampler": sweep.sampler},
-            tags=run_tags(base, manifest) | {"next.kind": "sweep"},
+            params={"space": it.space.name, "sampler": it.sweep.sampler},
+            tags=run_tags(base, it.manifest) | {"next.kind": "sweep"},
             system_seconds=base.tracking.system_seconds,
         ) as parent,
     ):
-        record_inputs(parent, base, manifest)
-        set_up_comparison(parent, folder.name, manifest.benchmark.name, space, varied)
+        record_inputs(parent, base, it.manifest)
+        for name in ("sweep.toml", "space.py"):
+            parent.log_artifact(folder / name)
+        set_up_comparison(parent, folder.name, it.manifest.benchmark.name, it.space, it.varied)
         progress.enter("opening the decoded cache and the text bank, once for all trials")
-        training_data(base, manifest)
+        training_data(base, it.manifest)
         tracked = {"uri": uri, "experiment": experiment, "parent": parent.key}
-        grid = _search(base, space, sweep, folder, tracked, progress)
-        trials = read_trials(grid, varied, base.optim.epochs)
-        _complete_children(folder, trials, tracked)
-        if trials[0].score is None:
-            raise RuntimeError(
-                f"none of the {sweep.trials} trials reported {METRIC}; "
-                f"the first error: {trials[0].error}"
-            )
-        progress.enter(f"drawing the best {sweep.pictures} trials on the held-out identities")
-        drawn = [trial for trial in trials[: sweep.pictures] if trial.score is not None]
-        results = {Path(result.path).name: result for result in grid}
+        ended = _search(it, tracked, progress)
+        trials, settings = it.standing()
+        _complete_children(folder, [t for t in trials if t.name in ended], tracked)
+        if not any(setting.score is not None for setting in settings):
+            raise RuntimeError(_all_failed(trials, metric))
+        summary = summarise(settings, it.objectives)
+        drawn = [setting.best_run for setting in settings[: it.sweep.pictures]]
+        progress.enter(f"drawing the best {len(drawn)} settings on the held-out identities")
         record_pictures(
-            [(trial, results[trial.folder].get_best_checkpoint(METRIC, "max")) for trial in drawn],
+            [
+                (run.name, best)
+                for run in drawn
+                if not run.inherited and (best := best_checkpoint(Path(run.folder)))
+            ],
             folder,
-            manifest,
+            it.manifest,
             device(base),
             tracked,
         )
-        progress.enter("assessing the best trial on the test split, drawing pictures")
-        checkpoint = folder / "checkpoints" / "best"
-        copy_checkpoint(results[trials[0].folder].get_best_checkpoint(METRIC, "max"), checkpoint)
-        history = read_history(folder / "trials" / trials[0].name)
-        assessment = assess(checkpoint, manifest, folder, device=device(base), history=history)
-        pictures = [*assessment.pictures, draw_overview(folder / "figures", trials)]
-        assessment = assessment._replace(pictures=pictures)
-        parent.log_metrics({METRIC: trials[0].score}, step=0)
+        progress.enter("assessing the best trial on the test split, drawing the report")
+        winner = next(trial for trial in trials if trial.name == summary.run)
+        checkpoint = _keep_best(winner, folder)
+        history = read_history(Path(winner.folder))
+        assessment = assess(checkpoint, it.manifest, folder, device=device(base), history=history)
+        overview = draw_overview(folder / "figures", trials, metric)
+        assessment = assessment._replace(pictures=[*assessment.pictures, overview])
+        parent.log_metrics({metric: float(summary.score or 0.0)}, step=0)
         record_assessment(parent, assessment, step=0)
-        parent.set_tags({"next.best_trial": trials[0].name, "next.checkpoint_uri": str(checkpoint)})
-        parent.log_artifact(write_leaderboard(folder / "leaderboard.json", trials))
-        write_card(folder, read_config(checkpoint), manifest, assessment, trials[0].score)
+        parent.set_tags({"next.best_trial": winner.name, "next.checkpoint_uri": str(checkpoint)})
+        for path in report_sweep(folder, assessment):
+            parent.log_artifact(path)
+        score = float(summary.score or 0.0)
+        write_card(folder, read_config(checkpoint), it.manifest, assessment, score)
         compare = comparison_link(parent)
         parent.close()
         register_best(folder, base, uri)
     serve = None if base.tracking.uri else view_command(folder.parent / "mlflow")
-    return SweepResult(folder, varied, trials, assessment, checkpoint, compare, serve)
+    return SweepResult(
+        folder, it.varied, trials, settings, summary, assessment, checkpoint, compare, serve
+    )
+
+
+def _all_failed(trials: list[Trial], metric: str) -> str:
+    errors = [trial.error for trial in trials if trial.error]
+    return (
+        f"none of the {len(trials)} trials reported {metric}; the first error: "
+        f"{errors[0] if errors else 'none was recorded'}"
+    )
+
+
+def _keep_best(winner: Trial, folder: Path) -> Path:
+    best = best_checkpoint(Path(winner.folder))
+    assert best is not None, f"{winner.name} has a score and no checkpoint"
+    kept = folder / "checkpoints" / "best"
+    shutil.rmtree(kept, ignore_errors=True)
+    shutil.copytree(best, kept)
+    return kept
 
 
 def _complete_children(folder: Path, trials: list[Trial], tracked: dict[str, str | None]) -> None:
     """Mark the pruned trials, and bring what an actor could not before Tune ended it."""
     for trial in trials:
         child = folder / "trials" / trial.name
-        if not child.is_dir():
+        if not (child / "run.json").exists() and not list(child.glob("*.jsonl")):
             continue
         pruned = trial.state == "pruned"
         if pruned or read_status(child) == "RUNNING":
@@ -192,147 +358,59 @@ def _complete_children(folder: Path, trials: list[Trial], tracked: dict[str, str
                 _log.warning("%s", error)
 
 
-def prepare_sweep(base: RunConfig, space: Space) -> tuple[Manifest, RunConfig]:
-    """Open the data and resolve the settings that all trials share.
-
-    Raises:
-        ValueError: settings and data do not fit.
-    """
-    if base.data.uri is None:
-        raise ValueError("data.uri is not set; give the folder that jobs/prepare.py wrote")
-    if base.scaling.num_workers != 1:
-        raise ValueError(
-            f"a sweep trains each trial with one worker, but scaling.num_workers is "
-            f"{base.scaling.num_workers}; set it to 1 and use more trials at a time instead"
-        )
-    manifest = open_manifest(base.data.uri)
-    return manifest, resolve(base, manifest)
-
-
-def _search(
-    base: RunConfig,
-    space: Space,
-    sweep: SweepConfig,
-    folder: Path,
-    tracked: dict[str, str | None],
-    progress: Progress,
-) -> tune.ResultGrid:
+def _search(it: _Sweep, tracked: dict[str, str | None], progress: Progress) -> set[str]:
+    """Run Tune until the search says that it is over; names of the runs that ended."""
+    base, sweep = it.base, it.sweep
     started = not ray.is_initialized()
     if started:
         progress.enter("starting Ray and its workers")
         start_ray(sweep.concurrency * base.scaling.cpus_per_worker, dashboard=False)
-    trainable = tune.with_parameters(
-        _run_trial,
-        base=to_toml(base),
-        folder=str(folder),
-        tracked=tracked,
-    )
-    tuner = tune.Tuner(
-        tune.with_resources(
-            trainable, {"CPU": base.scaling.cpus_per_worker, "GPU": sweep.gpus_per_trial}
-        ),
-        tune_config=tune.TuneConfig(
-            search_alg=OptunaSearch(
-                space=space.suggest,
-                metric=METRIC,
-                mode="max",
-                sampler=_sampler(sweep),
-                study_name=folder.name,
-                storage=optuna.storages.RDBStorage(f"sqlite:///{folder / 'study.db'}"),
-            ),
-            scheduler=_scheduler(sweep, base.optim.epochs),
-            num_samples=sweep.trials,
-            max_concurrent_trials=sweep.concurrency,
-            reuse_actors=True,
-            trial_name_creator=_trial_name,
-            trial_dirname_creator=_trial_name,
-        ),
-        run_config=tune.RunConfig(
-            name="tune",
-            storage_path=str(folder),
-            checkpoint_config=tune.CheckpointConfig(
-                num_to_keep=base.checkpoint.num_to_keep,
-                checkpoint_score_attribute=METRIC,
-                checkpoint_score_order="max",
-            ),
-            callbacks=[progress, JsonLoggerCallback()],
-            verbose=0,
-        ),
-    )
     try:
-        return tuner.fit()
+        places = Places(base, sweep, ray.cluster_resources())
+        search = Search(it.studies, it.space, sweep, base, places, lambda: _race(it))
+        progress.watch(search)
+        session = time.strftime("tune-%Y%m%d-%H%M%S")
+        trainable = tune.with_parameters(
+            run_trial,
+            base=to_toml(base),
+            folder=str(it.folder),
+            tracked=tracked,
+            free_axes=sweep.free_axes,
+        )
+        tune.Tuner(
+            tune.with_resources(trainable, places.resources),
+            tune_config=tune.TuneConfig(
+                search_alg=search,
+                scheduler=Pruning(search),
+                num_samples=-1,  # the search says when it is over
+                max_concurrent_trials=places.concurrency,
+                reuse_actors=True,
+                trial_name_creator=_name,
+                trial_dirname_creator=_name,
+            ),
+            run_config=tune.RunConfig(
+                name=session,
+                storage_path=str(it.folder),
+                failure_config=tune.FailureConfig(max_failures=sweep.retries),
+                verbose=0,
+            ),
+        ).fit()
+        shutil.rmtree(it.folder / session, ignore_errors=True)  # the study is the record
+        return {run.name for run in search.ended}
     finally:
         progress.enter("ending Ray, completing the runs in MLflow")
         if started:
             ray.shutdown()
 
 
-def _trial_name(trial: Any) -> str:
-    return f"trial-{trial.trial_id}"
-
-
-def _sampler(sweep: SweepConfig) -> optuna.samplers.BaseSampler:
-    if sweep.sampler == "random":
-        return optuna.samplers.RandomSampler(seed=sweep.seed)
-    with warnings.catch_warnings():  # `group` has been marked experimental since Optuna 2.8
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return optuna.samplers.TPESampler(
-            multivariate=True, group=True, n_startup_trials=6, seed=sweep.seed
-        )
-
-
-def _scheduler(sweep: SweepConfig, epochs: int) -> ASHAScheduler | FIFOScheduler:
-    if sweep.pruner == "none" or sweep.grace_epochs >= epochs:
-        return FIFOScheduler()
-    return ASHAScheduler(
-        time_attr="epoch",
-        metric=METRIC,
-        mode="max",
-        max_t=epochs,
-        grace_period=sweep.grace_epochs,
-        reduction_factor=sweep.reduction,
+def _race(it: _Sweep) -> Repeat | None:
+    """The next repetition of the race."""
+    trials, settings = it.standing()
+    raced = sum(trial.of not in (None, "default") for trial in trials)
+    return next_racer(
+        settings, it.objectives, runs_left=it.sweep.race_runs - raced, seed=it.base.seed
     )
 
 
-def _run_trial(
-    settings: dict[str, Any], *, base: str, folder: str, tracked: dict[str, str | None]
-) -> None:
-    """One trial, in Tune's actor."""
-    config = override(from_toml(base), settings)
-    configure_torch(config)
-    name = tune.get_context().get_trial_name() or "trial"
-    run = open_run(
-        uri=tracked["uri"],
-        experiment=str(tracked["experiment"]),
-        name=name,
-        folder=Path(folder) / "trials" / name,
-        parent=tracked["parent"],
-        params=settings,
-        tags={"next.kind": "trial", SWEEP: tracked["parent"], **seed_tags(config)},
-        system_seconds=config.tracking.system_seconds,
-    )
-    run.log_text(to_toml(config), "config.toml")
-    gc.collect()  # what the actor's last trial left in reference cycles
-    with run:
-        ended = _train_until_tune_ends_it(config, run)
-    if ended:
-        sys.exit(0)
-
-
-def _train_until_tune_ends_it(config: RunConfig, run: Run) -> bool:
-    """Train; True if Tune ended the trial, pruned or at its last epoch.
-
-    Tune ends a trial by ``SystemExit`` within its report and keeps the exception. It is dropped
-    here, because its traceback would hold network, optimizer and batches for the actor's life.
-    """
-    try:
-        train(
-            config,
-            training_data(config, open_manifest(str(config.data.uri))),
-            TuneReporter(),
-            Worker(device=device(config)),
-            lambda metrics, step: run.log_metrics(metrics, step=step),
-        )
-    except SystemExit:
-        return True
-    return False
+def _name(trial: Any) -> str:
+    return str(trial.config["name"])

@@ -1,100 +1,173 @@
-"""A real sweep: Ray Tune, Optuna, MLflow, the best trial assessed once."""
+"""A real sweep: Ray Tune, Optuna, MLflow; its driver killed and resumed, then assessed once."""
 
 import json
 import os
+import signal
+import sqlite3
 import subprocess
 import sys
+import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from next.config import override, to_toml
-from next.tuning.progress import Progress
-from next.tuning.results import Trial, leaderboard
+from next.tracking.run import start_server
+from next.tuning.folder import find_sweep, read_standing
 from next.tuning.space import load_space
-from next.tuning.sweep import SweepConfig, run_sweep
+from next.tuning.sweep import SweepConfig, resume_sweep, run_sweep
 
 ROOT = Path(__file__).resolve().parents[2]
+EPOCHS = 6
 
-SCRIPT = """
-import json, sys
-from pathlib import Path
-from next.config import from_toml
-from next.tuning.space import load_space
-from next.tuning.sweep import SweepConfig, run_sweep
 
-if __name__ == "__main__":
-    config = from_toml(Path(sys.argv[1]).read_text())
-    sweep = SweepConfig(trials=4, concurrency=2, grace_epochs=1, reduction=2)
-    lines = []
-    def look(result_lines):
-        lines.append(result_lines)
-        print(result_lines, flush=True)
-    result = run_sweep(config, load_space("tune_spaces/quick.py"), sweep, say=look)
-    print("\\n".join(result.lines()))
+def sweep_job(*flags: str, home: Path, log: Path) -> subprocess.Popen:
+    with log.open("w") as out:
+        return subprocess.Popen(
+            [sys.executable, "jobs/sweep.py", *flags],
+            cwd=ROOT,
+            env=os.environ | {"HOME": str(home), "RAY_TMPDIR": "/tmp"},
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
 
-    from next.tracking.run import start_server
-    import mlflow
-    folder = Path(config.run.storage_path) / "mlflow"
-    with start_server(folder) as server:
-        client = mlflow.MlflowClient(server.uri)
-        experiment = client.get_experiment_by_name("demo")
-        runs = client.search_runs([experiment.experiment_id])
-        print("RUNS " + json.dumps([
-            {"name": run.info.run_name, "status": run.info.status, "params": run.data.params,
-             "tags": {k: v for k, v in run.data.tags.items()}, "metrics": run.data.metrics,
-             "figures": [f.path for f in client.list_artifacts(run.info.run_id, "figures")]}
-            for run in runs]))
-"""
+
+def wait_for(what, process: subprocess.Popen, log: Path, seconds: float = 280) -> None:
+    until = time.monotonic() + seconds
+    while not what():
+        assert process.poll() is None, log.read_text()[-3000:]
+        assert time.monotonic() < until, log.read_text()[-3000:]
+        time.sleep(0.1)
+
+
+def rows(folder: Path) -> list[tuple[int, int, str]]:
+    with closing(sqlite3.connect(folder / "study.db")) as connection:
+        query = "SELECT study_id, number, state FROM trials ORDER BY study_id, number"
+        return connection.execute(query).fetchall()
+
+
+def half_trained(folder: Path) -> list[Path]:
+    """Trials that are running and have a checkpoint."""
+    found = [
+        path.parent.parent.parent
+        for path in folder.glob("trials/trial-*/checkpoints/step-*/state.json")
+    ]
+    return [path for path in found if not (path / "features.npz").exists()]
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_sweep_gives_a_parent_with_lean_children_a_leaderboard_and_one_test(
+@pytest.mark.timeout(700)
+def test_a_killed_sweep_resumes_with_nothing_lost_or_doubled_and_ends_in_mlflow(
     tiny_config, tmp_path
 ):
     config = override(
-        tiny_config, {"run.name": "sweep", "tracking.enabled": True, "optim.epochs": 3}
+        tiny_config,
+        {"run.name": "sweep", "tracking.enabled": True, "optim.epochs": EPOCHS},
     )
-    (tmp_path / "sweep.py").write_text(SCRIPT)
     (tmp_path / "settings.toml").write_text(to_toml(config))
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "sweep.py"), str(tmp_path / "settings.toml")],
-        env=os.environ | {"HOME": str(tmp_path), "RAY_TMPDIR": "/tmp"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    folder = Path(config.run.storage_path) / "sweep"
-    trials = json.loads((folder / "leaderboard.json").read_text())
-    scores = [trial["score"] for trial in trials]
-    assert len(trials) == 4
-    assert scores == sorted(scores, reverse=True)
-    assert {trial["state"] for trial in trials} <= {"finished", "pruned"}
-    assert any(trial["state"] == "pruned" for trial in trials)
-    assert "compare     " in done.stdout
-    assert "on the test split, once" in done.stdout
-    assert (folder / "checkpoints" / "best" / "model.safetensors").exists()
-    assert (folder / "figures" / "sweep.png").exists()
+    storage = Path(config.run.storage_path)
+    folder = storage / "sweep"
+    log = tmp_path / "log.txt"
+    start = [
+        *("--space", "tune_spaces/quick.py", "--data", str(config.data.uri)),
+        *("--recipe", str(tmp_path / "settings.toml"), "--trials", "7"),
+        *("--sweep.grace_epochs", "1", "--sweep.reduction", "2"),
+    ]
+    driver = sweep_job(*start, home=tmp_path, log=log)
+    wait_for(lambda: half_trained(folder), driver, log)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    before = rows(folder)
+    settings = {t.name: t.settings for t in read_standing(folder).trials}
+    assert ("RUNNING" in {state for _, _, state in before}) or len(before) > 2
 
-    runs = json.loads(done.stdout.split("RUNS ", 1)[1])
-    parents = [run for run in runs if run["tags"].get("next.kind") == "sweep"]
-    children = [run for run in runs if run["tags"].get("next.kind") == "trial"]
-    assert len(parents) == 1
-    assert len(children) == 4
-    assert len(parents[0]["figures"]) == 9
-    assert "test/mAP" in parents[0]["metrics"]
-    varied = {name for trial in trials for name in trial["settings"]}
-    for run in children:
-        assert run["status"] == "FINISHED"
-        assert set(run["params"]) <= varied, "a child carries only what the sweep varies"
-        assert not any(name.startswith("test/") for name in run["metrics"])
-        assert "val/mAP" in run["metrics"]
-        (trial,) = [trial for trial in trials if trial["name"] == run["name"]]
-        assert ("next.pruned" in run["tags"]) == (trial["state"] == "pruned")
+    again = ["resume", "sweep", "--storage_path", str(storage), "--trials", "8"]
+    driver = sweep_job(*again, home=tmp_path, log=log)
+    assert driver.wait(timeout=400) == 0, log.read_text()[-3000:]
+    printed = log.read_text()
+
+    after = rows(folder)
+    ended = [row for row in before if row[2] in ("COMPLETE", "PRUNED")]
+    assert [row for row in after if row in ended] == ended, "what had ended is as it was"
+    assert {state for _, _, state in after} <= {"COMPLETE", "PRUNED"}
+    assert len(after) == 8
+    found = read_standing(folder)
+    assert {t.name: t.settings for t in found.trials if t.name in settings} == settings
+    for trial in found.trials:
+        epochs = [epoch for epoch, _ in trial.curve]
+        assert epochs == sorted(set(epochs)), "no evaluation is doubled"
+        assert epochs == list(range(1, len(epochs) + 1)), "and none is lost"
+    drawn = [tuple(t.settings.items()) for t in found.trials if t.of is None]
+    assert len(drawn) == len(set(drawn)) == 4
+    assert sum(t.of == "default" for t in found.trials) == 2
+    assert any(t.of not in (None, "default") for t in found.trials), "the best were raced"
+
+    answer = json.loads((folder / "sweep.json").read_text())
+    assert answer["noise_floor"]["degrees_of_freedom"] >= 1
+    assert answer["verdicts"][0]["theirs"] == "default"
+    assert "on the test split, once: trial-" in printed
+    assert "noise floor: val/mAP moves by" in printed
+    assert "not separated" in printed or " over " in printed
+    assert "± " in printed
+    assert (folder / "checkpoints" / "best" / "model.safetensors").exists()
+
+    check_mlflow(storage, found)
+    check_free_axes(folder, found)
+    check_changed_space(folder, tmp_path)
+
+
+def check_mlflow(storage: Path, found) -> None:
+    import mlflow
+
+    with start_server(storage / "mlflow") as server:
+        client = mlflow.MlflowClient(server.uri)
+        experiment = client.get_experiment_by_name("demo")
+        runs = client.search_runs([experiment.experiment_id])
+        kinds = [run.data.tags.get("next.kind") for run in runs]
+        assert kinds.count("sweep") == 1, "the resumed sweep is one run"
+        assert kinds.count("trial") == len(found.trials)
+        for run in runs:
+            if run.data.tags["next.kind"] == "sweep":
+                figures = client.list_artifacts(run.info.run_id, "figures")
+                assert "figures/sweep.png" in [figure.path for figure in figures]
+                assert "test/mAP" in run.data.metrics
+                continue
+            assert run.info.status == "FINISHED"
+            varied = {name for trial in found.trials for name in trial.settings}
+            assert set(run.data.params) <= varied | {"seed"}, "a child carries what varies"
+            assert not any(name.startswith("test/") for name in run.data.metrics)
+            (trial,) = [trial for trial in found.trials if trial.name == run.info.run_name]
+            assert ("next.pruned" in run.data.tags) == (trial.state == "pruned")
+            curve = client.get_metric_history(run.info.run_id, "val/mAP")
+            assert len(curve) == len(trial.curve), "no value is logged twice"
+
+
+def check_free_axes(folder: Path, found) -> None:
+    finished = [trial for trial in found.trials if trial.state == "finished"]
+    for trial in finished:
+        axes = json.loads((Path(trial.folder) / "axes.json").read_text())
+        assert axes["default"]["val/mAP"] == pytest.approx(trial.score, abs=1e-3)
+        assert axes["choices"] >= 2 * 3 * 3 * 13, "mirrored x temperature x weights x re-ranking"
+        assert axes["best"][0]["val/mAP"] >= axes["best"][1]["val/mAP"]
+        assert len(axes["missing"]["patterns"]) == 7
+        assert axes["missing"]["mAP"][0][0] == pytest.approx(trial.score, abs=1e-3)
+    assert not any(
+        (Path(t.folder) / "axes.json").exists() for t in found.trials if t.state == "pruned"
+    )
+
+
+def check_changed_space(folder: Path, tmp_path: Path) -> None:
+    changed = tmp_path / "quick.py"
+    body = (ROOT / "tune_spaces" / "quick.py").read_text()
+    changed.write_text(body.replace("0.25, 2.0", "0.25, 4.0").replace("[2, 4, 8]", "[2, 4]"))
+    with pytest.raises(ValueError, match=r"space of sweep sweep has changed") as refused:
+        resume_sweep(folder, space=changed)
+    message = str(refused.value)
+    assert "model.semantic.experts: one of 2, 4, 8 -> one of 2, 4" in message
+    assert "model.routing.temperature: 0.25 to 2.0 (log) -> 0.25 to 4.0 (log)" in message
+    assert "--fork NEW-NAME" in message
 
 
 def test_a_sweep_says_what_does_not_fit_before_it_starts(tiny_config):
@@ -104,45 +177,28 @@ def test_a_sweep_says_what_does_not_fit_before_it_starts(tiny_config):
         run_sweep(several, space, SweepConfig())
     with pytest.raises(ValueError, match=r"data.uri is not set"):
         run_sweep(override(tiny_config, {"data.uri": None}), space, SweepConfig())
+    with pytest.raises(ValueError, match=r"must leave a trial to the search"):
+        SweepConfig(trials=2, noise_share=0.5, race_share=0.5)
     assert not Path(tiny_config.run.storage_path).exists()
 
 
-class FakeTrial:
-    """Only what Tune's callbacks read of a trial: an id and a name."""
-
-    def __init__(self, trial_id: str) -> None:
-        self.trial_id = trial_id
-
-    def __str__(self) -> str:
-        return f"trial-{self.trial_id}"
-
-
-def test_progress_tells_trials_epochs_best_and_what_is_left():
-    said: list[str] = []
-    progress = Progress(trials=3, epochs=4, concurrency=2, say=said.append)
-    one, two = FakeTrial("1"), FakeTrial("2")
-    assert "estimating" in progress.line()
-    for trial in (one, two):
-        progress.on_trial_start(0, [], trial)
-        progress.on_trial_result(0, [], trial, {"epoch": 1, "val/mAP": 10.0})
-    for epoch in (2, 3, 4):
-        progress.on_trial_result(0, [], one, {"epoch": epoch, "val/mAP": 10.0 * epoch})
-    progress.on_trial_complete(0, [], one)
-    progress.on_trial_complete(0, [], two)
-    assert "trial-1: finished after 4 epochs" in said
-    assert "trial-2: pruned after 1 epochs" in said
-    assert said[-1].startswith("2/3 trials | 1 finished, 1 pruned | 0 running | 5 epochs | best")
-    assert "40.0 (trial-1)" in said[-1]
-    assert "s left" in said[-1]
+def test_a_sweep_of_a_name_that_exists_is_refused(tiny_config):
+    folder = Path(tiny_config.run.storage_path) / "tiny"
+    folder.mkdir(parents=True)
+    (folder / "config.toml").write_text(to_toml(tiny_config))
+    space = load_space(ROOT / "tune_spaces" / "quick.py")
+    with pytest.raises(ValueError, match=r"a run named 'tiny' exists.*choose another run.name"):
+        run_sweep(tiny_config, space, SweepConfig())
+    (folder / "sweep.toml").write_text("")
+    with pytest.raises(ValueError, match=r"a sweep named 'tiny' exists.*sweep.py resume"):
+        run_sweep(tiny_config, space, SweepConfig())
 
 
-def test_the_leaderboard_marks_pruned_and_failed_trials_and_leaves_gaps_for_conditions():
-    trials = [
-        Trial("a", "a", {"captions.keep": 0.51234}, "finished", 4, 55.25, [(4, 55.25)], 9, None),
-        Trial("b", "b", {}, "failed", 0, None, [], 1, "boom"),
-    ]
-    lines = leaderboard(trials, ["captions.keep"])
-    first = next(line for line in lines if " a" in line and "finished" in line)
-    assert "55.2" in first
-    assert "0.512" in first
-    assert any("failed" in line and " - " in line for line in lines)
+def test_an_unknown_sweep_names_its_near_match(tmp_path):
+    (tmp_path / "experts-1").mkdir()
+    (tmp_path / "experts-1" / "sweep.toml").write_text("")
+    with pytest.raises(FileNotFoundError, match=r"no sweep 'expert-1'.*did you mean experts-1"):
+        find_sweep(tmp_path, "expert-1")
+    with pytest.raises(FileNotFoundError, match=r"holds no sweep"):
+        resume_sweep(tmp_path / "experts-2")
+    assert find_sweep(tmp_path, "experts-1") == tmp_path / "experts-1"

@@ -1,0 +1,317 @@
+"""Charts of a sweep, as PNG files in the house style: pure functions from numbers to a picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.ticker import MaxNLocator, NullLocator
+
+from next.evaluation.canvas import (
+    COLOURS,
+    DASHES,
+    INK,
+    NEUTRAL,
+    RIGHT,
+    WRONG,
+    house_style,
+    plot_figure,
+    save,
+    wrap,
+)
+from next.tuning.results import Trial
+
+_WIDE = 6.4
+
+
+@house_style()
+def parallel_coordinates(
+    path: Path, trials: Sequence[Trial], varied: Sequence[str], metric: str
+) -> Path:
+    """One line a trial over all varied settings and the score; pruned ones are grey and dashed.
+
+    Args:
+        path: PNG to write.
+        trials: that the sampler drew, with a score.
+        varied: settings, one axis each; a conditional one may be missing in a trial.
+        metric: name of the last axis.
+    """
+    places = [_places([trial.settings.get(name) for trial in trials]) for name in varied]
+    scores = np.array([float(trial.score or 0.0) for trial in trials])
+    norm = _norm(scores)
+    figure = plot_figure(_WIDE, 4.8)
+    axes = figure.subplots()
+    heights = [column for column, _ in places] + [list(norm(scores))]
+    for index in np.argsort(scores):
+        line = [column[index] for column in heights]
+        pruned = trials[index].state != "finished"
+        axes.plot(
+            range(len(line)),
+            [math.nan if value is None else value for value in line],
+            color=NEUTRAL if pruned else matplotlib.colormaps["viridis"](norm(scores[index])),
+            linestyle=DASHES[2] if pruned else "-",
+            alpha=0.45 if pruned else 0.95,
+            linewidth=1.4 if pruned else 2.6,
+            marker="o",
+            markersize=4,
+        )
+    for place, (_, ticks) in enumerate(places):
+        for height, text in ticks:
+            axes.text(place + 0.04, height, text, fontsize=10, va="center")
+    axes.text(len(varied) + 0.04, 1.0, f"{scores.max():.1f}", fontsize=10, va="center")
+    axes.text(len(varied) + 0.04, 0.0, f"{scores.min():.1f}", fontsize=10, va="center")
+    names = [wrap(name.replace(".", ". "), 11, 3).replace(". ", ".") for name in (*varied, metric)]
+    axes.set_xticks(range(len(names)), names, fontsize=10)
+    axes.set(ylim=(-0.06, 1.06), xlim=(-0.2, len(varied) + 0.6))
+    axes.set_yticks([])
+    axes.grid(visible=True, axis="x")
+    axes.spines[["left"]].set_visible(False)
+    axes.set_title(f"Settings and {metric}: bright is better, grey was pruned", fontsize=13)
+    return save(figure, path)
+
+
+@house_style()
+def importance_bars(path: Path, shares: Mapping[str, float], method: str) -> Path:
+    """Share of the score's variance that each setting explains."""
+    figure = plot_figure(_WIDE, 1.5 + 0.5 * len(shares))
+    axes = figure.subplots()
+    ranked = sorted(shares.items(), key=lambda item: item[1])
+    axes.barh(range(len(ranked)), [100 * share for _, share in ranked], color=COLOURS[0])
+    for place, (_, share) in enumerate(ranked):
+        axes.text(100 * share + 1, place, f"{100 * share:.0f}", va="center", fontsize=12)
+    axes.set_yticks(range(len(ranked)), [wrap(name, 32) for name, _ in ranked], fontsize=11)
+    axes.set(xlabel="importance, %", xlim=(0, 112))
+    axes.grid(visible=False, axis="y")
+    axes.set_title(f"Importance ({method})")
+    return save(figure, path)
+
+
+@house_style()
+def contour(path: Path, trials: Sequence[Trial], across: str, up: str, metric: str) -> Path:
+    """The score over two settings: dots are trials (crosses: pruned), colour between is a guess.
+
+    Args:
+        path: PNG to write.
+        trials: with a score; those that lack one of the settings are left out.
+        across: setting of the x axis, a number.
+        up: setting of the y axis, a number.
+        metric: name of the score.
+    """
+    shown = [t for t in trials if across in t.settings and up in t.settings and t.score is not None]
+    xs = np.array([float(trial.settings[across]) for trial in shown])
+    ys = np.array([float(trial.settings[up]) for trial in shown])
+    scores = np.array([float(trial.score or 0.0) for trial in shown])
+    figure = plot_figure(_WIDE, 4.8)
+    axes = figure.subplots()
+    log_x, log_y = (_spans_decades(values) for values in (xs, ys))
+    flat_x, flat_y = (np.log(xs) if log_x else xs), (np.log(ys) if log_y else ys)
+    norm = Normalize(scores.min(), max(scores.max(), scores.min() + 1e-6))
+    if len(shown) >= 4 and _spread_out(flat_x, flat_y):
+        grid_x, grid_y = np.meshgrid(
+            np.linspace(flat_x.min(), flat_x.max(), 60), np.linspace(flat_y.min(), flat_y.max(), 60)
+        )
+        smooth = _smoothed(flat_x, flat_y, scores, grid_x, grid_y)
+        axes.contourf(
+            np.exp(grid_x) if log_x else grid_x,
+            np.exp(grid_y) if log_y else grid_y,
+            smooth,
+            levels=12,
+            cmap="viridis",
+            norm=norm,
+            alpha=0.75,
+        )
+    for marker, pruned in (("o", False), ("X", True)):
+        chosen = np.array([(trial.state != "finished") == pruned for trial in shown])
+        if chosen.any():
+            axes.scatter(
+                xs[chosen], ys[chosen], c=scores[chosen], cmap="viridis", norm=norm, s=80,
+                marker=marker, edgecolors="white", linewidths=1.2, zorder=3, clip_on=False,
+            )  # fmt: skip
+    for axis, values, log in (("x", xs, log_x), ("y", ys, log_y)):
+        _scale(axes, axis, values, log)
+    axes.set(xlabel=across, ylabel=up)
+    axes.set_title(f"{metric}: dots are trials, crosses were pruned", fontsize=13)
+    figure.colorbar(ScalarMappable(norm, "viridis"), ax=axes, label=f"{metric}, %")
+    return save(figure, path)
+
+
+@house_style()
+def curve_fan(path: Path, trials: Sequence[Trial], best: str, metric: str) -> Path:
+    """Every trial's curve: pruned ones grey, finished ones blue, the best one on top."""
+    figure = plot_figure(_WIDE, 4.6)
+    axes = figure.subplots()
+    styles: dict[str, tuple[dict[str, Any], str]] = {
+        "pruned": ({"color": NEUTRAL, "linewidth": 1.2, "alpha": 0.6}, "pruned or failed"),
+        "finished": ({"color": COLOURS[0], "linewidth": 1.8, "alpha": 0.8}, "finished"),
+        "best": ({"color": COLOURS[1], "linewidth": 3.4}, wrap(best, 24, 1)),
+    }
+    for kind, (style, label) in styles.items():
+        for trial in trials:
+            own = (
+                "best"
+                if trial.name == best
+                else "finished"
+                if trial.state == "finished"
+                else "pruned"
+            )
+            if own != kind or not trial.curve:
+                continue
+            epochs, scores = zip(*trial.curve, strict=True)
+            axes.plot(
+                epochs, scores, marker="o" if len(epochs) < 25 else "", markersize=4, label=label,
+                **style,
+            )  # fmt: skip
+            label = ""
+    axes.set(xlabel="epoch", ylabel=f"{metric}, %", title="Learning curves of all runs")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    figure.legend(loc="outside lower center", ncols=3)
+    return save(figure, path)
+
+
+@house_style()
+def usage_over_settings(
+    path: Path,
+    points: Sequence[tuple[float, int, float]],
+    *,
+    branch: str,
+    across: str,
+) -> Path:
+    """How evenly the experts of finished trials route, against temperature and their number.
+
+    Args:
+        path: PNG to write.
+        points: temperature, number of experts and mean entropy (0 one patch, 1 all alike).
+        branch: ``semantic`` or ``structure``.
+        across: name of the temperature's setting.
+    """
+    figure = plot_figure(_WIDE, 4.4)
+    axes = figure.subplots()
+    for index, count in enumerate(sorted({count for _, count, _ in points})):
+        own = sorted((t, entropy) for t, number, entropy in points if number == count)
+        axes.plot(
+            [t for t, _ in own],
+            [100 * entropy for _, entropy in own],
+            color=COLOURS[index % len(COLOURS)],
+            linestyle=DASHES[index % len(DASHES)],
+            marker="os^Dv"[index % 5],
+            label=f"{count} experts",
+        )
+    _scale(axes, "x", np.array([t for t, _, _ in points]), True)
+    axes.set(xlabel=across, ylabel="evenness of routing, %", ylim=(0, 104))
+    axes.set_title(f"{branch.capitalize()} experts: low is sharp, 100 is even", fontsize=13)
+    figure.legend(loc="outside lower center", ncols=3)
+    return save(figure, path)
+
+
+@house_style()
+def missing_matrix(path: Path, patterns: Sequence[str], scores: np.ndarray, title: str) -> Path:
+    """MAP where queries (rows) and gallery (columns) have only some modalities."""
+    size = 1.6 + 0.62 * len(patterns)
+    figure = plot_figure(max(_WIDE, size + 1), size)
+    axes = figure.subplots()
+    axes.imshow(scores, cmap="viridis", vmin=0, vmax=100, aspect="auto")
+    for row, column in np.ndindex(scores.shape):
+        value = scores[row, column]
+        axes.text(
+            column, row, f"{value:.0f}", ha="center", va="center", fontsize=12,
+            color="black" if value > 55 else "white",
+        )  # fmt: skip
+    names = [wrap(pattern.replace("+", "+ "), 8, 3).replace("+ ", "+") for pattern in patterns]
+    axes.set_xticks(range(len(names)), names, fontsize=9)
+    axes.set_yticks(range(len(names)), [pattern for pattern in patterns], fontsize=10)
+    axes.set(xlabel="modalities of the gallery", ylabel="of the queries", title=title)
+    axes.tick_params(length=0)
+    axes.grid(visible=False)
+    return save(figure, path)
+
+
+@house_style()
+def queries_won(path: Path, gains: np.ndarray, ours: str, theirs: str) -> Path:
+    """Each query's gain of average precision, sorted: won ones green, lost ones red."""
+    gains = np.sort(gains[~np.isnan(gains)])[::-1]
+    won, lost = int((gains > 0).sum()), int((gains < 0).sum())
+    figure = plot_figure(_WIDE, 3.8)
+    axes = figure.subplots()
+    colours = [RIGHT if gain > 0 else WRONG if gain < 0 else NEUTRAL for gain in gains]
+    axes.bar(range(len(gains)), gains, width=1.0, color=colours)
+    axes.axhline(0, color=INK, linewidth=1)
+    axes.set(xlabel="queries, sorted", ylabel="gain of AP, points")
+    axes.set_title(
+        wrap(f"{ours} against {theirs}: {won} queries won, {lost} lost of {len(gains)}", 54),
+        fontsize=13,
+    )
+    return save(figure, path)
+
+
+def _places(values: Sequence[Any]) -> tuple[list[float | None], list[tuple[float, str]]]:
+    """Heights within 0 to 1 (None where missing), and the ticks of the axis."""
+    known = [value for value in values if value is not None]
+    number = all(isinstance(v, int | float) and not isinstance(v, bool) for v in known)
+    distinct = sorted(set(known), key=lambda value: value if number else str(value))
+    if not number or len(distinct) <= 6:
+        rank = {value: (i + 0.5) / len(distinct) for i, value in enumerate(distinct)}
+        ticks = [(height, _short(value)) for value, height in rank.items()]
+        return [None if value is None else rank[value] for value in values], ticks
+    low, high = float(distinct[0]), float(distinct[-1])
+    log = low > 0 and high / low >= 8
+
+    def height(value: float) -> float:
+        if log:
+            return math.log(value / low) / math.log(high / low)
+        return (value - low) / (high - low)
+
+    ticks = [(0.0, _short(low)), (1.0, _short(high))]
+    return [None if value is None else height(float(value)) for value in values], ticks
+
+
+def _short(value: Any) -> str:
+    return f"{value:.2g}" if isinstance(value, float) else str(value)[:10]
+
+
+def _norm(scores: np.ndarray) -> Normalize:
+    return Normalize(scores.min(), max(scores.max(), scores.min() + 1e-6))
+
+
+def _spans_decades(values: np.ndarray) -> bool:
+    return bool(len(values) and values.min() > 0 and values.max() / values.min() >= 4)
+
+
+def _spread_out(xs: np.ndarray, ys: np.ndarray) -> bool:
+    return len(set(xs)) > 1 and len(set(ys)) > 1
+
+
+def _smoothed(
+    xs: np.ndarray, ys: np.ndarray, scores: np.ndarray, grid_x: np.ndarray, grid_y: np.ndarray
+) -> np.ndarray:
+    """Mean of the scores weighed by nearness, a quarter of each axis wide."""
+    width_x, width_y = (0.25 * (values.max() - values.min()) for values in (xs, ys))
+    total = np.zeros_like(grid_x)
+    weight = np.full_like(grid_x, 1e-9)
+    for x, y, score in zip(xs, ys, scores, strict=True):
+        near = np.exp(-(((grid_x - x) / width_x) ** 2 + ((grid_y - y) / width_y) ** 2))
+        total += near * score
+        weight += near
+    smooth: np.ndarray = total / weight
+    return smooth
+
+
+def _scale(axes: Axes, axis: str, values: np.ndarray, log: bool) -> None:
+    """Log or linear, with a tick at each value where there are few."""
+    side = axes.xaxis if axis == "x" else axes.yaxis
+    if log:
+        (axes.set_xscale if axis == "x" else axes.set_yscale)("log")
+        side.set_minor_locator(NullLocator())
+        side.set_major_formatter("{x:g}")
+    distinct = sorted(set(values.tolist()))
+    if len(distinct) <= 6 and all(value == int(value) for value in distinct):
+        side.set_ticks(distinct, [f"{value:g}" for value in distinct])
+    elif log:
+        ticks = np.geomspace(distinct[0], distinct[-1], 5)
+        side.set_ticks(ticks, [f"{value:.2g}" for value in ticks])

@@ -1,0 +1,182 @@
+"""The folder of a sweep: its record beside the study, its name, and who drives it.
+
+::
+
+    config.toml   the settings that all trials share
+    sweep.toml    how the space is searched, and what the space was
+    space.py      a copy of the space
+    study.db      the record of the trials (:mod:`next.tuning.study`)
+    trials/NAME/  journal, checkpoints, features and free axes of each run
+    sweep.json, report.html, figures/, checkpoints/best/
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+import tomllib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tomli_w
+from filelock import FileLock, Timeout
+
+from next.config import RunConfig, from_toml, near_matches, override
+from next.training.launch import claim_folder
+from next.tuning.results import Setting, Trial, group, read_trials, starting_point
+from next.tuning.settings import SweepConfig
+from next.tuning.space import Space
+from next.tuning.study import FILE, Studies, open_studies
+
+_LOCK = ".driver.lock"
+
+
+class Standing(NamedTuple):
+    """A sweep as it stands."""
+
+    folder: Path
+    base: RunConfig
+    sweep: SweepConfig
+    objectives: Mapping[str, str]
+    varied: list[str]
+    studies: Studies
+    trials: list[Trial]
+    """All runs; those of the sampler first, in the order in which they began."""
+    settings: list[Setting]
+    """The settings that they are of, best first."""
+
+
+def read_standing(folder: Path) -> Standing:
+    """A sweep as its record has it; it may be running.
+
+    Raises:
+        FileNotFoundError: there is no sweep in ``folder``.
+        ValueError: the study file is locked or damaged.
+    """
+    record = read_record(folder)
+    sweep = SweepConfig(**record["sweep"])
+    base = from_toml((folder / "config.toml").read_text())
+    studies = open_studies(folder / FILE, folder.name, sweep)
+    trials = read_trials(studies, folder, record["objectives"], base.seed)
+    return Standing(
+        folder=folder,
+        base=base,
+        sweep=sweep,
+        objectives=record["objectives"],
+        varied=list(record["description"]),
+        studies=studies,
+        trials=trials,
+        settings=group(
+            trials, record["objectives"], starting_point(base, list(record["description"]))
+        ),
+    )
+
+
+def is_driven(folder: Path) -> bool:
+    """Whether a driver is at work on a sweep."""
+    try:
+        with FileLock(folder / _LOCK, timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def find_sweep(storage: Path, name: str) -> Path:
+    """The folder of the sweep ``name`` (or the folder itself, if it is one).
+
+    Raises:
+        FileNotFoundError: there is none; the near matches are named.
+    """
+    for folder in (Path(name), storage / name):
+        if (folder / "sweep.toml").is_file():
+            return folder.absolute()
+    known = list_sweeps(storage)
+    near = near_matches(name, known) or known[:3]
+    raise FileNotFoundError(
+        f"there is no sweep {name!r} in {storage}"
+        + (f"; did you mean {' or '.join(near)}?" if near else "")
+    )
+
+
+def list_sweeps(storage: Path) -> list[str]:
+    """Names of all sweeps below a storage path, the newest first."""
+    records = sorted(storage.glob("*/sweep.toml"), key=lambda path: -path.stat().st_mtime)
+    return [record.parent.name for record in records]
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """``sweep.toml``: ``space``, ``path``, ``objectives``, ``description`` and ``sweep``.
+
+    Raises:
+        FileNotFoundError: there is no sweep in ``folder``.
+    """
+    path = folder / "sweep.toml"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no sweep (there is no sweep.toml)")
+    return tomllib.loads(path.read_text())
+
+
+def new_folder(base: RunConfig, space: Space) -> Path:
+    """The folder of a new sweep, named by ``run.name`` or after its space and the time.
+
+    Raises:
+        ValueError: a sweep or a run of this name exists.
+    """
+    storage = Path(base.run.storage_path)
+    if base.run.name is None:
+        name = time.strftime(f"sweep-{space.name}-%Y%m%d-%H%M%S")
+        base = override(base, {"run.name": name})
+    folder = storage / str(base.run.name)
+    if (folder / "config.toml").exists() and not base.run.fresh:
+        what = "sweep" if (folder / "sweep.toml").exists() else "run"
+        raise ValueError(
+            f"a {what} named {base.run.name!r} exists in {storage}; "
+            + ("go on with it by `jobs/sweep.py resume`, " if what == "sweep" else "")
+            + "choose another run.name, or set run.fresh"
+        )
+    return claim_folder(base)
+
+
+def write_record(
+    folder: Path, space: Space, sweep: SweepConfig, description: Mapping[str, str]
+) -> None:
+    """Write ``sweep.toml`` and the copy of the space."""
+    copy = folder / "space.py"
+    if space.path.absolute() != copy:
+        shutil.copyfile(space.path, copy)
+    draft = folder / ".sweep.toml"
+    draft.write_text(
+        tomli_w.dumps(
+            {
+                "space": space.name,
+                "path": str(space.path.absolute()),
+                "objectives": dict(space.objectives),
+                "description": dict(description),
+                "sweep": sweep.model_dump(mode="json", exclude_none=True),
+            }
+        )
+    )
+    os.replace(draft, folder / "sweep.toml")
+
+
+@contextmanager
+def driving(folder: Path) -> Iterator[None]:
+    """Hold a sweep for one driver.
+
+    Raises:
+        ValueError: another one is at work.
+    """
+    lock = FileLock(folder / _LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"sweep {folder.name} is being driven by another process; wait for it, or end it first"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,174 @@
+"""One trial, in Tune's actor."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import resource
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from ray import tune
+
+from next.config import RunConfig, from_toml, override, to_toml
+from next.data.shards import Manifest, open_manifest
+from next.tracking.run import Run, open_run
+from next.tracking.views import SWEEP
+from next.training.inputs import training_data
+from next.training.loop import Worker, train
+from next.training.process import configure_torch, device
+from next.training.record import seed_tags
+from next.training.report import TuneReporter
+from next.training.store import CheckpointStore
+from next.tuning.axes import measure_axes
+
+_log = logging.getLogger(__name__)
+
+_PREDECESSOR_SECONDS = 120.0
+
+
+def run_trial(
+    task: dict[str, Any],
+    *,
+    base: str,
+    folder: str,
+    tracked: dict[str, str | None],
+    free_axes: bool,
+) -> None:
+    """Train one trial to its end, or until Tune ends it.
+
+    What the training raises is reported (``failed``) and not raised on: Tune would repeat the same
+    error, while it repeats a trial whose process was killed, which goes on from its checkpoint.
+
+    Args:
+        task: ``name`` and ``settings`` of the trial, as :class:`next.tuning.search.Search` gave it.
+        base: TOML of the settings that all trials share.
+        folder: of the sweep; the trial's own is ``trials/NAME`` below it.
+        tracked: MLflow's address, the experiment and the parent run.
+        free_axes: measure the best checkpoint with what only matters at evaluation.
+    """
+    name, own = str(task["name"]), Path(folder) / "trials" / str(task["name"])
+    own.mkdir(parents=True, exist_ok=True)
+    config = override(from_toml(base), task["settings"])
+    configure_torch(config)
+    gc.collect()  # what the actor's last trial left in reference cycles
+    record = {
+        "uri": tracked["uri"],
+        "experiment": str(tracked["experiment"]),
+        "name": name,
+        "folder": str(own),
+        "parent": tracked["parent"],
+        "params": task["settings"],
+        "tags": {"next.kind": "trial", SWEEP: tracked["parent"], **seed_tags(config)},
+        "system_seconds": config.tracking.system_seconds,
+    }
+    try:
+        with _alone_in(own):
+            ended = _until_tune_ends_it(config, own, record, free_axes)
+    except Exception as error:
+        (own / "error.txt").write_text(traceback.format_exc())
+        _log.info("%s failed: %r", name, error)
+        ended = _report_failure(f"{kind_of(error)}: {error}")
+    if ended:
+        sys.exit(0)
+
+
+def kind_of(error: Exception) -> str:
+    """What kind of ending an error is, in a word or two."""
+    no_memory = "can't allocate memory" in str(error)  # torch on the CPU has no class for it
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or no_memory:
+        return "out of memory"
+    named = {"RouterCollapseError": "collapsed", "NonFiniteLossError": "diverged"}
+    for kind in type(error).__mro__:
+        if kind.__name__ in named:
+            return named[kind.__name__]
+    return f"raised {type(error).__name__}"
+
+
+def best_checkpoint(folder: Path) -> Path | None:
+    """The best checkpoint of a trial's folder, None where none was written."""
+    try:
+        return CheckpointStore(folder / "checkpoints").best()
+    except FileNotFoundError:
+        return None
+
+
+def _alone_in(folder: Path) -> FileLock:
+    """The trial's folder, once an actor that outlives its killed driver has left it.
+
+    Raises:
+        RuntimeError: it does not leave.
+    """
+    lock = FileLock(folder / ".trial.lock", timeout=_PREDECESSOR_SECONDS)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RuntimeError(
+            f"{folder} is still written by the process of an earlier driver after "
+            f"{_PREDECESSOR_SECONDS:.0f} s; end that process and resume the sweep"
+        ) from None
+    return lock
+
+
+def _report_failure(text: str) -> bool:
+    """Tell the search, which stops the trial; True, as Tune ends it within the report."""
+    try:
+        tune.report({"failed": text})
+    except SystemExit:
+        return True
+    return False
+
+
+def _until_tune_ends_it(
+    config: RunConfig, folder: Path, record: dict[str, Any], free_axes: bool
+) -> bool:
+    """Train and measure; True if Tune ended the trial, which it does within a report."""
+    manifest = open_manifest(str(config.data.uri))
+    with open_run(**record) as run:
+        run.log_text(to_toml(config), "config.toml")
+        ended = _train_here(config, manifest, folder, run)
+    best = best_checkpoint(folder)
+    if ended or best is None:
+        return ended
+    measure_axes(best, config, manifest, folder, device=device(config), exhaustive=free_axes)
+    return False
+
+
+def _train_here(config: RunConfig, manifest: Manifest, folder: Path, run: Run) -> bool:
+    """Train; True if Tune ended the trial.
+
+    Tune ends a trial by ``SystemExit`` within its report and keeps the exception. It is dropped
+    here, because its traceback would hold network, optimizer and batches for the actor's life.
+    """
+    where = device(config)
+    if where.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+    reporter = TuneReporter(
+        folder / "checkpoints", lambda: _memory(where), checkpoint=config.checkpoint
+    )
+    try:
+        with reporter:
+            train(
+                config,
+                training_data(config, manifest),
+                reporter,
+                Worker(device=where),
+                lambda metrics, step: run.log_metrics(metrics, step=step),
+            )
+    except SystemExit:
+        return True
+    return False
+
+
+def _memory(where: torch.device) -> dict[str, float]:
+    """Peak memory of this process, and of its share of a GPU, in MiB."""
+    found = {"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    if where.type == "cuda":
+        found["gpu_peak_mib"] = torch.cuda.max_memory_reserved(where) / (1 << 20)
+        found["gpu_mib"] = torch.cuda.get_device_properties(where).total_memory / (1 << 20)
+    return found

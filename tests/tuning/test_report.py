@@ -1,0 +1,200 @@
+"""The report of a sweep that was played with known scores: no training, everything else real."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from wsgiref.util import setup_testing_defaults
+
+import numpy as np
+import pytest
+
+from next.config import RunConfig, override, to_toml
+from next.data.shards import open_manifest
+from next.training.inputs import resolve, training_data
+from next.tuning.axes import AXES, FEATURES
+from next.tuning.folder import write_record
+from next.tuning.report import importance, report_sweep
+from next.tuning.resources import Places
+from next.tuning.search import Repeat, Search
+from next.tuning.settings import SweepConfig
+from next.tuning.space import describe_space, load_space
+from next.tuning.study import FILE, create_studies, open_studies
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = {
+    "model.backbone.name": "next-tiny",
+    "model.backbone.pretrained": None,
+    "data.image_size": (32, 16),
+    "batch.identities": 4,
+    "batch.instances": 4,
+    "optim.epochs": 3,
+    "optim.warmup_epochs": 0.5,
+    "selection.holdout": 0.34,
+}
+SWEEP = SweepConfig(trials=24, grace_epochs=1, reduction=3, seed=3)
+
+
+def value_of(settings, epoch) -> float:
+    """A known surface: sharp routing and many experts are good, up to a seed's noise."""
+    temperature = settings.get("model.routing.temperature", 1.0)
+    experts = settings.get("model.semantic.experts", 2)
+    noise = np.random.default_rng(settings.get("seed", 0) + 17).normal(0, 0.6)
+    return float(60 - 8 * np.log(temperature) + experts + 4 * np.log(epoch) + noise)
+
+
+def play(search: Search, folder: Path, samples) -> None:
+    """Run the sweep as Tune would, and write what trials write."""
+    for step in range(200):
+        task = search.suggest(str(step))
+        if task == "FINISHED":
+            return
+        own = folder / "trials" / task["name"]
+        own.mkdir(parents=True)
+        pruned = False
+        for epoch in (1, 2, 3):
+            score = value_of(task["settings"], epoch)
+            pruned = search.report(str(step), {"epoch": epoch, "val/mAP": score})
+            if pruned:
+                break
+        if not pruned:
+            write_measured(own, task["settings"], samples)
+        search.on_trial_complete(str(step))
+
+
+def write_measured(own: Path, settings, samples) -> None:
+    score, generator = value_of(settings, 3), np.random.default_rng(len(str(settings)))
+    features = generator.normal(size=(len(samples), 8)).astype(np.float16)
+    np.savez(
+        own / FEATURES,
+        average_precision=score + generator.normal(0, 9, size=len(samples)),
+        query_pid=samples.labels.pid,
+        query=features,
+        gallery=features,
+        own=np.arange(len(samples)),
+    )
+    experts = settings.get("model.semantic.experts", 2)
+    choice = {"captions.evaluation": "all", "flip": False, "rerank": None}
+    axes = {
+        "usage": {"semantic_entropy": [[0.4 + 0.05 * experts] * experts] * 3},
+        "choices": 2,
+        "default": choice | {"val/mAP": score},
+        "best": [choice | {"flip": True, "val/mAP": score + 1}],
+        "by_axis": {"flip": {"True": score + 1, "False": score}},
+        "missing": {"patterns": ["RGB+NI", "RGB", "NI"], "mAP": [[60, 50, 40]] * 3},
+    }
+    (own / AXES).write_text(json.dumps(axes))
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory, demo_shards, cache_folder) -> Path:
+    from tests.conftest import TINY
+
+    storage = tmp_path_factory.mktemp("played")
+    base = override(
+        RunConfig(),
+        TINY | {"data.uri": str(demo_shards), "data.cache": str(cache_folder)},
+    )
+    manifest = open_manifest(demo_shards)
+    base = resolve(base, manifest)
+    samples = training_data(base, manifest).query
+    folder = storage / "played"
+    folder.mkdir()
+    (folder / "config.toml").write_text(to_toml(base))
+    space = load_space(ROOT / "tune_spaces" / "experts.py")
+    write_record(folder, space, SWEEP, describe_space(space, base))
+    studies = create_studies(folder / FILE, "played", space.objectives, SWEEP)
+    repeats = iter([Repeat("trial-0000", {}, 1)])
+    search = Search(
+        studies, space, SWEEP, base, Places(base, SWEEP, {"CPU": 4}), lambda: next(repeats, None)
+    )
+    play(search, folder, samples)
+    return folder
+
+
+def test_the_page_is_small_whole_and_shows_every_score_with_its_spread(played):
+    page, summary = report_sweep(played)
+    text = page.read_text()
+    assert page.stat().st_size < 5_000_000
+    fetched = re.findall(r"(?:src|href)=[\"']?([^\s\"'>]{0,5})", text)
+    assert set(fetched) == {"data:"}, "nothing is fetched"
+    for title in ("Leaderboard", "Search", "Experts and missing modalities", "Free axes"):
+        assert title in text
+    assert "The two best, query by query" in text
+    assert text.count("<img ") >= 8
+    board = text[text.index("Leaderboard") : text.index("<h2>Search")]
+    scores = re.findall(r"<td>(\d\d\.?\d* [^<]*)</td>", board)
+    assert len(scores) >= 10
+    assert all("±" in score for score in scores)
+    answer = json.loads(summary.read_text())
+    assert len(answer["trials"]) == len(list((played / "trials").iterdir()))
+    assert answer["noise_floor"]["degrees_of_freedom"] >= 3
+    best = answer["leaderboard"][0]["settings"]
+    assert best["model.routing.temperature"] < 1.0, "the surface's good corner was found"
+    assert {verdict["theirs"] for verdict in answer["verdicts"]} >= {"default"}
+    assert json.dumps(answer).find("NaN") < 0
+
+
+def test_temperature_and_experts_matter_most_on_a_surface_of_these_two(played):
+    study = open_studies(played / FILE, "played", SWEEP).search
+    shares, method = importance(study)
+    assert method == "fANOVA"
+    assert sum(shares.values()) == pytest.approx(1.0)
+    assert max(shares, key=shares.get) == "model.routing.temperature"
+    assert "captions.keep" not in shares, "only some trials have it"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="there is no Chromium")
+def test_the_page_fits_a_wide_and_a_narrow_screen_without_network(played):
+    from playwright.sync_api import sync_playwright
+
+    page, _ = report_sweep(played)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox"]
+        )
+        for width in (1280, 390):
+            tab = browser.new_page(viewport={"width": width, "height": 900})
+            asked: list[str] = []
+            tab.on("request", lambda request, asked=asked: asked.append(request.url))
+            tab.goto(page.as_uri())
+            assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+            assert tab.evaluate("document.documentElement.scrollWidth") == width
+            broken = "[...document.images].filter(i => !i.complete || !i.naturalWidth).length"
+            assert tab.evaluate(broken) == 0
+        browser.close()
+
+
+def test_optunas_dashboard_opens_the_study(played):
+    import optuna
+    from optuna_dashboard import wsgi
+
+    storage = optuna.storages.RDBStorage(f"sqlite:///{played / FILE}")
+    answer: dict = {}
+
+    def get(path: str):
+        environ = {"PATH_INFO": path}
+        setup_testing_defaults(environ)
+        begin = lambda status, headers, *error: answer.update(s=status)  # noqa: E731
+        body = b"".join(wsgi(storage)(environ, begin))
+        assert answer["s"].startswith("200"), body[:300]
+        return json.loads(body)
+
+    names = {entry["study_name"]: entry for entry in get("/api/studies")["study_summaries"]}
+    assert set(names) == {"played", "played seeds"}
+    detail = get(f"/api/studies/{names['played']['study_id']}")
+    states = {trial["state"] for trial in detail["trials"]}
+    assert states == {"Complete", "Pruned"}
+    assert any(trial["intermediate_values"] for trial in detail["trials"])
+    storage.engine.dispose()
+
+
+def test_a_sweep_without_a_score_has_no_report_yet(tmp_path, played):
+    folder = tmp_path / "new"
+    folder.mkdir()
+    for name in ("config.toml", "sweep.toml"):
+        shutil.copy(played / name, folder / name)
+    create_studies(folder / FILE, "new", {"val/mAP": "max"}, SWEEP)
+    with pytest.raises(ValueError, match=r"no trial of new has reported a score yet"):
+        report_sweep(folder)

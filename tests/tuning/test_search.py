@@ -1,0 +1,210 @@
+"""What runs next: asked as Tune asks, with real studies and no cluster."""
+
+import pytest
+from optuna.trial import TrialState
+from ray.tune.search import Searcher
+
+from next.config import RunConfig, override
+from next.tuning.resources import Places, gpu_share
+from next.tuning.search import DEFAULT, Repeat, Search, how_it_died
+from next.tuning.settings import SweepConfig
+from next.tuning.space import Space
+from next.tuning.study import create_studies, open_studies
+
+BASE = override(RunConfig(), {"optim.epochs": 4, "optim.warmup_epochs": 1})
+CPUS = {"CPU": 8.0}
+
+
+def suggest(trial):
+    return {"optim.lr": trial.suggest_float("optim.lr", 1e-4, 1e-2, log=True)}
+
+
+def make_space(tmp_path, **objectives):
+    return Space("mine", suggest, tmp_path / "mine.py", objectives or {"val/mAP": "max"})
+
+
+def make_search(tmp_path, sweep, *, choose=lambda: None, space=None, new=True):
+    space = space or make_space(tmp_path)
+    path = tmp_path / "study.db"
+    studies = (
+        create_studies(path, "mine", space.objectives, sweep)
+        if new
+        else open_studies(path, "mine", sweep)
+    )
+    return Search(studies, space, sweep, BASE, Places(BASE, sweep, CPUS), choose)
+
+
+def run_to_end(search, trial_id, score=50.0, epochs=4):
+    for epoch in range(1, epochs + 1):
+        if search.report(trial_id, {"epoch": epoch, "val/mAP": score + epoch}):
+            break
+    search.on_trial_complete(trial_id)
+
+
+SIX = SweepConfig(trials=6, grace_epochs=1, reduction=2)
+
+
+def test_the_order_is_noise_then_search_then_race(tmp_path):
+    races = iter([Repeat("trial-0000", {"optim.lr": 1e-3}, 1), None])
+    search = make_search(tmp_path, SIX, choose=lambda: next(races))
+    names = []
+    for count in range(10):
+        task = search.suggest(str(count))
+        if task == Searcher.FINISHED:
+            break
+        names.append(task["name"])
+        run_to_end(search, str(count))
+    assert names == [
+        "default-seed0",
+        "default-seed1",
+        "trial-0000",
+        "trial-0001",
+        "trial-0000-seed1",
+    ]
+
+
+def test_a_killed_driver_leaves_nothing_doubled_and_nothing_lost(tmp_path):
+    sweep = SweepConfig(trials=6, noise_share=0, race_share=0, pruner="none")
+    search = make_search(tmp_path, sweep)
+    first, second = search.suggest("a"), search.suggest("b")
+    run_to_end(search, "a", score=10.0)
+    search.report("b", {"epoch": 2, "val/mAP": 20.0})
+    again = make_search(tmp_path, SweepConfig(**{**sweep.model_dump(), "trials": 4}), new=False)
+    tasks = []
+    for count in range(10):
+        task = again.suggest(str(count))
+        if task == Searcher.FINISHED:
+            break
+        tasks.append(task)
+        run_to_end(again, str(count))
+    assert tasks[0]["name"] == second["name"] == "trial-0001"
+    assert tasks[0]["settings"] == second["settings"]
+    assert [task["name"] for task in tasks[1:]] == ["trial-0002", "trial-0003"]
+    rates = {first["settings"]["optim.lr"], *(task["settings"]["optim.lr"] for task in tasks)}
+    assert len(rates) == 4
+    frozen = again.studies.search.trials
+    assert [trial.state for trial in frozen] == [TrialState.COMPLETE] * 4
+    assert frozen[1].user_attrs["curve"][0] == [2, [20.0]], "what was reported before is kept"
+
+
+def test_failures_pruning_and_divergence_are_told_as_what_they_are(tmp_path):
+    sweep = SweepConfig(trials=10, noise_share=0, race_share=0, grace_epochs=1, reduction=2)
+    search = make_search(tmp_path, sweep)
+    search.suggest("good")
+    run_to_end(search, "good", score=80.0)
+    search.suggest("poor")
+    assert search.report("poor", {"epoch": 1, "val/mAP": 10.0}), "behind at the first rung"
+    search.on_trial_complete("poor")
+    search.suggest("nan")
+    assert search.report("nan", {"epoch": 1, "val/mAP": float("nan")})
+    search.on_trial_complete("nan")
+    search.suggest("raised")
+    assert search.report("raised", {"failed": "raised ValueError: heads"})
+    search.on_trial_complete("raised")
+    search.suggest("dumb")
+    assert search.report("dumb", {"epoch": 1, "val/rank1": 3.0})
+    search.on_trial_complete("dumb")
+    search.suggest("silent")
+    search.on_trial_complete("silent")
+    search.suggest("dead")
+    search.fail("dead", "killed: its process ended")
+    search.on_trial_complete("dead", error=True)
+    frozen = search.studies.search.trials
+    assert [trial.state.name for trial in frozen] == ["COMPLETE", "PRUNED", *["FAIL"] * 5]
+    errors = [trial.user_attrs.get("error", "") for trial in frozen]
+    assert errors[2].startswith("diverged: ")
+    assert errors[3] == "raised ValueError: heads"
+    assert errors[4] == "metric: the trial did not report val/mAP; it reported val/rank1"
+    assert errors[5] == "metric: the trial reported nothing"
+    assert errors[6] == "killed: its process ended"
+
+
+def test_a_run_that_came_back_from_the_dead_is_not_failed_and_repeats_no_epoch(tmp_path):
+    search = make_search(tmp_path, SweepConfig(trials=1, noise_share=0, race_share=0))
+    search.suggest("a")
+    search.report("a", {"epoch": 2, "val/mAP": 20.0})
+    search.fail("a", "killed: its process ended")
+    assert not search.report("a", {"epoch": 2, "val/mAP": 20.0})
+    assert not search.report("a", {"epoch": 4, "val/mAP": 40.0})
+    search.on_trial_complete("a")
+    (trial,) = search.studies.search.trials
+    assert trial.state == TrialState.COMPLETE
+    assert trial.value == 40.0
+    assert trial.user_attrs["curve"] == [[2, [20.0]], [4, [40.0]]]
+    assert trial.user_attrs["deaths"] == 1
+
+
+def test_the_target_ends_the_search_and_leaves_the_race(tmp_path):
+    sweep = SweepConfig(trials=20, target=60.0, noise_share=0)
+    search = make_search(tmp_path, sweep, choose=lambda: Repeat(DEFAULT, {}, 7))
+    search.suggest("a")
+    run_to_end(search, "a", score=70.0)
+    assert search.over() == "the target of 60"
+    assert search.suggest("b")["name"] == "default-seed7"
+
+
+def test_no_trial_begins_when_the_hours_are_spent_earlier_sessions_included(tmp_path):
+    sweep = SweepConfig(trials=20, hours=1.0)
+    search = make_search(tmp_path, sweep)
+    search.studies.search.set_user_attr("spent_seconds", 3590.0)
+    again = make_search(tmp_path, sweep, new=False)
+    assert again.over() == "1 hours"
+    assert again.suggest("a")["name"] == "default-seed0", "the race's share is left"
+    run_to_end(again, "a")
+    again.studies.search.set_user_attr("spent_seconds", 3601.0)
+    over = make_search(tmp_path, sweep, new=False)
+    assert over.suggest("a") == Searcher.FINISHED
+
+
+def test_two_objectives_are_told_together_and_never_pruned(tmp_path):
+    space = make_space(tmp_path, **{"val/mAP": "max", "train/seconds_per_step": "min"})
+    sweep = SweepConfig(trials=2, noise_share=0, race_share=0, grace_epochs=1, reduction=2)
+    search = make_search(tmp_path, sweep, space=space)
+    for name, score in (("a", 50.0), ("b", 1.0)):
+        search.suggest(name)
+        for epoch in (1, 2, 3, 4):
+            result = {"epoch": epoch, "val/mAP": score - epoch, "train/seconds_per_step": 0.5}
+            assert not search.report(name, result)
+        search.on_trial_complete(name)
+    assert [trial.values for trial in search.studies.search.trials] == [[49.0, 0.5], [0.0, 0.5]]
+    assert len(search.studies.search.best_trials) == 1
+
+
+def test_no_more_trials_run_at_a_time_than_the_cluster_holds():
+    sweep = SweepConfig(trials=8, concurrency=6)
+    two = override(BASE, {"scaling.cpus_per_worker": 2.0})
+    assert Places(two, sweep, {"CPU": 8.0}).concurrency == 4
+    with pytest.raises(ValueError, match=r"a trial needs 2 CPU, but the cluster has 1; lower"):
+        Places(two, sweep, {"CPU": 1.0})
+    gpu = override(BASE, {"scaling.use_gpu": True})
+    half = SweepConfig(trials=8, concurrency=6, gpus_per_trial=0.5)
+    assert Places(gpu, half, {"CPU": 64.0, "GPU": 2.0}).concurrency == 4
+    with pytest.raises(ValueError, match=r"needs 0.125 GPU, but the cluster has 0"):
+        Places(gpu, sweep, {"CPU": 64.0})
+
+
+def test_the_first_trials_peak_memory_says_how_many_share_a_gpu():
+    base = override(BASE, {"scaling.use_gpu": True})
+    places = Places(base, SweepConfig(trials=8, concurrency=4), {"CPU": 8.0, "GPU": 1.0})
+    assert places.ready(0)
+    assert not places.ready(1), "the first one is alone"
+    assert places.gpus == 1.0
+    places.learn({"gpu_peak_mib": 20_000.0, "gpu_mib": 80_000.0})
+    assert places.gpus == pytest.approx(0.333)
+    assert places.ready(2)
+    assert places.resources({"gpus": places.gpus}).bundles == [{"CPU": 1.0, "GPU": 0.333}]
+
+
+@pytest.mark.parametrize(
+    ("peak", "size", "concurrency", "share"),
+    [(10, 80, 2, 0.5), (10, 80, 16, 0.166), (79, 80, 4, 1.0), (300, 80, 4, 1.0)],
+)
+def test_shares_of_a_gpu_leave_room_above_the_peak(peak, size, concurrency, share):
+    assert gpu_share(peak, size, concurrency) == pytest.approx(share)
+
+
+def test_a_death_says_whether_it_was_memory():
+    text = "ray.exceptions.OutOfMemoryError: Task was killed due to the node running low on memory"
+    assert how_it_died(text).startswith("out of memory: ray.exceptions.OutOfMemoryError")
+    assert how_it_died("The actor died: RayActorError").startswith("killed: ")
+    assert how_it_died(None) == "killed: its process ended"
