@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test test-fast browser services lint format bench clean help
+.PHONY: demo test test-fast test-network browser services lint format bench clean help
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -25,6 +25,9 @@ test: lint ## lint, types and every test
 
 test-fast: $(VENV)/.ready ## the tests that take less than ten seconds each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+
+test-network: $(VENV)/.ready ## two hosts on one machine, their link cut in the middle of a run (needs root)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m network -rs
 
 browser: ## Chromium for the tests that look at pages (Debian's package; needs root), else they are skipped
 	command -v chromium || (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null) \

@@ -33,8 +33,8 @@ DEMO_CARD = Path(__file__).resolve().parents[1] / "datasets" / "demo.toml"
 """Card of the procedural benchmark, in a checkout of the project."""
 
 _OUTSIDE = (
-    *("check", "checkpoint", "data", "figures", "folder"),
-    *("labels", "ledger", "out", "shards", "source"),
+    *("cache", "check", "checkpoint", "data", "figures", "folder", "peek", "picture"),
+    *("labels", "ledger", "out", "replay", "shards", "source", "verify_order"),
 )
 """Fields of jobs that name data or results, which are never part of the project's own files."""
 
@@ -64,24 +64,30 @@ def parse(job: type[Job], argv: Sequence[str], *, default: Job | None = None) ->
         if name in _OUTSIDE and value is not None:
             refuse_fleeting(f"--{name}", value)
         elif isinstance(value, RunConfig) and "data" in vars(parsed):
-            refuse_fleeting("run.storage_path", value.run.storage_path)
-            refuse_fleeting("data.cache", value.data.cache)
+            refuse_fleeting("run.storage_path", value.run.storage_path, buckets=False)
+            refuse_fleeting("checkpoint.storage_path", value.checkpoint.storage_path)
+            refuse_fleeting("data.cache", value.data.cache, buckets=False)
     return parsed
 
 
-def refuse_fleeting(name: str, path: str | Path | None) -> None:
+def refuse_fleeting(name: str, path: str | Path | None, *, buckets: bool = True) -> None:
     """In a job of ``ray job submit``, refuse a relative folder of data or results.
+
+    Args:
+        name: the flag or setting, for the message.
+        path: None is fine.
+        buckets: whether it may lie in an object store.
 
     Raises:
         ValueError: it would be looked up in the copy of the project in which Ray runs the job;
             data are not copied, and what a run writes there is deleted with the copy.
     """
     in_ray_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    where = "absolute path or s3:// address" if buckets else "absolute path"
     if in_ray_job and path is not None and not str(path).startswith(("/", "~", "s3://")):
         raise ValueError(
-            f"{name} must be an absolute path or s3:// address in a Ray job, because Ray runs it "
-            f"in a copy of the project that holds no data and is deleted afterwards, but got "
-            f"{str(path)!r}; give a folder that every node of the cluster sees"
+            f"{name} must be an {where} in a Ray job, because Ray runs it in a copy of the "
+            f"project that holds no data and is deleted afterwards, but got {str(path)!r}"
         )
 
 

@@ -142,7 +142,11 @@ class DataJob:
     [
         (["--data", "shards/x", "--run.storage_path", "/x"], "--data must .* got 'shards/x'"),
         (["--data", "/x", "--run.storage_path", "/x", "--out", "y"], "--out must .* got 'y'"),
-        (["--data", "s3://b/x"], "run.storage_path must .* got 'runs'"),
+        (["--data", "s3://b/x"], "run.storage_path must be an absolute path in .* got 'runs'"),
+        (
+            ["--data", "/x", "--run.storage_path", "/x", "--checkpoint.storage_path", "c"],
+            "checkpoint.storage_path must be an absolute path or s3:// .* got 'c'",
+        ),
         (
             ["--data", "/x", "--run.storage_path", "/x", "--data.cache", "c"],
             "data.cache must .* got 'c'",

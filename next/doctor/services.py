@@ -125,29 +125,34 @@ def capacity(inquiry: Inquiry) -> Finding:
 
 
 def storage(inquiry: Inquiry) -> Finding:
-    """Whether results can be written, and seen by every node."""
-    path = inquiry.config.run.storage_path
-    try:
-        folder = open_folder(path)
-        existing = Path(folder.base)
-        while folder.is_local and not existing.exists():
-            existing = existing.parent
-        (open_folder(existing) if folder.is_local else folder).require_writable()
-    except (OSError, ValueError) as error:
-        return Finding(
-            "storage", "error", str(error), "--run.storage_path with a folder that can be written"
-        )
-    nodes = _nodes() or []
-    if folder.is_local and len(nodes) > 1:
+    """Whether results can be written, and checkpoints seen by every node."""
+    config = inquiry.config
+    paths = {"run.storage_path": config.run.storage_path}
+    if config.checkpoint.storage_path is not None:
+        paths["checkpoint.storage_path"] = config.checkpoint.storage_path
+    found = []
+    for name, path in paths.items():
+        try:
+            folder = open_folder(path)
+            existing = Path(folder.base)
+            while folder.is_local and not existing.exists():
+                existing = existing.parent
+            (open_folder(existing) if folder.is_local else folder).require_writable()
+        except (OSError, ValueError) as error:
+            mend = f"--{name} with a folder that can be written"
+            return Finding("storage", "error", f"{name}: {error}", mend)
+        free = shutil.disk_usage(existing).free if folder.is_local else None
+        found.append(folder.uri + (f" ({free / GIB:.1f} GiB free)" if free is not None else ""))
+    nodes = len(_nodes() or [])
+    if folder.is_local and nodes > 1 and config.scaling.num_workers != 1:
         return Finding(
             "storage",
             "warning",
-            f"{folder.uri} is a local path and the cluster has {len(nodes)} nodes; it must be a "
-            f"share that all of them mount",
-            "--run.storage_path s3://BUCKET/runs",
+            f"checkpoints go to the local folder {folder.uri} and the cluster has {nodes} nodes; "
+            f"it must be a share that all of them mount",
+            "--checkpoint.storage_path s3://BUCKET/checkpoints",
         )
-    free = f", {shutil.disk_usage(existing).free / GIB:.1f} GiB free" if folder.is_local else ""
-    return Finding("storage", "ok", f"{folder.uri} can be written{free}")
+    return Finding("storage", "ok", f"{' and '.join(found)} can be written")
 
 
 def tracking(inquiry: Inquiry) -> Finding:
@@ -160,9 +165,9 @@ def tracking(inquiry: Inquiry) -> Finding:
         if remote:
             return Finding(
                 "tracking",
-                "error",
-                f"the cluster has several nodes, and workers on other ones cannot reach "
-                f"{uri or 'a server that is started beside the driver'}",
+                "warning",
+                f"{uri or 'a server beside the driver'} is for this machine alone; the driver of a "
+                f"training reaches it, but trials of a sweep on the cluster's other nodes do not",
                 "--tracking.uri http://HOST:5000  # a name that every node resolves",
             )
         if uri is None:
@@ -316,7 +321,7 @@ def _dated_servers(config: RunConfig) -> Iterator[tuple[str, Answer]]:
         yield "the cluster's head", ask_cluster("/api/version")
     if config.tracking.enabled and config.tracking.uri is not None:
         yield "the tracking server", ask(f"{config.tracking.uri}/health")
-    if str(config.run.storage_path).startswith("s3://"):
+    if str(config.checkpoint.storage_path).startswith("s3://"):
         yield (
             "the object store",
             ask(os.environ.get("AWS_ENDPOINT_URL", "https://s3.amazonaws.com")),

@@ -23,7 +23,7 @@ from next.training.cluster import start_ray
 from next.training.inputs import resolve, training_data
 from next.training.interruption import Bell, listening
 from next.training.loop import Outcome, Worker, train
-from next.training.process import configure_torch, device
+from next.training.process import assessing_device, configure_torch, device
 from next.training.record import record_assessment, record_inputs, seed_tags
 from next.training.registration import register_best, write_card
 from next.training.report import FolderReporter, Metrics
@@ -110,7 +110,11 @@ def launch(config: RunConfig, *, on_report: Callable[[Metrics], None] | None = N
             checkpoint = Path(shutil.copytree(checkpoint, kept, dirs_exist_ok=True))
         with open_run(**tracked) as run:
             assessment = assess(
-                checkpoint, manifest, folder, device=device(config), history=read_history(folder)
+                checkpoint,
+                manifest,
+                folder,
+                device=assessing_device(config),
+                history=read_history(folder),
             )
             record_assessment(run, assessment, step=outcome.step)
             run.set_tags({"next.checkpoint_uri": str(checkpoint)})

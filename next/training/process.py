@@ -26,6 +26,15 @@ def device(config: RunConfig) -> torch.device:
     return torch.device("cuda")
 
 
+def assessing_device(config: RunConfig) -> torch.device:
+    """Where the driver assesses a run: on a GPU if the run uses them and there is one here.
+
+    The workers of a cluster have GPUs, while the head, where the driver runs, often has none.
+    """
+    has_one = config.scaling.use_gpu and torch.cuda.is_available()
+    return torch.device("cuda" if has_one else "cpu")
+
+
 def configure_torch(config: RunConfig) -> None:
     """Threads of this process, and kernels that give the same bits again."""
     if config.threads is not None:

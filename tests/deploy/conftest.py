@@ -126,12 +126,12 @@ def end_tree(pid: int) -> None:
         _, tree = psutil.wait_procs(tree, timeout=8)
 
 
-def wait_for(what: str, condition, seconds: float):
-    """The first true value of ``condition()``; a failure that says what was waited for."""
+def wait_for(what: str, condition, seconds: float, said=lambda: ""):
+    """The first true value of ``condition()``; else a failure that says what was waited for."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         if time.monotonic() > deadline:
-            pytest.fail(f"waited {seconds:.0f} s for {what}")
+            pytest.fail(f"waited {seconds:.0f} s for {what}\n{said()}")
         time.sleep(0.2)
     return found
 

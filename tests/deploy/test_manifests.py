@@ -120,6 +120,13 @@ def test_the_job_is_queued_retried_with_the_same_run_and_of_a_size_that_can_be_c
     assert job["spec"]["shutdownAfterJobFinishes"] is True, "Kueue takes no other"
     assert job["spec"]["backoffLimit"] > 0
     assert "--run.name " in job["spec"]["entrypoint"]
+    head = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    [claim] = [v["persistentVolumeClaim"] for v in head["volumes"] if v["name"] == "runs"]
+    assert (
+        claim["claimName"]
+        == find("kuberay/rayjob.yaml", "PersistentVolumeClaim")["metadata"]["name"]
+    )
+    assert "--run.storage_path /runs --checkpoint.storage_path s3://" in job["spec"]["entrypoint"]
     assert "enableInTreeAutoscaling" not in job["spec"]["rayClusterSpec"]
     [group] = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     assert group["minReplicas"] == group["maxReplicas"]
@@ -142,9 +149,9 @@ def test_the_standing_cluster_keeps_its_memory_on_a_volume():
     [container] = head["spec"]["containers"]
     environment = {item["name"]: item.get("value") for item in container["env"]}
     assert environment["RAY_gcs_storage"] == "rocksdb"
-    [mount] = [m for m in container["volumeMounts"] if m["name"] == "gcs"]
-    assert environment["RAY_gcs_storage_path"].startswith(mount["mountPath"])
-    [volume] = [v for v in head["spec"]["volumes"] if v["name"] == "gcs"]
+    mounts = [m["mountPath"] for m in container["volumeMounts"] if m["name"] == "head"]
+    assert environment["RAY_gcs_storage_path"].startswith(mounts[0])
+    [volume] = [v for v in head["spec"]["volumes"] if v["name"] == "head"]
     claim = find("kuberay/raycluster.yaml", "PersistentVolumeClaim")["metadata"]["name"]
     assert volume["persistentVolumeClaim"]["claimName"] == claim
 

@@ -82,8 +82,8 @@ def test_storage_that_cannot_be_written_is_found_and_none_is_made(tmp_path, s3):
     (tmp_path / "file").write_text("")
     found = services.storage(inquire({"run.storage_path": str(tmp_path / "file" / "runs")}))
     assert found.verdict == "error"
-    assert services.storage(inquire({"run.storage_path": f"{s3}/runs"})).verdict == "ok"
-    found = services.storage(inquire({"run.storage_path": "s3://no-such-bucket-here/runs"}))
+    assert services.storage(inquire({"checkpoint.storage_path": f"{s3}/c"})).verdict == "ok"
+    found = services.storage(inquire({"checkpoint.storage_path": "s3://no-such-bucket-here/c"}))
     assert found.verdict == "error"
     assert "no-such-bucket-here" in found.found
 
