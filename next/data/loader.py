@@ -68,7 +68,7 @@ def train_batches(
     classes: np.ndarray,
     device: torch.device | str,
 ) -> Iterator[Batch]:
-    """The batches of one epoch, in the plan's order, one prepared ahead by a thread.
+    """The batches of one epoch, in the plan's order.
 
     Args:
         samples: the samples to train on.
@@ -112,9 +112,9 @@ def train_batches(
                 modalities=samples.columns,
             )
         drawn = draw(maker.shape(len(rows)), config.augment, draws=earlier, **keys)
-        return maker.batch(step, rows, present, text, labels[rows], drawn)
+        return maker.batch(rows, present, text, labels[rows], drawn)
 
-    return maker.one_ahead(prepare, len(plan_slice))
+    return maker.batches(prepare, len(plan_slice))
 
 
 def evaluation_batches(
@@ -129,9 +129,9 @@ def evaluation_batches(
         text = None
         if samples.captions is not None:
             text = samples.captions.evaluate(samples.rows[rows], modalities=samples.columns)
-        return maker.batch(step, rows, samples.present[rows], text, samples.labels.pid[rows])
+        return maker.batch(rows, samples.present[rows], text, samples.labels.pid[rows])
 
-    return maker.one_ahead(prepare, -(-len(samples) // size))
+    return maker.batches(prepare, -(-len(samples) // size))
 
 
 def open_samples(
@@ -244,7 +244,7 @@ def _warn_of_cut_texts(
 
 
 class _Maker:
-    """Makes the batches of one iterator, one ahead of its consumer."""
+    """Makes the batches of one iterator."""
 
     def __init__(self, samples: SampleSet, config: RunConfig, device: torch.device | str) -> None:
         self.samples = samples
@@ -253,8 +253,6 @@ class _Maker:
         self.workspace = Workspace()
         self.threads = torch.get_num_threads()
         self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="images")
-        self.wanted = 0
-        """The step that the consumer waits for, or has had."""
 
     def shape(self, batch: int) -> tuple[int, ...]:
         """``(B, M, H, W, 3)``."""
@@ -262,7 +260,6 @@ class _Maker:
 
     def batch(
         self,
-        step: int,
         rows: np.ndarray,
         present: np.ndarray,
         text: np.ndarray | None,
@@ -276,7 +273,7 @@ class _Maker:
         text[~present] = 0
         camera = self.samples.labels.camera[rows]
         images = (self._on_cpu if self.device.type == "cpu" else self._on_device)(
-            step, rows, present, drawn
+            rows, present, drawn
         )
         return Batch(
             images,
@@ -287,13 +284,10 @@ class _Maker:
             torch.from_numpy(rows.astype(np.int64)),
         ).to(self.device)
 
-    def _on_cpu(
-        self, step: int, rows: np.ndarray, present: np.ndarray, drawn: Drawn | None
-    ) -> Tensor:
+    def _on_cpu(self, rows: np.ndarray, present: np.ndarray, drawn: Drawn | None) -> Tensor:
         stored = self.samples.stored(rows)
         shape = self.shape(len(rows))
-        # Memory for two batches, one in use and one ahead, unless the consumer keeps more.
-        images = self.workspace.lend(shape, self.device, lambda: self.wanted >= step)
+        images = self.workspace.lend(shape, self.device)
         fill = partial(
             compose,
             stored,
@@ -307,35 +301,32 @@ class _Maker:
         list(self.pool.map(lambda share: fill(samples=share.tolist()), shares))
         return images.movedim(-1, -3)
 
-    def _on_device(
-        self, step: int, rows: np.ndarray, present: np.ndarray, drawn: Drawn | None
-    ) -> Tensor:
+    def _on_device(self, rows: np.ndarray, present: np.ndarray, drawn: Drawn | None) -> Tensor:
         pixels = self.samples.pixels(rows, self.workspace).to(self.device)
         images = finish(move(pixels, drawn), drawn, self.config.data.mean, self.config.data.std)
         if not present.all():
             images[torch.from_numpy(~present).to(self.device)] = 0
         return images
 
-    def one_ahead(self, prepare: Callable[[int], Batch], steps: int) -> Iterator[Batch]:
-        """Batches in order; while one is used, a thread prepares the one after it.
+    def batches(self, prepare: Callable[[int], Batch], steps: int) -> Iterator[Batch]:
+        """Batches in order.
 
-        An error of the thread is raised where its batch would have come; a consumer that stops
-        early ends the thread.
+        On a GPU a thread prepares the next one while one is used, and its error is raised where its
+        batch would have come. On a CPU that would only take time from the training: a batch is
+        prepared when it is asked for, and one that is let go of first lends its memory to it.
         """
         with self.pool, ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
-            try:
-                ahead = thread.submit(prepare, 0) if steps else None
+            if self.device.type == "cpu":
                 for step in range(steps):
-                    assert ahead is not None
-                    self.wanted = step
-                    self.workspace.wake()
-                    batch = ahead.result()
-                    ahead = thread.submit(prepare, step + 1) if step + 1 < steps else None
-                    yield batch
-                    del batch
-            finally:
-                self.wanted = steps
-                self.workspace.wake()
+                    yield prepare(step)
+                return
+            ahead = thread.submit(prepare, 0) if steps else None
+            for step in range(steps):
+                assert ahead is not None
+                batch = ahead.result()
+                ahead = thread.submit(prepare, step + 1) if step + 1 < steps else None
+                yield batch
+                del batch
 
 
 def _numbered(device: torch.device | str) -> torch.device:

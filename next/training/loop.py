@@ -142,9 +142,12 @@ def train(
         network.train()
         losses: list[Losses] = []
         rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
-        for index, batch in enumerate(batches, first + 1):
+        index = first
+        for batch in batches:
+            index += 1
             rates = set_learning_rates(optimizer, epoch + index / len(plan), config.optim)
             losses.append(training_step(batch_loss, optimizer, batch, config.optim))
+            del batch  # before the next one is made, which takes over its memory
             if average is not None:
                 average.update(network, progress.step + len(losses))
 

@@ -1,6 +1,5 @@
 import logging
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -207,7 +206,7 @@ def test_an_empty_set_has_no_batches():
     assert list(evaluation_batches(empty, config=CONFIG, device="cpu")) == []
 
 
-def test_an_error_of_the_thread_is_raised_where_its_batch_would_have_come():
+def test_an_error_is_raised_where_its_batch_would_have_come():
     samples = sample_set()
     plan = np.asarray([[0, 1], [2, 99], [3, 4]])
     batches = train_batches(
@@ -242,14 +241,12 @@ def test_threads_do_not_change_a_bit(monkeypatch):
     assert_equal(batches[0], batches[2])
 
 
-def test_memory_for_two_batches_is_enough_for_a_loop_that_lets_each_go():
+def test_memory_for_one_batch_is_enough_for_a_loop_that_lets_each_go():
     places = set()
-    for _ in range(3):
-        for batch in epoch_of(sample_set()):
-            places.add(batch.images.data_ptr())
-            time.sleep(0.01)  # the thread has time to take more, if it wanted to
-            del batch
-    assert len(places) <= 2 * 3
+    for batch in epoch_of(sample_set()):
+        places.add(batch.images.data_ptr())
+        del batch
+    assert len(places) == 1
 
 
 def test_a_dropped_modality_is_as_good_as_absent():

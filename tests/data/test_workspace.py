@@ -1,6 +1,3 @@
-import threading
-
-import pytest
 import torch
 
 from next.data.workspace import Workspace
@@ -52,36 +49,3 @@ def test_kept_tensors_are_the_same_memory_by_name():
     assert again.shape == (3, 4)
     assert other.data_ptr() != first.data_ptr()
     assert workspace.keep("lines", (60, 4), torch.uint8, CPU).shape == (60, 4)
-
-
-@pytest.mark.timeout(20)
-def test_lending_waits_until_memory_comes_back():
-    workspace = Workspace(slots=2)
-    first, second = (workspace.lend((1000,), CPU, lambda: False) for _ in range(2))
-    lent = []
-    thread = threading.Thread(
-        target=lambda: lent.append(workspace.lend((1000,), CPU, lambda: False))
-    )
-    thread.start()
-    thread.join(timeout=0.1)
-    assert thread.is_alive()
-    place = first.data_ptr()
-    del first
-    thread.join()
-    assert lent[0].data_ptr() == place != second.data_ptr()
-
-
-@pytest.mark.timeout(20)
-def test_who_is_hurried_takes_more_memory_instead():
-    workspace, hurried = Workspace(slots=1), threading.Event()
-    first, lent = workspace.lend((1000,), CPU), []
-    thread = threading.Thread(
-        target=lambda: lent.append(workspace.lend((1000,), CPU, hurried.is_set))
-    )
-    thread.start()
-    thread.join(timeout=0.1)
-    assert thread.is_alive()
-    hurried.set()
-    workspace.wake()
-    thread.join()
-    assert lent[0].data_ptr() != first.data_ptr()
