@@ -62,6 +62,7 @@ def test_the_step_reads_nothing_back_from_the_device():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # within dynamo
 def test_compiled_blocks_give_the_same_losses():
     plain, compiled = network(), network(model__backbone__compile=True)
     with torch.random.fork_rng():
