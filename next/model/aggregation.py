@@ -82,4 +82,5 @@ def _shares(query: Tensor, key: Tensor, present: Tensor) -> Tensor:
     """[T] mean attention of each token, over samples, heads and the modalities that are there."""
     scores = at_least_float32(query * query.shape[-1] ** -0.5) @ at_least_float32(key).mT
     weights = scores.softmax(dim=-1).mean(dim=1)  # [B, M, T]
-    return weights[present].mean(dim=0)
+    # Not weights[present], whose length a GPU would have to be asked for.
+    return weights.mul(present[:, :, None]).sum(dim=(0, 1)) / present.sum().clamp(min=1)
