@@ -27,7 +27,10 @@ def test_every_make_target_of_the_readme_is_in_the_makefile():
 def test_every_flag_of_the_readme_is_a_flag_of_its_job():
     from next.config import setting_names
 
-    job_flags = {"card", "source", "out", "data", "dry-run", "space", "trials", "checkpoint"}
+    job_flags = {
+        *("card", "source", "out", "data", "dry-run", "check", "peek", "verify-order", "world"),
+        *("space", "trials", "checkpoint", "missing", "model", "run", "when", "models"),
+    }
     flags = set(re.findall(r"--([a-z][\w.-]*)", README)) - {"help", "json"}
     settings = set(setting_names())
     assert {flag for flag in flags if flag not in settings} <= job_flags
