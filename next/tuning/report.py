@@ -175,9 +175,9 @@ def _search_pictures(found: Standing, summary: Summary) -> list[Picture]:
             "Learning curves; grey: pruned.",
         )
     ]
-    if len(drawn) < 2:
-        return pictures
     varied = [name for name in found.varied if any(name in t.settings for t in drawn)]
+    if len(drawn) < 2 or not varied:
+        return pictures
     pictures.append(
         Picture(
             parallel_coordinates(folder / "parallel.png", drawn, varied, summary.metric),

@@ -275,9 +275,9 @@ def _drive(it: _Sweep) -> SweepResult:
         progress.enter("opening the decoded cache and the text bank, once for all trials")
         training_data(base, it.manifest)
         tracked = {"uri": uri, "experiment": experiment, "parent": parent.key}
-        ended = _search(it, tracked, progress)
+        _search(it, tracked, progress)
         trials, settings = it.standing()
-        _complete_children(folder, [t for t in trials if t.name in ended], tracked)
+        _complete_children(folder, trials, tracked)
         if not any(setting.score is not None for setting in settings):
             raise RuntimeError(_all_failed(trials, metric))
         summary = summarise(settings, it.objectives)
@@ -299,8 +299,9 @@ def _drive(it: _Sweep) -> SweepResult:
         checkpoint = _keep_best(winner, folder)
         history = read_history(Path(winner.folder))
         assessment = assess(checkpoint, it.manifest, folder, device=device(base), history=history)
-        overview = draw_overview(folder / "figures", trials, metric)
-        assessment = assessment._replace(pictures=[*assessment.pictures, overview])
+        if any(trial.settings for trial in trials if trial.score is not None):
+            overview = draw_overview(folder / "figures", trials, metric)
+            assessment = assessment._replace(pictures=[*assessment.pictures, overview])
         parent.log_metrics({metric: float(summary.score or 0.0)}, step=0)
         record_assessment(parent, assessment, step=0)
         parent.set_tags({"next.best_trial": winner.name, "next.checkpoint_uri": str(checkpoint)})
@@ -335,10 +336,14 @@ def _keep_best(winner: Trial, folder: Path) -> Path:
 
 
 def _complete_children(folder: Path, trials: list[Trial], tracked: dict[str, str | None]) -> None:
-    """Mark the pruned trials, and bring what an actor could not before Tune ended it."""
+    """Mark the pruned trials, and bring what an actor could not before Tune ended it.
+
+    Those of a session that was killed before it came to this, too; each once.
+    """
     for trial in trials:
         child = folder / "trials" / trial.name
-        if not (child / "run.json").exists() and not list(child.glob("*.jsonl")):
+        complete = child / ".complete"
+        if complete.exists() or not list(child.glob("*.jsonl")):
             continue
         pruned = trial.state == "pruned"
         if pruned or read_status(child) == "RUNNING":
@@ -356,10 +361,12 @@ def _complete_children(folder: Path, trials: list[Trial], tracked: dict[str, str
                 replay(child, tracked["uri"])
             except ConnectionError as error:  # its journal waits for the next start, or a replay
                 _log.warning("%s", error)
+                continue
+        complete.touch()
 
 
-def _search(it: _Sweep, tracked: dict[str, str | None], progress: Progress) -> set[str]:
-    """Run Tune until the search says that it is over; names of the runs that ended."""
+def _search(it: _Sweep, tracked: dict[str, str | None], progress: Progress) -> None:
+    """Run Tune until the search says that it is over."""
     base, sweep = it.base, it.sweep
     started = not ray.is_initialized()
     if started:
@@ -396,7 +403,6 @@ def _search(it: _Sweep, tracked: dict[str, str | None], progress: Progress) -> s
             ),
         ).fit()
         shutil.rmtree(it.folder / session, ignore_errors=True)  # the study is the record
-        return {run.name for run in search.ended}
     finally:
         progress.enter("ending Ray, completing the runs in MLflow")
         if started:
