@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,9 @@ def _start(argv: Sequence[str]) -> int:
         }
         print(json.dumps(plan) if job.json else "\n".join(f"{k:12}{v}" for k, v in plan.items()))
         return 0
-    return _tell(run_sweep(config, space, job.sweep), as_json=job.json)
+    with redirect_stdout(sys.stderr):  # Ray writes there when a process dies; it holds the answer
+        result = run_sweep(config, space, job.sweep)
+    return _tell(result, as_json=job.json)
 
 
 def _resume(argv: Sequence[str]) -> int:
@@ -148,12 +151,13 @@ def _resume(argv: Sequence[str]) -> int:
         "target": job.target,
         "concurrency": job.concurrency,
     }
-    result = resume_sweep(
-        find_sweep(job.storage_path, job.name),
-        changes={name: value for name, value in given.items() if value is not None},
-        space=job.space,
-        fork=job.fork,
-    )
+    with redirect_stdout(sys.stderr):
+        result = resume_sweep(
+            find_sweep(job.storage_path, job.name),
+            changes={name: value for name, value in given.items() if value is not None},
+            space=job.space,
+            fork=job.fork,
+        )
     return _tell(result, as_json=job.json)
 
 
