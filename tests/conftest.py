@@ -12,9 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import hypothesis
 import pytest
 
 from next.config import RunConfig, override
+
+# How fast examples are drawn says how busy the machine is, and nothing about the code.
+hypothesis.settings.register_profile(
+    "default", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("default")
 
 TINY = {
     "model.backbone.name": "next-tiny",

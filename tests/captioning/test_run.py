@@ -12,6 +12,7 @@ from next.captioning.output import caption_path, write_captions
 from next.captioning.quality import measure, read_caption_files
 from next.captioning.run import CaptionConfig, Captioner
 from next.captioning.source import ShardSource
+from next.data.audit import audit
 from next.data.captions import is_reliable
 from next.data.ingest import scan
 from next.data.shards import open_manifest
@@ -117,7 +118,7 @@ def test_new_shards_hold_the_captions_under_a_new_digest(asked, demo_shards, per
         )
     new = open_manifest(tmp_path / "shards")
     assert new.digest != old.digest
-    assert list(new.damaged()) == []
+    assert audit(new).problems == ()
     for split in ("train", "gallery"):
         assert (new.labels(split).sample_id == old.labels(split).sample_id).all()
         rows = zip(new.iter_images(split), old.iter_images(split), strict=True)

@@ -156,4 +156,4 @@ def test_a_stopped_job_is_finished_by_the_same_command_and_the_other_jobs_follow
     scores = json.loads((folder / "result.json").read_text())["test"]
     assert scores == undisturbed.assessment.metrics
     assert f"test/mAP {scores['test/mAP']:.1f}" in done.stdout, "evaluate finds the same"
-    assert len(json.loads((runs / "search" / "leaderboard.json").read_text())) == 1
+    assert len(json.loads((runs / "search" / "sweep.json").read_text())["trials"]) == 1

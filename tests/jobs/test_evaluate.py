@@ -50,7 +50,8 @@ def test_missing_prints_the_cases_their_mean_and_every_pair(job, flags, capsys):
     assert names == ["-", "r", "n", "t", "rn", "rt", "nt", "mean"]
     across = next(line for line in lines if "RGB+NI+TI" in line)
     assert across.split()[-1] == "TI"
-    assert len(lines) == 1 + 8 + 1 + 1 + 1 + 7, "no published figures for this benchmark"
+    assert len(lines) == 1 + 8 + 1 + 1 + 1 + 7 + 1, "no published figures for this benchmark"
+    assert Path(lines[-1].split()[-1]).name == "missing.png"
 
 
 def test_missing_as_json_has_all_scores(job, flags, capsys):

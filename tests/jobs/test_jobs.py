@@ -98,11 +98,12 @@ def test_a_sweep_dry_run_checks_the_space_and_says_what_it_varies(demo_shards, r
 
 
 @pytest.mark.parametrize(
-    "name", ["train", "sweep", "evaluate", "promote", "prepare", "cache", "demo"]
+    "name",
+    ["train", "sweep", "sweep start", "evaluate", "promote", "prepare", "cache", "doctor", "demo"],
 )
 @pytest.mark.slow
 def test_help_names_every_flag_with_a_sentence(name, tmp_path):
-    done = job(name, "--help", home=tmp_path)
+    done = job(*name.split(), "--help", home=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "usage:" in done.stdout
-    assert "--json" in done.stdout or name == "demo"
+    assert "--json" in done.stdout or name in {"demo", "sweep"}
