@@ -53,6 +53,10 @@ bench: $(VENV)/.ready ## every measurement in benchmarks/
 	$(BIN)/python benchmarks/captioning.py speed
 	$(BIN)/python benchmarks/caption_retrieval.py
 	$(BIN)/python benchmarks/prepare.py --ray 2 --s3
+	$(BIN)/python benchmarks/loading.py
+	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/sweep.py simulated
+	$(BIN)/python benchmarks/sweep.py experts
 	$(BIN)/python benchmarks/tracking.py
 	$(BIN)/python benchmarks/footprint.py -- make demo
 
