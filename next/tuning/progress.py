@@ -73,6 +73,7 @@ class Progress:
         """From now on the trials of ``search`` are the story."""
         self.search = search
         search.on_end = self._ended
+        self.enter(None)
 
     def line(self) -> str:
         """Runs that ended, the running ones with their last score, and what is left."""
