@@ -42,8 +42,14 @@ def test_the_doctor_finds_wrong_tokens_too_many_workers_and_a_second_head(
     recipe = tmp_path / "tiny.toml"
     recipe.write_text(to_toml(override(tiny_config, {"scaling.num_workers": 2})))
     flags = ["--data", str(demo_shards), "--recipe", str(recipe)]
-    _, found = checks(head, *flags)
     good = ("interpreter", "token", "cluster", "capacity", "storage", "clock", "data", "versions")
+
+    def well() -> bool:
+        found = checks(head, *flags)[1]
+        return all(found[name]["verdict"] == "ok" for name in good)
+
+    wait_for("a new head's nodes to be listed", well, 60)
+    _, found = checks(head, *flags)
     assert [name for name in good if found[name]["verdict"] != "ok"] == []
     assert "the cluster's 1 nodes have 2 CPU 0 GPU" in found["capacity"]["found"]
 
