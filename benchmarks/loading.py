@@ -29,7 +29,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import pandas  # noqa: F401  pyarrow imports it at its first use, and Ray's workers have it anyway
@@ -196,9 +196,10 @@ def measure_building(folder: Path) -> list[Figure]:
 
 def measure_batches(folder: Path, arguments: Arguments) -> list[Figure]:
     """Rounds of the reference and of ours in turn, each in a process of its own."""
+    order = alone(order_of, folder)
     loaders: dict[str, Callable[[], float]] = {
         f"reference, DataLoader with {workers} workers": lambda workers=workers: alone(
-            reference_rate, folder, workers, arguments.seconds
+            reference_rate, folder, order, workers, arguments.seconds
         )
         for workers in (0, 1, 2)
     }
@@ -219,6 +220,18 @@ def measure_batches(folder: Path, arguments: Arguments) -> list[Figure]:
         Figure(name, values, "samples/s", *notes.get(name, ("", "")))
         for name, values in rates.items()
     ]
+
+
+class Order(NamedTuple):
+    """What the reference reads, worked out elsewhere.
+
+    Its process must not read Parquet itself: the forked workers of a ``DataLoader`` abort at exit
+    where Arrow's threads ran before the fork.
+    """
+
+    names: list[str]
+    labels: list[int]
+    plan: np.ndarray
 
 
 class ReferenceImages(Dataset[tuple[torch.Tensor, int]]):
@@ -249,17 +262,19 @@ class ReferenceImages(Dataset[tuple[torch.Tensor, int]]):
         return torch.stack(images), self.labels[row]
 
 
-def reference_rate(folder: Path, workers: int, seconds: float) -> float:
-    """Samples per second of the public recipe."""
-    samples = opened(folder)
-    names = [f"{name}.jpg".removesuffix(".jpg.jpg") for name in samples.labels.sample_id.tolist()]
-    root = folder / "raw" / "train_171"
-    if not (root / MODALITIES[0] / names[0]).exists():
-        names = [name.removesuffix(".jpg") for name in names]
-    data = ReferenceImages(root, names, samples.labels.pid.tolist())
-    plan = np.concatenate([plan_of(samples, settings(folder), epoch) for epoch in range(4)])
-    loader = DataLoader(data, batch_sampler=plan.tolist(), num_workers=workers)
+def reference_rate(folder: Path, order: Order, workers: int, seconds: float) -> float:
+    """Samples per second of the public recipe, in a process that has opened nothing of ours."""
+    data = ReferenceImages(folder / "raw" / "train_171", order.names, order.labels)
+    loader = DataLoader(data, batch_sampler=order.plan.tolist(), num_workers=workers)
     return rate(iter(loader), seconds)
+
+
+def order_of(folder: Path) -> Order:
+    """The train samples' files and the plan of both loaders, four epochs of it."""
+    samples = opened(folder)
+    names = [f"{name.removesuffix('.jpg')}.jpg" for name in samples.labels.sample_id.tolist()]
+    plan = np.concatenate([plan_of(samples, settings(folder), epoch) for epoch in range(4)])
+    return Order(names, samples.labels.pid.tolist(), plan)
 
 
 def our_rate(folder: Path, seconds: float, cores: int = 2) -> float:

@@ -28,6 +28,9 @@ ERASE_ASPECT = (0.3, 1 / 0.3)
 ERASE_ATTEMPTS = 10
 """Rectangles drawn for an image until one fits into it; if none does, nothing is erased."""
 
+SERIAL_ELEMENTS = 2**15 - 1
+"""Most elements that torch computes in the calling thread (``at::internal::GRAIN_SIZE``)."""
+
 
 class Drawn(NamedTuple):
     """What was drawn for the images of a batch; rectangles are empty where nothing is erased."""
@@ -193,18 +196,30 @@ def _by_image(shape: tuple[int, ...], *columns: np.ndarray) -> list[list[list[in
 
 def _place(out: np.ndarray, image: np.ndarray, flip: int, down: int, right: int) -> None:
     """Flip and crop one image into floats: ``out[y, x] = flipped[y + down, x + right]`` or 0."""
-    height, width, channels = image.shape
+    height, width, _ = image.shape
     top, left = min(height, max(0, -down)), min(width, max(0, -right))
     bottom, end = max(top, min(height, height - down)), max(left, min(width, width - right))
     lines, inside = image[top + down : bottom + down], out[top:bottom, left:end]
-    if not flip:
-        inside[...] = lines[:, left + right : end + right]
-    else:
-        mirrored = lines[:, ::-1][:, left + right : end + right]
-        for channel in range(channels):  # else the innermost loop would be three pixels long
-            inside[..., channel] = mirrored[..., channel]
+    if flip:
+        # Torch mirrors whole pixels several times faster than a NumPy view with a negative step.
+        lines = _mirrored(lines)
+    inside[...] = lines[:, left + right : end + right]
     for border in (out[:top], out[bottom:], out[top:bottom, :left], out[top:bottom, end:]):
         border[...] = 0
+
+
+def _mirrored(lines: np.ndarray) -> np.ndarray:
+    """Pixels ``[lines, W, 3]`` from right to left.
+
+    A few lines at a time, so few that torch does not share them among threads of its own: images
+    are shared among threads already.
+    """
+    mirrored = np.empty_like(lines)
+    few = max(1, SERIAL_ELEMENTS // lines[:1].size) if len(lines) else 1
+    for first in range(0, len(lines), few):
+        some = torch.from_numpy(lines[first : first + few].copy())  # torch wants to be able to write
+        mirrored[first : first + few] = some.flip(1).numpy()
+    return mirrored
 
 
 def move(images: Tensor, drawn: Drawn | None) -> Tensor:
