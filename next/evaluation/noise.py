@@ -158,64 +158,6 @@ def pooled_spread(runs: Sequence[Sequence[float]]) -> tuple[float, int]:
     return (squares / freedom) ** 0.5, freedom
 
 
-def seeded_difference(
-    ours: np.ndarray,
-    theirs: np.ndarray,
-    *,
-    spread: float,
-    freedom: int,
-    groups: np.ndarray | None = None,
-    resamples: int = 2_000,
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> PairedDifference:
-    """Mean difference of two settings that were run over seeds, on the same queries.
-
-    Two things could have come out otherwise, the seeds and the queries, so their variances are
-    added::
-
-        d  = mean(ours) - mean(theirs)
-        se = sqrt(spread^2 (1 / a + 1 / b) + variance of d over bootstrapped queries)
-        interval: d +- t(freedom) se,  p two-sided
-
-    Args:
-        ours: [a, Q] score of each query in each of a runs, NaN where it could not be measured.
-        theirs: [b, Q] of the other setting.
-        spread: standard deviation of the score over seeds (:func:`pooled_spread`).
-        freedom: its degrees of freedom; 0: it is not known, and so are the interval and p (NaN).
-        groups: [Q] identity of each query, to draw whole identities.
-        resamples: bootstrap resamples.
-        confidence: coverage of the interval.
-        seed: of the draws.
-
-    Raises:
-        ValueError: as :func:`paired_bootstrap`.
-    """
-    ours, theirs = np.atleast_2d(ours), np.atleast_2d(theirs)
-    queries = paired_bootstrap(
-        ours.mean(axis=0),
-        theirs.mean(axis=0),
-        groups=groups,
-        resamples=resamples,
-        confidence=confidence,
-        seed=seed,
-    )
-    reach = float(stats.norm.ppf(0.5 + confidence / 2))
-    of_queries = (queries.high - queries.low) / 2 / reach
-    error = (spread**2 * (1 / len(ours) + 1 / len(theirs)) + of_queries**2) ** 0.5
-    if freedom < 1:
-        return PairedDifference(queries.difference, np.nan, np.nan, np.nan, queries.queries)
-    half = float(stats.t.ppf(0.5 + confidence / 2, freedom)) * error
-    p_value = 2 * float(stats.t.sf(abs(queries.difference) / error, freedom)) if error else 1.0
-    return PairedDifference(
-        difference=queries.difference,
-        low=queries.difference - half,
-        high=queries.difference + half,
-        p_value=p_value,
-        queries=queries.queries,
-    )
-
-
 def _resampled_means(
     totals: np.ndarray, sizes: np.ndarray, resamples: int, seed: int
 ) -> np.ndarray:

@@ -15,6 +15,7 @@ from next.tuning.results import Setting, Trial
 from next.tuning.search import Live, Search
 from next.tuning.seeds import Floor, noise_floor
 from next.tuning.settings import SweepConfig
+from next.tuning.summary import spread_text
 
 _LINE_SECONDS = 8.0
 _TABLE_SECONDS = 120.0
@@ -163,10 +164,9 @@ def _running(run: Live) -> str:
 
 
 def _score(setting: Setting, floor: Floor) -> str:
-    half = floor.half_width(len(setting.finished) or 1)
-    runs = len(setting.finished)
-    spread = f"± {half:.2g}" if half == half else "± ?"
-    return f"{setting.score:.4g} {spread} ({runs} seed{'s' if runs != 1 else ''})"
+    runs = len(setting.fair)
+    seeds = f"({runs} seed{'s' if runs != 1 else ''})"
+    return f"{floor.level(setting):.4g} ± {spread_text(setting, floor)} {seeds}"
 
 
 def _brief(setting: Setting) -> str:

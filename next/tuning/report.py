@@ -112,8 +112,9 @@ def _lead(found: Standing, summary: Summary, test: Mapping[str, float] | None) -
             f"best {summary.metric}",
             f"{summary.score:.4g} ± {spread_text(winner, floor)}",
         ),
-        ("of", f"{winner.name} ({len(winner.finished)} seeds)"),
-        ("noise floor", f"{floor.spread:.2f}" if floor.freedom else "not known"),
+        ("of", f"{winner.name} ({len(winner.fair)} seeds)"),
+        ("seed to seed", f"{floor.spread:.2f}" if floor.freedom else "not known"),
+        ("on one seed", f"{floor.fit.spread:.2f}" if floor.fit.freedom else "not known"),
         ("trials", counts),
         ("trial hours", f"{hours:.2f}"),
     ]
@@ -126,10 +127,13 @@ def _lead(found: Standing, summary: Summary, test: Mapping[str, float] | None) -
         facts(pairs)
         + verdicts
         + '<p class="note">Scores are percent on identities held out of the train split; the test '
-        "split is measured once, for the winner. ± is half of the 95 % interval of the mean over "
-        "seeds, from the spread pooled over all settings that ran with several seeds; a verdict "
-        "adds the variance over queries (bootstrapped by identity). The run that a setting was "
-        "chosen by is left out of a verdict once two other seeds are there.</p>"
+        "split is measured once, for the winner. A seed moves all settings together, so scores are "
+        "compared on the same seeds (score = setting + seed + residual, by least squares) and "
+        "given at the average seed; ± is half of the 95 % interval. A verdict adds the variance "
+        "over queries (bootstrapped by identity) and allows for the number of settings that it was "
+        "picked from. The run that a setting was chosen by is the lucky one of many: it is left "
+        "out once two other seeds are there, and settings without these stand below those that "
+        "have them.</p>"
     )
 
 
@@ -141,7 +145,7 @@ def _leaderboard(found: Standing, summary: Summary) -> str:
     extra = list(found.objectives)[1:]
     rows, classes = [], []
     for place, setting in enumerate(shown, 1):
-        score = "-" if setting.score is None else f"{setting.score:.4g}"
+        score = "-" if setting.score is None else f"{summary.floor.level(setting):.4g}"
         half = spread_text(setting, summary.floor)
         best = setting.best_run
         rows.append(
@@ -151,7 +155,7 @@ def _leaderboard(found: Standing, summary: Summary) -> str:
                 f"{score} ± {half}" if setting.score is not None else "-",
                 *(f"{value:.4g}" for value in best.values[1:]),
                 *("-" for _ in extra[len(best.values[1:]) :]),
-                len(setting.finished),
+                len(setting.fair),
                 setting.state + (" (inherited)" if best.inherited else ""),
                 best.epochs,
                 *(cell(setting.settings.get(name)) for name in found.varied),
@@ -365,7 +369,7 @@ def _axes(found: Standing, summary: Summary) -> str | None:
     axes = read_axes(run)
     if axes is None or "best" not in axes:
         return None
-    half = summary.floor.half_width(1)
+    half = summary.floor.one_run
     spread = "?" if math.isnan(half) else f"{half:.2g}"
     rows = [("as trained", axes["default"]), *((f"{i}.", r) for i, r in enumerate(axes["best"], 1))]
     columns = [name for name in axes["default"] if name != "val/mAP"]

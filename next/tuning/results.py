@@ -14,6 +14,7 @@ import optuna
 from optuna.trial import TrialState
 
 from next.config import RunConfig, flatten
+from next.evaluation.blocks import SharedSeeds, shared_seeds
 from next.evaluation.figures import TrialPoint, sweep_overview
 from next.tuning.search import DEFAULT, best_of, read_curve
 from next.tuning.study import Studies
@@ -74,16 +75,35 @@ class Setting:
         return [run for run in self.runs if run.state == "finished" and run.score is not None]
 
     @property
+    def repeats(self) -> list[Trial]:
+        """Finished runs that the setting was not chosen by; all those of the default."""
+        return [run for run in self.finished if run.of is not None]
+
+    @property
+    def raced(self) -> bool:
+        """Its worth is known from two seeds at least that it was not chosen by."""
+        return len(self.repeats) >= 2
+
+    @property
+    def fair(self) -> list[Trial]:
+        """The runs that say what the setting is worth.
+
+        The run that the search chose a setting by is the lucky one of many, so it is left out as
+        soon as two other seeds are there.
+        """
+        return self.repeats if self.raced else self.finished
+
+    @property
     def score(self) -> float | None:
-        """Mean over the finished runs; of a setting without one, what its run reached."""
-        scores = [run.score for run in self.finished if run.score is not None]
+        """Mean over the fair runs; of a setting without one, what its run reached."""
+        scores = [run.score for run in self.fair if run.score is not None]
         if scores:
             return sum(scores) / len(scores)
         return self.runs[0].score if self.runs else None
 
     @property
     def best_run(self) -> Trial:
-        """The run with the best score of those that say what the setting is worth."""
+        """The run with the best score of those that were trained to their end."""
         return max(self.finished or self.runs, key=lambda run: run.rank)
 
     @property
@@ -137,7 +157,11 @@ def next_way(objectives: Mapping[str, str]) -> str:
 def group(
     trials: list[Trial], objectives: Mapping[str, str], start: Mapping[str, Any]
 ) -> list[Setting]:
-    """Settings, best first; finished ones before pruned, and those before failed ones.
+    """Settings, best first, compared on the same seeds.
+
+    Those whose worth is known from seeds that they were not chosen by stand before those with the
+    one run of the search: the best of many single runs is lucky, and its next seed is worse. Then
+    come pruned ones and failed ones.
 
     Args:
         trials: all runs.
@@ -151,16 +175,28 @@ def group(
         setting = settings.setdefault(name, Setting(name, own))
         setting.runs.append(trial)
     sign = -1.0 if next_way(objectives) == "max" else 1.0
-    order = {"finished": 0, "pruned": 1, "running": 1, "failed": 2}
+    order = {"finished": 1, "pruned": 2, "running": 2, "failed": 3}
+    fit = fit_seeds(list(settings.values()))
 
     def place(setting: Setting) -> tuple[int, float]:
         score = setting.score
-        return (
-            order[setting.state] if score is not None else 3,
-            0.0 if score is None else sign * score,
-        )
+        if score is None:
+            return 4, 0.0
+        level = fit.level(setting.name) if setting.fair else None
+        kind = 0 if setting.raced else order[setting.state]
+        return kind, sign * (score if level is None else level.value)
 
     return sorted(settings.values(), key=place)
+
+
+def fit_seeds(settings: Sequence[Setting]) -> SharedSeeds:
+    """What settings are worth on the same seeds, from their fair runs."""
+    return shared_seeds(
+        {
+            setting.name: {run.seed: run.score for run in setting.fair if run.score is not None}
+            for setting in settings
+        }
+    )
 
 
 def write_json(path: Path, content: Any) -> Path:

@@ -10,31 +10,80 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats  # type: ignore[import-untyped]
 
-from next.evaluation.noise import PairedDifference, pooled_spread, seeded_difference
+from next.evaluation.blocks import Estimate, SharedSeeds, judged
+from next.evaluation.noise import PairedDifference, paired_bootstrap, pooled_spread
 from next.tuning.axes import FEATURES
-from next.tuning.results import Setting, Trial
+from next.tuning.results import Setting, Trial, fit_seeds
 from next.tuning.search import DEFAULT, Repeat
 from next.tuning.space import METRIC
 
 _ALPHA = 0.05
 _MOST_RACERS = 4
 _ENOUGH_SEEDS = 3
-"""Seeds of a winner that nothing else is tied with."""
+"""Seeds that each racer should get, and a winner that nothing else is tied with."""
+_ENOUGH_FREEDOM = 2
+"""Degrees of freedom of the residual; with one its t quantile (12.7) says less than the spread over
+seeds does."""
+_RESAMPLES = 2_000
 
 
 class Floor(NamedTuple):
-    """How far one setting's score moves with the seed."""
+    """How far scores move for no reason that a setting has."""
 
+    fit: SharedSeeds
+    """Settings and seeds; its ``spread`` is what remains once both are known."""
     spread: float
-    """Pooled standard deviation; NaN where no setting was run twice."""
+    """Standard deviation of one setting's score from seed to seed, pooled; NaN where no setting
+    was run twice."""
     freedom: int
     """Its degrees of freedom."""
+    drawn: int
+    """Settings of the sampler that have a score: the winner is picked from so many."""
+    raced: int
+    """Those of them with seeds that they were not chosen by."""
 
-    def half_width(self, runs: int) -> float:
-        """Half of the 95 % interval of the mean of so many runs; NaN where nothing is known."""
-        if not self.freedom or not runs:
-            return math.nan
-        return float(stats.t.ppf(0.975, self.freedom)) * self.spread / runs**0.5
+    @property
+    def paired(self) -> tuple[float, int]:
+        """Standard deviation that counts between settings on one seed, and its freedom.
+
+        Until enough was run on shared seeds to know it, the spread from seed to seed, which is
+        larger by what a seed does to all settings.
+        """
+        if self.fit.freedom >= _ENOUGH_FREEDOM:
+            return self.fit.spread, self.fit.freedom
+        return self.spread, self.freedom
+
+    def level(self, setting: Setting) -> float | None:
+        """A setting's score at the average seed; of one that did not finish, what it reached."""
+        found = self._estimate(setting)
+        return setting.score if found is None else found.value
+
+    @property
+    def one_run(self) -> float:
+        """Half of the 95 % interval of one run's score beside others on its seed; NaN: unknown."""
+        return _reach(*self.paired)
+
+    def half_width(self, setting: Setting) -> float:
+        """Half of the 95 % interval of a setting's level beside others on the same seeds."""
+        found = self._estimate(setting)
+        if found is not None:
+            return self.one_run * found.variance**0.5
+        return _reach(self.spread, self.freedom) / max(1, len(setting.fair)) ** 0.5
+
+    def comparisons(self, ours: Setting, theirs: Setting) -> int:
+        """How many differences could have been told instead of the one between these two."""
+
+        def rivals(setting: Setting) -> int:
+            if setting.name == DEFAULT:
+                return 1
+            return max(1, self.raced if setting.raced else self.drawn)
+
+        many, others = rivals(ours), rivals(theirs)
+        alike = DEFAULT not in (ours.name, theirs.name) and ours.raced == theirs.raced
+        return max(1, many * (many - 1) // 2 if alike else many * others)
+
+    def _estimate(self, setting: Setting) -> Estimate | None:
+        return self.fit.level(setting.name) if setting.fair else None
 
 
 class Verdict(NamedTuple):
@@ -46,6 +95,10 @@ class Verdict(NamedTuple):
     difference: PairedDifference
     seeds: tuple[int, int]
     """Runs that were compared, of ours and of theirs."""
+    shared: int
+    """Seeds that both were run with."""
+    comparisons: int
+    """Differences that this one may have been picked from, which the interval allows for."""
 
     @property
     def separated(self) -> bool:
@@ -57,54 +110,64 @@ class Verdict(NamedTuple):
         size = f"{found.difference:+.2f} {self.metric}"
         if math.isnan(found.p_value):
             return (
-                f"{self.ours} and {self.theirs}: {size}, not separated "
-                f"(no setting was run with two seeds, so the noise is not known)"
+                f"{self.ours} and {self.theirs}: {size}, not separated (the noise is not known: "
+                f"no seed links their runs, or no setting was run with two seeds)"
             )
         interval = f"95 % interval {found.low:+.2f} to {found.high:+.2f}, p = {found.p_value:.3f}"
-        seeds = f"seeds {self.seeds[0]} and {self.seeds[1]}"
+        seeds = f"seeds {self.seeds[0]} and {self.seeds[1]}, {self.shared} of them shared"
+        if self.comparisons > 1:
+            seeds += f", as the largest of {self.comparisons} differences"
+        if self.separated and found.difference < 0:  # the other one's one run was that good
+            return f"{self.theirs} over {self.ours}: {size} the other way, {interval}, {seeds}"
         if self.separated:
             return f"{self.ours} over {self.theirs}: {size}, {interval}, {seeds}"
         return f"{self.ours} and {self.theirs} are not separated: {size}, {interval}, {seeds}"
 
 
 def noise_floor(settings: Sequence[Setting]) -> Floor:
-    """The spread over seeds, pooled over all settings that were run more than once."""
-    runs = [[run.score for run in s.finished if run.score is not None] for s in settings]
-    return Floor(*pooled_spread(runs))
-
-
-def fair_runs(setting: Setting) -> list[Trial]:
-    """The runs that say what a setting is worth.
-
-    The run that the search chose a setting by is the lucky one of many, so it is left out as soon
-    as two other seeds are there.
-    """
-    repeats = [run for run in setting.finished if run.of is not None]
-    return repeats if len(repeats) >= 2 else setting.finished
+    """The spreads over all settings that were run more than once."""
+    runs = [[run.score for run in s.fair if run.score is not None] for s in settings]
+    drawn = [s for s in settings if s.name != DEFAULT and s.score is not None]
+    return Floor(fit_seeds(settings), *pooled_spread(runs), len(drawn), sum(s.raced for s in drawn))
 
 
 def compare(ours: Setting, theirs: Setting, floor: Floor, objectives: Mapping[str, str]) -> Verdict:
     """Whether ``ours`` is better than ``theirs``.
 
+    Both are compared on the same seeds (:class:`next.evaluation.blocks.SharedSeeds`); the variance
+    over queries, bootstrapped by identity, is added; the interval allows for the choice of these
+    two among all settings (:func:`next.evaluation.blocks.judged`).
+
     Raises:
         ValueError: one of them has no finished run.
     """
-    one, other = fair_runs(ours), fair_runs(theirs)
-    if not one or not other:
+    if not ours.fair or not theirs.fair:
         raise ValueError(
             f"only settings with a finished run can be compared, but "
-            f"{(theirs if one else ours).name} has none"
+            f"{(theirs if ours.fair else ours).name} has none"
         )
     metric = next_metric(objectives)
-    found = _paired(one, other, floor) if metric == METRIC else None
-    if found is None:  # seeds alone: there is no score for each query
-        sign = 1.0 if objectives[metric] == "max" else -1.0
-        scores = [
-            np.array([[sign * float(run.score)] for run in runs if run.score is not None])
-            for runs in (one, other)
-        ]
-        found = seeded_difference(*scores, spread=floor.spread, freedom=floor.freedom)
-    return Verdict(ours.name, theirs.name, metric, found, (len(one), len(other)))
+    sign = 1.0 if objectives[metric] == "max" else -1.0
+    one, other = ours.fair, theirs.fair
+    shared = {run.seed for run in one} & {run.seed for run in other}
+    comparisons = floor.comparisons(ours, theirs)
+    found = floor.fit.difference(ours.name, theirs.name)
+    if found is None:
+        apart = float(ours.score or 0.0) - float(theirs.score or 0.0)
+        difference = judged(sign * apart, of_seeds=(math.nan, 0))
+    else:
+        spread, freedom = floor.paired
+        queries = _over_queries(one, other, shared) if metric == METRIC else None
+        difference = judged(
+            sign * found.value,
+            of_seeds=(spread * found.variance**0.5, freedom),
+            of_queries=(queries.error, queries.freedom) if queries else (0.0, 0.0),
+            comparisons=comparisons,
+            queries=queries.count if queries else 0,
+        )
+    return Verdict(
+        ours.name, theirs.name, metric, difference, (len(one), len(other)), len(shared), comparisons
+    )
 
 
 def next_metric(objectives: Mapping[str, str]) -> str:
@@ -113,58 +176,119 @@ def next_metric(objectives: Mapping[str, str]) -> str:
 
 
 def tied_top(
-    settings: Sequence[Setting], floor: Floor, objectives: Mapping[str, str]
+    settings: Sequence[Setting], floor: Floor, objectives: Mapping[str, str], *, most: int
 ) -> list[Setting]:
-    """The best drawn setting and those that are not separated from it, at most four, best first."""
-    drawn = [s for s in settings if s.name != DEFAULT and s.finished]
-    if not drawn:
+    """Settings that race: the leaders of the search that are not separated from the best of them.
+
+    The leaders are those of the search's own runs, all of one seed, lucky ones with them: what
+    luck there is in them, the race's seeds tell.
+
+    Args:
+        settings: all.
+        floor: noise.
+        objectives: metric -> ``max`` or ``min``.
+        most: leaders to look at.
+
+    Returns:
+        Best first, by what is known of each now.
+    """
+    drawn = [s for s in settings if s.name != DEFAULT and s.finished and s.runs[0].of is None]
+    leaders = sorted(drawn, key=lambda setting: -setting.runs[0].rank)[:most]
+    if not leaders:
         return []
-    best, *others = drawn
-    near = [s for s in others if not compare(best, s, floor, objectives).separated]
-    return [best, *near[: _MOST_RACERS - 1]]
+    sign = -1.0 if objectives[next_metric(objectives)] == "max" else 1.0
+    best, *others = sorted(leaders, key=lambda setting: sign * (floor.level(setting) or 0.0))
+    return [best, *(s for s in others if not compare(best, s, floor, objectives).separated)]
+
+
+def most_racers(runs: int) -> int:
+    """How many settings can race in so many runs.
+
+    Each should get three seeds: two settings that share n seeds are told apart by a difference of
+    ``t * spread * sqrt(2 / n)``, so that few racers with many seeds say more than many with few.
+    Two race even so where there are four runs, as the leader of the search may owe it to luck.
+    """
+    return min(_MOST_RACERS, max(runs // _ENOUGH_SEEDS, min(2, runs // 2)))
 
 
 def next_racer(
     settings: Sequence[Setting],
     objectives: Mapping[str, str],
     *,
+    runs: int,
     runs_left: int,
     seed: int,
 ) -> Repeat | None:
     """Which setting gets the next seed; None: the race is over.
 
-    The tied setting with the fewest seeds, the better one first. Where nothing is tied with the
-    best, it alone gets seeds until it has three beside the one that it was chosen by.
+    The race goes in rounds of one seed each, so that the racers and the default are compared on the
+    same seeds: who lacks the lowest seed is next, the better one first. The default, whose seeds
+    the noise floor has run, joins where the rounds go on beyond them. Where nothing is tied with
+    the best, it alone gets seeds until it has three beside the one that it was chosen by.
 
     Args:
         settings: ranked, with runs that are still going.
         objectives: metric -> ``max`` or ``min``.
-        runs_left: what is left of the race's share.
+        runs: the race's share.
+        runs_left: what is left of it.
         seed: of the runs that the sampler drew.
     """
     if runs_left < 1:
         return None
-    racers = tied_top(settings, noise_floor(settings), objectives)
+    racers = tied_top(settings, noise_floor(settings), objectives, most=most_racers(runs))
     if not racers:
         return None
-
-    def repeats(setting: Setting) -> list[Trial]:
-        return [run for run in setting.runs if run.of is not None and run.state != "failed"]
-
-    racer = min(racers, key=lambda setting: len(repeats(setting)))
-    if len(racers) == 1 and len(repeats(racer)) >= _ENOUGH_SEEDS:
+    if len(racers) == 1 and len(_repeats(racers[0])) >= _ENOUGH_SEEDS:
         return None
-    used = {run.seed for run in racer.runs} | {seed}
-    return Repeat(racer.name, racer.settings, max(used) + 1)
+    entrants = racers + [setting for setting in settings if setting.name == DEFAULT]
+    racer = min(entrants, key=lambda setting: _next_seed(setting, seed))
+    changes = {} if racer.name == DEFAULT else racer.settings
+    return Repeat(racer.name, changes, _next_seed(racer, seed))
 
 
-def _paired(one: list[Trial], other: list[Trial], floor: Floor) -> PairedDifference | None:
-    kept, others = _queries(one), _queries(other)
+def _reach(spread: float, freedom: int) -> float:
+    return float(stats.t.ppf(0.975, freedom)) * spread if freedom else math.nan
+
+
+def _repeats(setting: Setting) -> list[Trial]:
+    return [run for run in setting.runs if run.of is not None and run.state != "failed"]
+
+
+def _next_seed(setting: Setting, drawn: int) -> int:
+    """The lowest seed after that of the search that a setting was not run with."""
+    used = {run.seed for run in setting.runs}
+    seed = drawn + 1
+    while seed in used:
+        seed += 1
+    return seed
+
+
+class _OverQueries(NamedTuple):
+    """What the choice of queries adds to a difference."""
+
+    error: float
+    """Standard error over identities."""
+    freedom: int
+    count: int
+
+
+def _over_queries(one: list[Trial], other: list[Trial], shared: set[int]) -> _OverQueries | None:
+    """Paired bootstrap over identities, of the shared seeds where there are any."""
+    sides = [[run for run in runs if not shared or run.seed in shared] for runs in (one, other)]
+    kept, others = (_queries(runs) for runs in sides)
     if kept is None or others is None:
         return None
-    return seeded_difference(
-        kept[0], others[0], spread=floor.spread, freedom=floor.freedom, groups=kept[1]
+    confidence = 0.95
+    found = paired_bootstrap(
+        kept[0].mean(axis=0),
+        others[0].mean(axis=0),
+        groups=kept[1],
+        resamples=_RESAMPLES,
+        confidence=confidence,
     )
+    reach = float(stats.norm.ppf(0.5 + confidence / 2))
+    identities = len(np.unique(kept[1][~np.isnan(kept[0].mean(axis=0))]))
+    return _OverQueries((found.high - found.low) / 2 / reach, max(1, identities - 1), found.queries)
 
 
 def _queries(runs: list[Trial]) -> tuple[np.ndarray, np.ndarray] | None:

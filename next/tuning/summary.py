@@ -16,10 +16,11 @@ from rich.table import Table
 from next.tuning.folder import Standing
 from next.tuning.results import Setting, plain, write_json
 from next.tuning.search import DEFAULT
-from next.tuning.seeds import Floor, Verdict, compare, fair_runs, next_metric, noise_floor
+from next.tuning.seeds import Floor, Verdict, compare, next_metric, noise_floor
 
 _COMPARED = 5
-"""Settings that the winner is compared with, beside the default."""
+"""Settings that the winner is compared with, beside the default; as well known as it is, since a
+raced setting and the lucky single run of another one cannot be compared fairly."""
 
 
 class Summary(NamedTuple):
@@ -31,21 +32,30 @@ class Summary(NamedTuple):
     run: str
     """Name of its best run, whose checkpoint is assessed."""
     score: float | None
-    """Its mean over the runs that are compared."""
+    """Its score at the average seed, from the runs that are compared."""
     floor: Floor
     verdicts: list[Verdict]
     """The winner against the default, then against the next best."""
 
     def lines(self) -> list[str]:
         """For the terminal."""
-        if self.floor.freedom:
-            head = (
-                f"noise floor: {self.metric} moves by {self.floor.spread:.2f} from seed to seed "
-                f"(standard deviation, {self.floor.freedom} degrees of freedom)"
+        return [f"noise floor: {self.noise()}", *(str(verdict) for verdict in self.verdicts)]
+
+    def noise(self) -> str:
+        """Both spreads, in words."""
+        floor = self.floor
+        if not floor.freedom:
+            return "not known, no setting was run with two seeds"
+        words = (
+            f"{self.metric} moves by {floor.spread:.2f} from seed to seed (standard deviation, "
+            f"{floor.freedom} degrees of freedom)"
+        )
+        if floor.fit.freedom:
+            words += (
+                f", by {floor.fit.spread:.2f} between settings on one seed "
+                f"({floor.fit.freedom} degrees of freedom)"
             )
-        else:
-            head = "noise floor: not known, no setting was run with two seeds"
-        return [head, *(str(verdict) for verdict in self.verdicts)]
+        return words
 
 
 def summarise(settings: Sequence[Setting], objectives: Mapping[str, str]) -> Summary:
@@ -60,24 +70,29 @@ def summarise(settings: Sequence[Setting], objectives: Mapping[str, str]) -> Sum
     drawn = [setting for setting in scored if setting.name != DEFAULT]
     winner = (drawn or scored)[0]
     others = [setting for setting in scored if setting.name == DEFAULT]
-    others += [setting for setting in drawn if setting is not winner][:_COMPARED]
+    rivals = [s for s in drawn if s is not winner and s.raced == winner.raced]
+    others += rivals[:_COMPARED]
     verdicts = [
         compare(winner, other, floor, objectives)
         for other in others
         if other.finished and winner.finished and other is not winner
     ]
-    fair = [run.score for run in fair_runs(winner) if run.score is not None]
-    score = sum(fair) / len(fair) if fair else winner.score
     return Summary(
-        next_metric(objectives), winner.name, winner.best_run.name, score, floor, verdicts
+        next_metric(objectives),
+        winner.name,
+        winner.best_run.name,
+        floor.level(winner),
+        floor,
+        verdicts,
     )
 
 
 def leaderboard(settings: Sequence[Setting], varied: Sequence[str], summary: Summary) -> list[str]:
     """Settings as a table, best first, as wide as it needs to be (a log file wraps nothing)."""
     table = Table(
-        title=f"leaderboard by {summary.metric} on held-out train identities, ± half of the 95 % "
-        f"interval over seeds",
+        title=f"leaderboard by {summary.metric} on held-out train identities, at the average seed, "
+        f"± half of its 95 % interval; a setting with one seed stands below those that were raced, "
+        f"as the best of many single runs is lucky",
         box=box.SIMPLE,
     )
     for name in ("#", summary.metric, "±", "seeds", "state", "epochs", "seconds", *varied):
@@ -87,9 +102,9 @@ def leaderboard(settings: Sequence[Setting], varied: Sequence[str], summary: Sum
     for place, setting in enumerate(settings, 1):
         table.add_row(
             str(place),
-            "-" if setting.score is None else f"{setting.score:.4g}",
+            "-" if setting.score is None else f"{summary.floor.level(setting):.4g}",
             spread_text(setting, summary.floor),
-            str(len(setting.finished)),
+            str(len(setting.fair)),
             setting.state,
             str(max((run.epochs for run in setting.runs), default=0)),
             f"{sum(run.seconds for run in setting.runs):.0f}",
@@ -106,7 +121,7 @@ def spread_text(setting: Setting, floor: Floor) -> str:
     """Half of the interval of a setting's score; ``?`` where no spread is known."""
     if setting.score is None:
         return "-"
-    half = floor.half_width(len(setting.finished) or 1)
+    half = floor.half_width(setting)
     return "?" if math.isnan(half) else f"{half:.2g}"
 
 
@@ -138,6 +153,10 @@ def write_summary(
             "noise_floor": {
                 "standard_deviation": _finite(summary.floor.spread),
                 "degrees_of_freedom": summary.floor.freedom,
+                "on_one_seed": {
+                    "standard_deviation": _finite(summary.floor.fit.spread),
+                    "degrees_of_freedom": summary.floor.fit.freedom,
+                },
             },
             "test": None if test is None else dict(test),
             "verdicts": [
@@ -146,6 +165,8 @@ def write_summary(
                     "theirs": verdict.theirs,
                     "separated": verdict.separated,
                     "seeds": list(verdict.seeds),
+                    "shared_seeds": verdict.shared,
+                    "comparisons": verdict.comparisons,
                     "text": str(verdict),
                 }
                 | {name: _finite(value) for name, value in asdict(verdict.difference).items()}
@@ -155,9 +176,10 @@ def write_summary(
             "leaderboard": [
                 {
                     "name": setting.name,
-                    "score": setting.score,
-                    "half_width": _finite(summary.floor.half_width(len(setting.finished) or 1)),
-                    "seeds": len(setting.finished),
+                    "score": summary.floor.level(setting),
+                    "half_width": _finite(summary.floor.half_width(setting)),
+                    "seeds": len(setting.fair),
+                    "raced": setting.raced,
                     "state": setting.state,
                     "settings": setting.settings,
                 }

@@ -40,7 +40,7 @@ from next.tuning.progress import Progress
 from next.tuning.report import report_sweep
 from next.tuning.resources import Places
 from next.tuning.results import Setting, Trial, draw_overview, group, read_trials, starting_point
-from next.tuning.search import Pruning, Repeat, Search
+from next.tuning.search import DEFAULT, Pruning, Repeat, Search
 from next.tuning.seeds import next_metric, next_racer
 from next.tuning.settings import SweepConfig
 from next.tuning.space import Space, describe_space, load_space, space_difference
@@ -412,9 +412,14 @@ def _search(it: _Sweep, tracked: dict[str, str | None], progress: Progress) -> N
 def _race(it: _Sweep) -> Repeat | None:
     """The next repetition of the race."""
     trials, settings = it.standing()
-    raced = sum(trial.of not in (None, "default") for trial in trials)
+    repeats = [trial for trial in trials if trial.of is not None]
+    noise = min(it.sweep.noise_runs, sum(trial.of == DEFAULT for trial in repeats))
     return next_racer(
-        settings, it.objectives, runs_left=it.sweep.race_runs - raced, seed=it.base.seed
+        settings,
+        it.objectives,
+        runs=it.sweep.race_runs,
+        runs_left=it.sweep.race_runs - (len(repeats) - noise),
+        seed=it.base.seed,
     )
 
 

@@ -10,7 +10,6 @@ from next.evaluation.noise import (
     paired_bootstrap,
     pooled_spread,
     seed_spread,
-    seeded_difference,
 )
 
 
@@ -151,33 +150,3 @@ def test_the_pooled_spread_is_that_of_the_deviations_from_each_settings_mean():
     assert freedom == 3
     assert spread == pytest.approx((squares / 3) ** 0.5)
     assert pooled_spread([[1.0], [2.0]])[1] == 0
-
-
-def test_equal_settings_are_seldom_called_different_and_far_ones_always_are():
-    generator = np.random.default_rng(0)
-    groups = np.repeat(np.arange(20), 6)
-    hard = generator.normal(50, 15, size=20)[groups]
-
-    def seeds(count, level):
-        noise = generator.normal(0, 1.5, size=(count, 1))
-        return hard + level + noise + generator.normal(0, 3, size=(count, len(groups)))
-
-    wrong = sum(
-        seeded_difference(
-            seeds(3, 0.0), seeds(3, 0.0), spread=1.5, freedom=8, groups=groups, resamples=200
-        ).p_value
-        < 0.05
-        for _ in range(100)
-    )
-    assert wrong <= 8, "five of a hundred are to be expected"
-    far = seeded_difference(seeds(3, 8.0), seeds(3, 0.0), spread=1.5, freedom=8, groups=groups)
-    assert far.p_value < 0.01
-    assert far.low > 0
-
-
-def test_without_a_known_spread_there_is_no_verdict():
-    found = seeded_difference(np.array([[60.0, 70.0]]), np.array([[50.0, 40.0]]), spread=np.nan,
-                              freedom=0)  # fmt: skip
-    assert found.difference == 20.0
-    assert np.isnan(found.p_value)
-    assert np.isnan(found.low)

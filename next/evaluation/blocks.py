@@ -1,0 +1,172 @@
+"""Settings compared over shared seeds: what a seed does to all of them alike is taken out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats  # type: ignore[import-untyped]
+
+from next.evaluation.noise import PairedDifference
+
+
+class Estimate(NamedTuple):
+    """A least-squares estimate."""
+
+    value: float
+    """In the units of the scores."""
+    variance: float
+    """As a multiple of the residual variance."""
+
+
+@dataclass(frozen=True)
+class SharedSeeds:
+    """Scores of settings over seeds, by ``score = setting + seed + residual``.
+
+    A seed orders the batches and draws the weights of every setting, so it moves all of them
+    together. Least squares with seeds as blocks (Yates 1940, "The recovery of inter-block
+    information in balanced incomplete block designs"; Searle 1971, "Linear Models", chapter 7)
+    compares settings by what they scored on the same seeds, whichever seeds each was run with:
+    where both were run with the same n seeds, it is their paired difference, with the residual
+    variance times ``2 / n``. What only another setting links counts through it.
+    """
+
+    names: dict[str, int]
+    """Row of each setting."""
+    seeds: tuple[int, ...]
+    means: np.ndarray
+    """[S] mean score of each setting."""
+    runs: np.ndarray
+    """[S] runs of each setting."""
+    shares: np.ndarray
+    """[S, K] share of each setting's runs that has each seed."""
+    effects: np.ndarray
+    """[K] effect of each seed, up to a constant."""
+    inverse: np.ndarray
+    """[K, K] covariance of the effects, as a multiple of the residual variance."""
+    known: np.ndarray
+    """[K, K] projection on the contrasts of seeds that can be estimated."""
+    spread: float
+    """Standard deviation of the residual; NaN where it has no degree of freedom."""
+    freedom: int
+    """Degrees of freedom of the residual."""
+
+    def difference(self, ours: str, theirs: str) -> Estimate | None:
+        """``ours`` less ``theirs`` on the same seeds; None: no seed links their runs."""
+        one, other = self.names[ours], self.names[theirs]
+        if one == other:
+            return Estimate(0.0, 0.0)
+        apart = self.shares[one] - self.shares[other]
+        return self._estimate(
+            float(self.means[one] - self.means[other]),
+            float(1 / self.runs[one] + 1 / self.runs[other]),
+            apart,
+        )
+
+    def level(self, name: str) -> Estimate | None:
+        """Mean of a setting at the average seed; None: no run links its seeds to all others."""
+        row = self.names[name]
+        apart = self.shares[row] - 1 / len(self.seeds)
+        return self._estimate(float(self.means[row]), float(1 / self.runs[row]), apart)
+
+    def _estimate(self, mean: float, variance: float, apart: np.ndarray) -> Estimate | None:
+        """Take out the effects of the seeds, of which the mean holds ``apart [K]``."""
+        if not np.allclose(self.known @ apart, apart, atol=1e-6):
+            return None
+        return Estimate(
+            mean - float(apart @ self.effects), variance + float(apart @ self.inverse @ apart)
+        )
+
+
+def shared_seeds(scores: Mapping[str, Mapping[int, float]]) -> SharedSeeds:
+    """Fit settings and seeds.
+
+    Args:
+        scores: setting -> seed -> score, finite; a setting without a score is left out.
+    """
+    scored = {name: runs for name, runs in scores.items() if runs}
+    seeds = sorted({seed for runs in scored.values() for seed in runs})
+    table = np.full((len(scored), len(seeds)), np.nan)
+    for row, runs in enumerate(scored.values()):
+        for seed, score in runs.items():
+            table[row, seeds.index(seed)] = score
+    ran = ~np.isnan(table)
+    counts = ran.sum(1)
+    filled = np.where(ran, table, 0.0)
+    means = filled.sum(1) / np.maximum(counts, 1)
+    shares = ran / np.maximum(counts, 1)[:, None]
+    # [K, K] what is known of the seeds' effects, once each setting has a mean of its own.
+    information = np.diag(ran.sum(0)) - ran.T.astype(float) @ shares
+    inverse = np.linalg.pinv(information, rcond=1e-9, hermitian=True)
+    known = information @ inverse
+    effects = inverse @ (filled.sum(0) - ran.T @ means)
+    residuals = np.where(ran, filled - (means - shares @ effects)[:, None] - effects, 0.0)
+    freedom = int(counts.sum()) - len(scored) - round(float(np.trace(known)))
+    return SharedSeeds(
+        names={name: row for row, name in enumerate(scored)},
+        seeds=tuple(seeds),
+        means=means,
+        runs=counts,
+        shares=shares,
+        effects=effects,
+        inverse=inverse,
+        known=known,
+        spread=float((residuals**2).sum() / freedom) ** 0.5 if freedom else np.nan,
+        freedom=freedom,
+    )
+
+
+def judged(
+    difference: float,
+    *,
+    of_seeds: tuple[float, float],
+    of_queries: tuple[float, float] = (0.0, 0.0),
+    comparisons: int = 1,
+    queries: int = 0,
+    confidence: float = 0.95,
+) -> PairedDifference:
+    """The interval and p value of a difference, allowing for the comparisons it was picked from.
+
+    Two things could have come out otherwise, the training and the queries; their variances add up,
+    with the degrees of freedom of Satterthwaite (1946, "An approximate distribution of estimates
+    of variance components")::
+
+        variance = v_seeds + v_queries,   freedom = variance^2 / (v_seeds^2 / f_seeds
+                                                                  + v_queries^2 / f_queries)
+
+    The bootstrap over queries also sees some of the training's noise, so this errs towards a wide
+    interval. Whoever looks at m differences and tells of the largest needs intervals that hold for
+    all of them at a time: each is drawn with the confidence ``confidence ** (1 / m)``, and
+    ``p = 1 - (1 - p_alone) ** m`` (Sidak 1967, "Rectangular confidence regions for the means of
+    multivariate normal distributions": never too narrow, however they are correlated).
+
+    Args:
+        difference: what was measured.
+        of_seeds: standard error over seeds and its degrees of freedom; 0 of these: unknown, and so
+            are the interval and p (NaN).
+        of_queries: standard error over queries and its degrees of freedom.
+        comparisons: m.
+        queries: for the answer.
+        confidence: of all m intervals together.
+    """
+    (seeds_error, seeds_freedom), (queries_error, queries_freedom) = of_seeds, of_queries
+    if seeds_freedom < 1:
+        return PairedDifference(difference, np.nan, np.nan, np.nan, queries)
+    parts = [(seeds_error**2, seeds_freedom), (queries_error**2, queries_freedom)]
+    variance = sum(part for part, _ in parts)
+    if not variance:
+        sure = 1.0 if difference == 0 else 0.0
+        return PairedDifference(difference, difference, difference, sure, queries)
+    freedom = variance**2 / sum(part**2 / own for part, own in parts if own)
+    error = variance**0.5
+    alone = 2 * float(stats.t.sf(abs(difference) / error, freedom))
+    half = error * float(stats.t.ppf(0.5 + confidence ** (1 / comparisons) / 2, freedom))
+    return PairedDifference(
+        difference=difference,
+        low=difference - half,
+        high=difference + half,
+        p_value=float(-np.expm1(comparisons * np.log1p(-alone))) if alone < 1 else 1.0,
+        queries=queries,
+    )
