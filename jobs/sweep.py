@@ -15,6 +15,7 @@ from next.config import RunConfig, override
 from next.tuning.folder import find_sweep, is_driven, list_sweeps, read_standing
 from next.tuning.report import report_sweep
 from next.tuning.space import check_space, load_space
+from next.tuning.summary import spread_text, summarise
 from next.tuning.sweep import (
     SweepConfig,
     SweepResult,
@@ -194,15 +195,20 @@ def _row(folder: Path) -> dict[str, Any]:
         return {"sweep": folder.name, "error": str(error)}
     states = [trial.state for trial in found.trials]
     counts = {state: states.count(state) for state in ("finished", "pruned", "failed", "running")}
-    best = next((s for s in found.settings if s.score is not None), None)
-    return {
+    row = {
         "sweep": folder.name,
         "of": found.sweep.trials,
         **counts,
         "driver": "at work" if is_driven(folder) else "none",
-        "best": None if best is None else best.name,
-        "score": None if best is None else best.score,
+        "best": None,
+        "score": None,
     }
+    if any(setting.score is not None for setting in found.settings):
+        summary = summarise(found.settings, found.objectives)
+        winner = next(s for s in found.settings if s.name == summary.winner)
+        score = f"{summary.score:.4g} ± {spread_text(winner, summary.floor)}"
+        row |= {"best": winner.name, "score": score}
+    return row
 
 
 def _named(argv: Sequence[str]) -> list[str]:
