@@ -217,7 +217,7 @@ def _mirrored(lines: np.ndarray) -> np.ndarray:
     mirrored = np.empty_like(lines)
     few = max(1, SERIAL_ELEMENTS // lines[:1].size) if len(lines) else 1
     for first in range(0, len(lines), few):
-        some = torch.from_numpy(lines[first : first + few].copy())  # torch wants to be able to write
+        some = torch.from_numpy(lines[first : first + few].copy())  # torch wants them writable
         mirrored[first : first + few] = some.flip(1).numpy()
     return mirrored
 
