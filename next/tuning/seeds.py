@@ -163,7 +163,7 @@ def compare(ours: Setting, theirs: Setting, floor: Floor, objectives: Mapping[st
             of_seeds=(spread * found.variance**0.5, freedom),
             of_queries=(queries.error, queries.freedom) if queries else (0.0, 0.0),
             comparisons=comparisons,
-            queries=queries.count if queries else 0,
+            queries=queries.queries if queries else 0,
         )
     return Verdict(
         ours.name, theirs.name, metric, difference, (len(one), len(other)), len(shared), comparisons
@@ -269,7 +269,7 @@ class _OverQueries(NamedTuple):
     error: float
     """Standard error over identities."""
     freedom: int
-    count: int
+    queries: int
 
 
 def _over_queries(one: list[Trial], other: list[Trial], shared: set[int]) -> _OverQueries | None:
