@@ -20,6 +20,10 @@ _DEFAULTS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # The server may keep artifacts in a bucket that this machine cannot reach; MLflow would read
+    # them there by presigned addresses, and give up after a minute.
+    "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false",
+    "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD": "false",
 }
 
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
@@ -67,10 +71,18 @@ def experiment_by_name(client: MlflowClient, name: str) -> str:
     return str(experiment.experiment_id)
 
 
-def find_by_key(client: MlflowClient, experiment_id: str, key: str) -> Any | None:
-    """The MLflow run with this ``next.run_key``.
+def find_by_key(
+    client: MlflowClient, experiment_id: str, key: str, keep: str | None = None
+) -> Any | None:
+    """The MLflow run with this ``next.run_key``, alone.
 
-    Where a lost answer made MLflow's client create it twice, the older one stays.
+    A server that answers too late creates a run twice.
+
+    Args:
+        client: of the server.
+        experiment_id: MLflow's id.
+        key: of the run.
+        keep: id of the one that stays where there are several; None: the oldest.
     """
     from mlflow.entities import ViewType
 
@@ -81,6 +93,7 @@ def find_by_key(client: MlflowClient, experiment_id: str, key: str) -> Any | Non
         order_by=["attributes.start_time ASC", "attributes.run_id ASC"],
     )
     active = [run for run in runs if run.info.lifecycle_stage == "active"]
+    active.sort(key=lambda run: run.info.run_id != keep)
     for double in active[1:]:
         client.delete_run(double.info.run_id)
     return active[0] if active else runs[0] if runs else None

@@ -225,8 +225,10 @@ class Delivery:
         if record.status == "RUNNING":
             client.update_run(self.address.run_id, status="RUNNING")
         else:
-            moment = _milliseconds(record.time)
-            client.set_terminated(self.address.run_id, record.status, moment)
+            # An answer that came too late may belong to a double, which would run for ever.
+            opened, own = _opened(self.folder), self.address
+            find_by_key(client, str(own.experiment_id), opened.key, keep=own.run_id)
+            client.set_terminated(own.run_id, record.status, _milliseconds(record.time))
 
     def _locate(self, client: MlflowClient) -> None:
         opened = _opened(self.folder)

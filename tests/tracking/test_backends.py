@@ -6,16 +6,33 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
 
 from next.tracking.client import connect
 from next.tracking.delivery import read_address
-from next.tracking.run import check_server
+from next.tracking.registry import ModelCard, fetch_model, register
+from next.tracking.run import check_server, open_run
+from next.training.embedder import LOADER
 from tests.tracking.conftest import mlflow_server
 from tests.tracking.test_run import in_journal, on_server
 
 ROOT = Path(__file__).resolve().parents[2]
 PROCESSES, STEPS = 8, 150
 PASSWORD = "a-long-enough-password"
+
+CARD = ModelCard(
+    benchmark="demo",
+    data_digest="d" * 64,
+    scores={"test/mAP": 50.0},
+    interval={"test/mAP": (45.0, 55.0)},
+    modalities=["RGB"],
+    subsets=[["RGB"]],
+    weights_licence="none",
+    seed=0,
+    run="r",
+)
 
 EIGHT = """
 import os, sys
@@ -85,6 +102,8 @@ def team_server(postgresql, s3_server, tmp_path_factory):
         f"database_uri = sqlite:///{folder / 'users.db'}\n"
         "admin_username = admin\n"
         "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+        # Checking a password takes 0.3 s of a core by design; without this, each request does it.
+        "auth_cache_ttl_seconds = 60\n"
     )
     environment = s3_server.environment | {
         "MLFLOW_AUTH_CONFIG_PATH": str(settings),
@@ -96,6 +115,63 @@ def team_server(postgresql, s3_server, tmp_path_factory):
     flags += ["--artifacts-destination", f"{s3_server.new_bucket()}/mlflow"]
     with mlflow_server(folder / "server.log", *flags, environment=environment) as uri:
         yield uri
+
+
+@pytest.fixture
+def login(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
+
+
+@pytest.mark.slow
+def test_eight_processes_log_at_once_to_postgresql_behind_a_password(team_server, login, tmp_path):
+    log_from_eight_processes(team_server, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_picture_a_checkpoint_and_a_model_come_back_from_s3_byte_for_byte(
+    team_server, s3_server, login, tmp_path
+):
+    picture, checkpoint = tmp_path / "cmc.png", tmp_path / "best"
+    Image.effect_noise((800, 600), 50).save(picture)
+    checkpoint.mkdir()
+    save_file({"weight": torch.randn(1000, 1000)}, checkpoint / "model.safetensors")
+    (checkpoint / "config.toml").write_text("seed = 0\n")
+    with open_run(uri=team_server, experiment="s3", name="r", folder=tmp_path / "run") as run:
+        run.log_image(picture, "figures/cmc", step=0)
+        run.log_artifact(checkpoint, "checkpoints")
+        run_id = run.run_id
+    client = connect(team_server)
+    [shown] = [
+        found.path
+        for found in client.list_artifacts(run_id, "images")
+        if found.path.endswith(".png")
+    ]
+    weights = checkpoint / "model.safetensors"
+    for source, name in [(picture, shown), (weights, "checkpoints/model.safetensors")]:
+        local = client.download_artifacts(run_id, name, str(tmp_path))
+        assert Path(local).read_bytes() == source.read_bytes(), name
+
+    version = register(
+        team_server,
+        "reid",
+        checkpoint,
+        run_id=run_id,
+        loader=LOADER,
+        inputs={"image_RGB": "binary"},
+        width=8,
+        card=CARD,
+        requirements=["torch"],
+    )
+    fetched = fetch_model(team_server, version.uri, tmp_path / "fetched", loader=LOADER)
+    assert (fetched / "model.safetensors").read_bytes() == weights.read_bytes()
+    store = s3_server.client()
+    kept = [
+        listed["Key"]
+        for bucket in store.list_buckets()["Buckets"]
+        for listed in store.list_objects_v2(Bucket=bucket["Name"]).get("Contents", [])
+    ]
+    assert sum(key.endswith("model.safetensors") and run_id in key for key in kept) == 2
 
 
 @pytest.mark.slow

@@ -249,6 +249,17 @@ def test_a_run_that_was_created_twice_by_a_lost_answer_becomes_one(server, clien
     assert [info.lifecycle_stage for info in states.values()] == ["deleted"]
 
 
+def test_a_double_that_a_late_answer_created_is_gone_when_the_run_ends(server, client, tmp_path):
+    with begin(server.uri, tmp_path / "run") as run:
+        run.log_metrics({"a": 1}, step=1)
+        tags = {"next.run_key": run.key}
+        doubles = [client.create_run(run.experiment_id, start_time=1, tags=tags) for _ in range(3)]
+    stages = [client.get_run(double.info.run_id).info.lifecycle_stage for double in doubles]
+    assert stages == ["deleted"] * 3
+    assert on_server(client, run.run_id) == {("a", 1, "1.0"): 1}
+    assert client.get_run(run.run_id).info.status == "FINISHED"
+
+
 def test_a_refused_record_does_not_hold_up_the_others(server, client, tmp_path, caplog):
     run = begin(server.uri, tmp_path / "run")
     client.log_param(run.run_id, "p", "taken")
