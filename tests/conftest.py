@@ -16,6 +16,7 @@ import hypothesis
 import pytest
 
 from next.config import RunConfig, override
+from tests.ports import free_port
 
 # How fast examples are drawn says how busy the machine is, and nothing about the code.
 hypothesis.settings.register_profile(
@@ -132,9 +133,7 @@ class S3Server(NamedTuple):
 def s3_server(tmp_path_factory) -> Iterator[S3Server]:
     """A real S3 server on loopback; the tests that want it in their environment take ``s3``."""
     log = tmp_path_factory.mktemp("s3") / "server.log"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     endpoint = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with log.open("wb") as file:

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.deploy.conftest import BIN, end_tree, free_ports, wait_for
+from tests.deploy.conftest import BIN, end_tree, wait_for
+from tests.ports import free_port
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy" / "mlflow"
 pytestmark = pytest.mark.slow
@@ -28,7 +29,7 @@ def postgres(short_folder) -> Iterator[str]:
     if not found:
         pytest.skip("PostgreSQL's server is not installed (Debian's package postgresql)")
     programs, store = Path(found[-1]).parent, short_folder / "pg"
-    [port] = free_ports(1)
+    port = free_port()
     account = {}
     if os.geteuid() == 0:  # PostgreSQL refuses to run as root
         user = pwd.getpwnam("postgres")
@@ -75,7 +76,7 @@ def status(port: int, host: str, password: str | None) -> int:
 def test_it_takes_runs_under_its_name_with_the_password_and_refuses_all_else(postgres, tmp_path):
     service = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["mlflow"]
     password = secrets.token_urlsafe(18)
-    [port] = free_ports(1)
+    port = free_port()
     (tmp_path / "data").mkdir()
     auth = (DEPLOY / "basic_auth.ini").read_text().replace("/data/", f"{tmp_path}/data/")
     (tmp_path / "basic_auth.ini").write_text(auth)

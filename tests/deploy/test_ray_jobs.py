@@ -13,7 +13,8 @@ import torch
 
 from next.config import override, to_toml
 from next.training.launch import launch
-from tests.deploy.conftest import BIN, ROOT, Head, free_ports, ray_node, run, status_of, wait_for
+from tests.deploy.conftest import BIN, ROOT, Head, ray_node, run, status_of, wait_for
+from tests.ports import free_ports
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -4,7 +4,6 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ import pytest
 
 from next.tracking.client import connect
 from next.tracking.server import start_server
+from tests.ports import free_port
 
 
 @pytest.fixture(scope="session")
@@ -28,12 +28,6 @@ def server(tmp_path_factory):
 @pytest.fixture(scope="session")
 def client(server):
     return connect(server.uri)
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @pytest.fixture(scope="session")
