@@ -49,7 +49,8 @@ _MAY_CHANGE = (
     "run.", "tracking.", "scaling.", "checkpoint.", "threads", "keep_memory", "data.cache",
     "data.uri", "model.backbone.file", "model.backbone.text_file",
 )  # fmt: skip
-"""Settings that a resumed run may change: they decide where and how, not what is computed."""
+"""Settings that a resumed run may change: they decide where and how, not what is computed. With
+``data.placement = sharded`` the number of workers decides which batches there are."""
 
 
 class RunResult(NamedTuple):
@@ -156,11 +157,19 @@ def claim_folder(config: RunConfig, *, prefix: str = "run") -> Path:
 
 def _changed(before: RunConfig, now: RunConfig) -> str:
     """Settings that decide what is computed and differ, a line each; empty: none does."""
-    return "\n  ".join(
+    found = differences(before, now)
+    lines = [
         f"{setting}: {old!r} -> {new!r}"
-        for setting, (old, new) in differences(before, now).items()
+        for setting, (old, new) in found.items()
         if not setting.startswith(_MAY_CHANGE)
-    )
+    ]
+    if now.data.placement == "sharded" and "scaling.num_workers" in found:
+        old, new = found["scaling.num_workers"]
+        lines.append(
+            f"scaling.num_workers: {old!r} -> {new!r} (data.placement = sharded plans its batches "
+            f"for so many workers)"
+        )
+    return "\n  ".join(lines)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from next.data.plan import deal_shards, split_train, training_plan
 from next.data.shards import open_manifest
 from next.training.inputs import resolve, training_data
 from next.training.interruption import Bell
+from next.training.launch import claim_folder
 from next.training.loop import Outcome, Worker, train
 from next.training.report import FolderReporter, TrainReporter
 
@@ -73,6 +74,21 @@ def test_shards_that_hold_too_few_identities_are_refused_before_the_run(in_shard
         resolve(many, open_manifest(config.data.uri))
     with pytest.raises(ValueError, match=r"multiple of scaling.num_workers with data.placement"):
         override(config, {"scaling.num_workers": 3, "batch.instances": 6})
+
+
+def test_a_run_on_sharded_data_is_not_continued_by_another_number_of_workers(in_shards_of):
+    """Which batches there are depends on it; with all data everywhere it does not."""
+    sharded = in_shards_of(1)
+    claim_folder(sharded)
+    claim_folder(override(sharded, {"run.max_failures": 9}))
+    more = override(sharded, {"scaling.num_workers": 2})
+    with pytest.raises(
+        ValueError, match=r"(?s)Changed:.*num_workers: 1 -> 2 \(data.placement = sharded plans its"
+    ):
+        claim_folder(more)
+    replicated = {"data.placement": "replicated", "run.name": "everywhere"}
+    claim_folder(override(sharded, replicated))
+    claim_folder(override(more, replicated))
 
 
 def member(rank: int, meeting: str, config: str, folder: str, queue) -> None:
