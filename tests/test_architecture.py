@@ -29,6 +29,7 @@ HOMES = {
     "mlflow": ("next/tracking/",),
     "ray": (
         "next/training/cluster.py",
+        "next/training/relay.py",  # of workers.py, what Ray's controller loads without the network
         "next/training/report.py",
         "next/training/workers.py",
         "next/tuning/",

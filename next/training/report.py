@@ -13,11 +13,13 @@ import torch.distributed as dist
 from next.config import CheckpointConfig
 from next.training.checkpoint import Row, Snapshot
 from next.training.interruption import Agreement, Ask, Bell, Interrupted
-from next.training.step_log import NonFiniteLossError
+from next.training.step_log import NonFiniteLossError, RouterCollapseError
 from next.training.store import BackgroundWriter, CheckpointStore
 
 Metrics = dict[str, float]
 TakeSnapshot = Callable[[], Snapshot]
+
+_ALIKE_ON_ALL_RANKS = (Interrupted, NonFiniteLossError, RouterCollapseError)
 
 
 class Reporter(Protocol):
@@ -210,7 +212,7 @@ class TrainReporter:
         trace: TracebackType | None,
     ) -> None:
         self._writer.close(error)
-        if error is None or isinstance(error, Interrupted | NonFiniteLossError):  # alike on all
+        if error is None or isinstance(error, _ALIKE_ON_ALL_RANKS):
             self._hand_over(last=True)
 
     def _hand_over(self, *, last: bool) -> None:

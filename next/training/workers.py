@@ -2,39 +2,38 @@
 
 Ray keeps the processes, the project keeps the state: checkpoints are in the run's own store, which
 every rank continues from whatever happened to it, and the journal is written beside the driver,
-from what rank 0 reports.
+from what rank 0 reports. What rank 0 logs is repeated by the driver: one worker or many, a run
+tells the same story.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 import uuid
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
 import ray.train.torch
-from ray.experimental.internal_kv import _internal_kv_exists, _internal_kv_put
 
 from next.config import RunConfig, from_toml, to_toml
 from next.data.shards import Manifest, open_manifest
-from next.tracking.run import Run, open_run
 from next.training.cluster import require_room, require_shared, start_ray, worker_resources
 from next.training.inputs import training_data
 from next.training.interruption import Ask, Bell, Interrupted, listening
 from next.training.loop import Outcome, Worker, train
 from next.training.process import configure_torch
+from next.training.relay import LISTEN_SECONDS, JournalWriter, Line, on_the_line
 from next.training.report import TrainReporter
-from next.training.step_log import NonFiniteLossError
+from next.training.step_log import NonFiniteLossError, RouterCollapseError
 
 _log = logging.getLogger(__name__)
 
-_LISTEN_SECONDS = 0.5
+_ALIKE = {error.__name__: error for error in (NonFiniteLossError, RouterCollapseError)}
+"""Errors of the run itself, which all ranks see at the same step and would see again."""
 
 
 def train_on_workers(
@@ -56,7 +55,8 @@ def train_on_workers(
     Raises:
         ValueError: the cluster can never hold the workers, or a node does not see the folders.
         ConnectionError: nothing answers at ``RAY_ADDRESS``.
-        NonFiniteLossError: as in one process; the last good checkpoint is kept.
+        NonFiniteLossError, RouterCollapseError: as in one process; the last good checkpoint is
+            kept.
         Interrupted: SIGTERM or Ctrl-C; the workers wrote a checkpoint.
         ray.train.TrainingFailedError: workers died more often than ``run.max_failures``.
     """
@@ -74,10 +74,14 @@ def train_on_workers(
 
 
 def _fit(config: RunConfig, folder: Path, checkpoints: str, tracked: dict[str, Any]) -> Outcome:
-    key = f"next-stop-{uuid.uuid4().hex}"
+    line = Line(f"next-{uuid.uuid4().hex}")
     trainer = ray.train.torch.TorchTrainer(
         _work,
-        train_loop_config={"config": to_toml(config), "checkpoints": checkpoints, "stop": key},
+        train_loop_config={
+            "config": to_toml(config),
+            "checkpoints": checkpoints,
+            "line": line.name,
+        },
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.scaling.num_workers,
             use_gpu=config.scaling.use_gpu,
@@ -88,10 +92,10 @@ def _fit(config: RunConfig, folder: Path, checkpoints: str, tracked: dict[str, A
             name="ray",
             storage_path=str(folder),
             failure_config=ray.train.FailureConfig(max_failures=config.run.max_failures),
-            callbacks=[_Journal(tracked)],
+            callbacks=[JournalWriter(tracked, line)],
         ),
     )
-    bell, told = Bell(), False
+    bell = Bell()
     # Beside the main thread, which alone gets signals; Ray's own handling of Ctrl-C ends the
     # workers without a checkpoint.
     with listening(bell), ThreadPoolExecutor(1, thread_name_prefix="fit") as thread:
@@ -99,12 +103,14 @@ def _fit(config: RunConfig, folder: Path, checkpoints: str, tracked: dict[str, A
         try:
             while not fitting.done():
                 with suppress(TimeoutError):
-                    fitting.exception(timeout=_LISTEN_SECONDS)
-                if bell.answer() is Ask.STOP and not told:
-                    told = _internal_kv_put(key, b"1") is not None
+                    fitting.exception(timeout=LISTEN_SECONDS)
+                if bell.answer() is Ask.STOP:
+                    line.stop()
+                line.repeat()
         except BaseException:
             ray.shutdown()  # or the thread would wait for workers that nobody waits for
             raise
+    line.hang_up()
     return _unwrapped(fitting.result().return_value)
 
 
@@ -124,7 +130,8 @@ def _work(settings: dict[str, Any]) -> dict[str, Any]:
         bell=bell,
     )
     try:
-        with _listening_to_the_cluster(bell, settings["stop"]), reporter:
+        with on_the_line(Line(settings["line"]), bell, speaks=rank == 0), reporter:
+            _log.info("training on %d worker%s", world, "" if world == 1 else "s")
             outcome = train(
                 config,
                 training_data(config, open_manifest(str(config.data.uri))),
@@ -134,75 +141,14 @@ def _work(settings: dict[str, Any]) -> dict[str, Any]:
             )
     except Interrupted as interrupted:
         return {"interrupted": interrupted.step}
-    except NonFiniteLossError as error:
-        return {"not_finite": str(error)}
+    except tuple(_ALIKE.values()) as error:
+        return {"error": type(error).__name__, "message": str(error)}
     return {"outcome": outcome._asdict()}
 
 
 def _unwrapped(answer: dict[str, Any]) -> Outcome:
     if "interrupted" in answer:
         raise Interrupted(answer["interrupted"])
-    if "not_finite" in answer:
-        raise NonFiniteLossError(answer["not_finite"])
+    if "error" in answer:
+        raise _ALIKE[answer["error"]](answer["message"])
     return Outcome(**answer["outcome"])
-
-
-@contextmanager
-def _listening_to_the_cluster(bell: Bell, stop: str) -> Iterator[None]:
-    """Rings when the driver was asked to stop, or when a node of the workers is to be drained."""
-    from ray.train.v2._internal.execution.context import get_train_context
-
-    # The public `get_preemption_info` is a barrier, which no step could pay for.
-    preemption = get_train_context().preemption_context
-    ended = threading.Event()
-
-    def listen() -> None:
-        heard = None
-        while not ended.wait(_LISTEN_SECONDS):
-            with suppress(Exception):  # the head may be away; the next look may find it
-                if _internal_kv_exists(stop):
-                    bell.ring(Ask.STOP)
-            info = preemption.preemption_info
-            if info is not None and info != heard:
-                _log.warning("a node of this run is to be drained: writing a checkpoint")
-                bell.ring(Ask.KEEP)
-                heard = info
-
-    threading.Thread(target=listen, name="listening", daemon=True).start()
-    try:
-        yield
-    finally:
-        ended.set()
-
-
-class _Journal(ray.train.UserCallback):
-    """Writes what rank 0 reports into the run's journal; lives in Ray's controller, on this node.
-
-    A journal that is opened again knows what it holds, so what workers that were started again
-    repeat is not logged twice.
-    """
-
-    def __init__(self, tracked: dict[str, Any]) -> None:
-        self._tracked = tracked
-        self._run: Run | None = None
-
-    def after_report(
-        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
-    ) -> None:
-        report = metrics[0]
-        if report["first"]:
-            self._close("FINISHED")
-        if self._run is None:
-            self._run = open_run(**self._tracked)
-        for step, values in report["rows"]:
-            self._run.log_metrics(values, step=step)
-        if report["last"]:
-            self._close("FINISHED")
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        self._close("FAILED")
-
-    def _close(self, status: Any) -> None:
-        if self._run is not None:
-            self._run.close(status)
-            self._run = None

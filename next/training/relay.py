@@ -1,0 +1,173 @@
+"""What passes between a run's driver, Ray's controller and the workers, beside Ray's reports.
+
+The controller loads it before any worker starts, so nothing of it imports the network.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import ray.train
+from ray.experimental.internal_kv import (
+    _internal_kv_del,
+    _internal_kv_exists,
+    _internal_kv_get,
+    _internal_kv_list,
+    _internal_kv_put,
+)
+
+from next.tracking.run import Run, open_run
+from next.training.interruption import Ask, Bell
+
+_log = logging.getLogger(__name__)
+
+LISTEN_SECONDS = 0.5
+"""Between two looks at what was said."""
+
+
+class Line:
+    """Between driver, controller and workers: one asks to stop, the others say how it goes.
+
+    Kept in the head's key-value store, which all of them reach. Nothing of the run hangs on it:
+    while the head is away nothing is heard, and nobody waits.
+
+    Args:
+        name: of the run's keys in that store.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def stop(self) -> None:
+        """Ask all workers to stop."""
+        with suppress(Exception):  # asked again at the next look
+            _internal_kv_put(f"{self.name}-stop", b"1")
+
+    def stopped(self) -> bool:
+        """Whether they were asked to."""
+        return bool(_internal_kv_exists(f"{self.name}-stop"))
+
+    def say(self, level: int, message: str) -> None:
+        """Hand a line of the log to the driver."""
+        said = json.dumps([level, message])
+        _internal_kv_put(f"{self.name}-said-{time.time_ns():020d}", said.encode())
+
+    def repeat(self) -> None:
+        """Log here what was said since."""
+        with suppress(Exception):
+            for key in sorted(_internal_kv_list(f"{self.name}-said-")):
+                level, message = json.loads(_internal_kv_get(key))
+                _internal_kv_del(key)
+                _log.log(level, "%s", message)
+
+    def hang_up(self) -> None:
+        """Repeat the rest, and forget the line."""
+        self.repeat()
+        with suppress(Exception):
+            _internal_kv_del(self.name, del_by_prefix=True)
+
+
+@contextmanager
+def on_the_line(line: Line, bell: Bell, *, speaks: bool) -> Iterator[None]:
+    """Rings when the driver was asked to stop, or when a node of the workers is to be drained.
+
+    Args:
+        line: to the driver.
+        bell: of this worker.
+        speaks: whether what this worker logs goes to the driver.
+    """
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    # The public `get_preemption_info` is a barrier, which no step could pay for.
+    preemption = get_train_context().preemption_context
+    ended, memory, ours = threading.Event(), _Memory(), logging.getLogger("next")
+
+    def speak() -> None:
+        while memory.kept:
+            line.say(*memory.kept[0])
+            memory.kept.popleft()
+
+    def listen() -> None:
+        heard = None
+        while not ended.wait(LISTEN_SECONDS):
+            with suppress(Exception):  # the head may be away; the next look may find it
+                if line.stopped():
+                    bell.ring(Ask.STOP)
+                speak()
+            info = preemption.preemption_info
+            if info is not None and info != heard:
+                _log.warning("a node of this run is to be drained: writing a checkpoint")
+                bell.ring(Ask.KEEP)
+                heard = info
+
+    thread = threading.Thread(target=listen, name="listening", daemon=True)
+    if speaks:
+        ours.setLevel(logging.INFO)
+        ours.addHandler(memory)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(LISTEN_SECONDS)
+        ours.removeHandler(memory)
+        with suppress(Exception):
+            speak()
+
+
+class JournalWriter(ray.train.UserCallback):
+    """Writes what rank 0 reports into the run's journal; lives in Ray's controller, on this node.
+
+    A journal that is opened again knows what it holds, so what workers that were started again
+    repeat is not logged twice.
+    """
+
+    def __init__(self, tracked: dict[str, Any], line: Line) -> None:
+        self._tracked = tracked
+        self._line = line
+        self._run: Run | None = None
+
+    def after_report(
+        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
+    ) -> None:
+        report = metrics[0]
+        if report["first"]:
+            self._close("FINISHED")
+        if self._run is None:
+            self._run = open_run(**self._tracked)
+        for step, values in report["rows"]:
+            self._run.log_metrics(values, step=step)
+        if report["last"]:
+            self._close("FINISHED")
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        self._close("FAILED")
+        for rank, error in sorted(worker_exceptions.items()):
+            with suppress(Exception):
+                said = str(error).strip().splitlines()
+                self._line.say(
+                    logging.WARNING, f"worker {rank} ended: {said[-1] if said else error!r}"
+                )
+
+    def _close(self, status: Any) -> None:
+        if self._run is not None:
+            self._run.close(status)
+            self._run = None
+
+
+class _Memory(logging.Handler):
+    """Keeps what this process logs until it is taken away; a step waits for no network."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.kept: deque[tuple[int, str]] = deque(maxlen=1000)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.kept.append((record.levelno, record.getMessage()))
