@@ -1,150 +1,139 @@
-"""Drills on a real cluster: workers, drivers and nodes die, and the run ends as if none had.
+"""Drills on a real cluster: workers, drivers and nodes die, and the run ends as if none had."""
 
-The cluster has a head without CPUs and two nodes of one CPU, so that each worker has its own. The
-driver is `jobs/train.py` in a process of its own, started again with the same command.
-"""
-
+import re
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
-import ray
-from ray.cluster_utils import Cluster
+from ray.util.state import list_actors
 
-from next.config import RunConfig, override, to_toml
-from next.tracking.run import read_metrics, read_status
+from next.config import override, to_toml
+from next.tracking.run import read_status
 from next.training.cluster import check_address, require_room, start_ray
-
-ROOT = Path(__file__).resolve().parents[2]
-QUICK = {
-    "RAY_AUTH_MODE": "disabled",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "4",
-    "RAY_health_check_initial_delay_ms": "0",
-    "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_failure_threshold": "3",
-}
-SETTINGS = {
-    "scaling.num_workers": 2,
-    "checkpoint.every_steps": 2,
-    "selection.every": 20,
-    "optim.epochs": 60,
-}
+from next.training.interruption import INTERRUPTED
+from tests.training.conftest import (
+    ROOT,
+    SETTINGS,
+    Drill,
+    announce_the_end_of,
+    assert_values,
+    kill,
+    workers,
+)
+from tests.training.test_loop import assert_same_bits
 
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.slow,
+    pytest.mark.timeout(600),
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in QUICK.items():
-            patch.setenv(name, value)
-        patch.setenv("PYTHONPATH", str(ROOT))
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": port}
-        cluster = Cluster(initialize_head=True, head_node_args=head)
-        try:
-            for _ in range(2):
-                cluster.add_node(num_cpus=1)
-            ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-            patch.setenv("RAY_ADDRESS", cluster.address)
-            yield cluster
-        finally:
-            ray.shutdown()
-            cluster.shutdown()
+def assert_ended_as_if_nothing_had_happened(run: Drill, undisturbed: Drill) -> None:
+    assert run.ends() == 0, run.said()[-3000:]
+    assert_values(run.values(), undisturbed.values())
+    assert_same_bits(*(each.folder / "checkpoints" / "last" for each in (run, undisturbed)))
+    assert read_status(run.folder) == "FINISHED"
+    run.gave_everything_back()
 
 
-class Drill:
-    """A run of `jobs/train.py`, its journal, and the processes that work for it."""
-
-    def __init__(self, config: RunConfig, folder: Path) -> None:
-        self.recipe = folder / f"{config.run.name}.toml"
-        self.recipe.write_text(to_toml(config))
-        self.data = str(config.data.uri)
-        self.folder = Path(config.run.storage_path) / str(config.run.name)
-        self.output = folder / f"{config.run.name}.log"
-        self.process: subprocess.Popen | None = None
-
-    def start(self) -> None:
-        flags = ["--data", self.data, "--recipe", str(self.recipe), "--json"]
-        with self.output.open("ab") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "jobs/train.py", *flags], cwd=ROOT, stdout=output, stderr=output
-            )
-
-    def ends(self, timeout: float = 240) -> int:
-        assert self.process is not None
-        code, self.process = self.process.wait(timeout), None
-        return code
-
-    def until(self, condition: Callable[[], bool], what: str, timeout: float = 240) -> None:
-        deadline = time.monotonic() + timeout
-        while not condition():
-            assert time.monotonic() < deadline, f"{what}\n{self.output.read_text()[-3000:]}"
-            assert self.process is None or self.process.poll() is None, self.output.read_text()
-            time.sleep(0.05)
-
-    def kill(self) -> None:
-        """End a drill that failed."""
-        if self.process is not None and self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
-
-
-def workers() -> list[int]:
-    """Processes of all workers of Ray Train."""
-    from ray.util.state import list_actors
-
-    filters = [("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")]
-    return [actor.pid for actor in list_actors(filters=filters)]
-
-
-def everything_is_given_back() -> bool:
-    groups = ray.util.placement_group_table().values()
-    return (
-        all(group["state"] == "REMOVED" for group in groups)
-        and ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]
-        and not workers()
+def test_an_elastic_run_goes_on_without_a_lost_node_and_takes_in_one_that_joins(
+    cluster, drill, undisturbed
+):
+    """Before the drill that kills a driver: Ray keeps a dead run's request for three minutes."""
+    run = drill(
+        "elastic", scaling__num_workers=(1, 2), scaling__elastic_resize_monitor_interval_s=1.0
     )
+    run.trains()
+    cluster.remove_node(cluster.list_all_nodes()[-1], allow_graceful=False)
+    run.until(lambda: len(workers()) == 1, "the run does not shrink")
+    run.trains()
+    cluster.add_node(num_cpus=1)
+    run.until(lambda: len(workers()) == 2, "the new node is not taken in")
+    assert run.ends() == 0, run.said()[-3000:]
+    sizes = re.findall(r"training on (\d) worker", run.said())
+    assert sizes == ["2", "1", "2"]
+    assert run.losses() == pytest.approx(undisturbed.losses(), rel=2e-3, abs=2e-3)
+    assert run.values().keys() == undisturbed.values().keys(), "no metric is lost, none doubled"
+    run.gave_everything_back()
 
 
-@pytest.fixture
-def drill(cluster, tiny_config, tmp_path) -> Iterator[Callable[..., Drill]]:
-    begun: list[Drill] = []
+def test_a_run_whose_node_is_to_be_drained_writes_a_checkpoint_and_goes_on_elsewhere(
+    cluster, drill, undisturbed
+):
+    """A replacement is there already."""
+    cluster.add_node(num_cpus=1)
+    run = drill("drained", checkpoint__every_steps=None)
+    run.until(lambda: len(workers()) == 2, "never started")
+    run.until(lambda: "training on 2 workers" in run.said(), "never trained")
+    [at] = {actor.node_id for actor in list_actors(filters=[("pid", "=", workers()[0])])}
+    announce_the_end_of(at, seconds=3)
+    assert_ended_as_if_nothing_had_happened(run, undisturbed)
+    said = run.said()
+    assert "a node of this run is to be drained: writing a checkpoint" in said
+    assert said.count("training on 2 workers") == 2
+    resumed = re.search(r"continuing after epoch (\d+) \(step (\d+), (\d+) in the epoch\)", said)
+    assert resumed is not None
+    assert int(resumed[3]) > 0, "the checkpoint was written when it was asked for"
+    [node] = [each for each in cluster.list_all_nodes() if each.node_id == at]
+    cluster.remove_node(node)
 
-    def begin(name: str, **settings: object) -> Drill:
-        dotted = {key.replace("__", "."): value for key, value in settings.items()}
-        config = override(tiny_config, SETTINGS | {"run.name": name} | dotted)
-        begun.append(Drill(config, tmp_path))
-        begun[-1].start()
-        return begun[-1]
 
-    yield begin
-    for one in begun:
-        one.kill()
+def test_a_run_whose_workers_and_driver_die_ends_with_the_bits_of_an_undisturbed_one(
+    drill, undisturbed
+):
+    run = drill("torn")
+    run.trains()
+    first = workers()
+    kill(first[:1])
+    run.trains()
+    second = workers()
+    assert not set(second) & set(first), "one died, Ray starts both again"
+    kill(second)
+    run.trains()
+    run.kill()
+    run.gave_everything_back()
+
+    run.start()
+    run.trains()
+    run.asks_to_stop()
+    assert run.ends() == INTERRUPTED
+    assert f"stopped after step {len(run.losses())} with a checkpoint" in run.said()
+    assert read_status(run.folder) == "KILLED"
+    run.gave_everything_back()
+
+    run.start()
+    assert_ended_as_if_nothing_had_happened(run, undisturbed)
+    said = run.said()
+    assert said.count("ended: ") >= 3, "each worker that died is told of"
+    assert said.count("training on 2 workers") == 5
+
+
+def test_the_driver_tells_of_each_epoch_as_a_run_in_one_process_does(undisturbed):
+    told = re.findall(
+        r"^\d\d:\d\d:\d\d epoch (\d+)/40  loss \d+\.\d{3}  val mAP (\d+\.\d)  rank1 ",
+        undisturbed.said(),
+        re.MULTILINE,
+    )
+    found = undisturbed.values()
+    scores = [value for (_, name), value in sorted(found.items()) if name == "val/mAP"]
+    assert told == [(str(10 * n), f"{score:.1f}") for n, score in enumerate(scores, 1)]
+    assert len(told) == 4
 
 
 def test_nan_on_the_workers_ends_the_run_at_once_and_says_where(drill, cluster):
     wild = {"optim__lr": 1e12, "optim__tower_lr": 1e12, "optim__warmup_epochs": 0}
     run = drill("wild", **wild)
     assert run.ends() == 1
-    said = run.output.read_text()
+    said = run.said()
     assert "from step " in said
     assert "the last good checkpoint is kept. Lower optim.lr" in said
     assert read_status(run.folder) == "FAILED"
-    starts = sum(row["step"] == 1 for row in read_metrics(run.folder))
-    assert starts <= 1, "Ray does not start it again: NaN would come again"
-    run.until(everything_is_given_back, "the reservation stays", 60)
+    assert said.count("training on 2 workers") == 1, "NaN would come again"
+    run.gave_everything_back()
 
 
 def test_more_workers_than_the_cluster_can_ever_hold_are_refused(cluster, tiny_config):
