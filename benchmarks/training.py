@@ -1,0 +1,412 @@
+"""What several workers cost and give: start-up, Ray's share, scaling, checkpoints, a killed one.
+
+    python benchmarks/training.py                      # all parts
+    python benchmarks/training.py --parts start kill   # some: start step checkpoint snapshot kill
+
+Runs of the procedural benchmark, one torch thread a worker. "Plain torch" is the same training loop
+on processes of torch.multiprocessing with gloo: no Ray, no journal. Settings that are compared take
+turns within one call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from next.cli import DEMO_CARD, base_config, demo_shards
+from next.config import RunConfig, from_toml, override, to_toml
+from next.data.benchmark import load_card
+from next.data.shards import open_manifest
+from next.model.network import NEXT
+from next.tracking.run import read_metrics
+from next.training.checkpoint import Progress, take_snapshot, write_snapshot
+from next.training.inputs import resolve, training_data
+from next.training.interruption import Ask, Bell
+from next.training.loop import Worker, train
+from next.training.optimizer import build_optimizer
+from next.training.report import FolderReporter, TrainReporter
+
+ROOT = Path(__file__).resolve().parents[1]
+STEP_SECONDS = 0.2
+"""Step for which shares are stated where another one was measured."""
+
+Row = dict[str, Any]
+Found = dict[str, list[float]]
+"""What was measured, by setting, a value for each repeat."""
+
+
+def main(argv: list[str]) -> int:
+    """Measure, print a table for each part, write JSON."""
+    parts: dict[str, Callable[[Bench], list[Row]]] = {
+        "start": start, "step": step, "checkpoint": checkpoint, "snapshot": snapshot, "kill": kill,
+    }  # fmt: skip
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
+    parser.add_argument("--repeats", type=int, default=3, help="of each setting")
+    parser.add_argument("--samples", type=int, default=64, help="of a global batch, four a person")
+    parser.add_argument("--epochs", type=int, default=12, help="of each run that is timed")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/training.json"))
+    options = parser.parse_args(argv)
+    found: dict[str, Any] = {
+        "machine": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "load": os.getloadavg(),
+        "samples": options.samples,
+    }
+    with tempfile.TemporaryDirectory(prefix="nx", dir="/tmp") as folder:
+        os.environ["RAY_TMPDIR"] = folder
+        bench = Bench(Path(folder), options.samples, options.epochs, options.repeats)
+        for part in options.parts:
+            print(f"\n{part}", flush=True)
+            found[part] = parts[part](bench)
+            print_table(found[part])
+            options.out.write_text(json.dumps(found, indent=2))
+    return 0
+
+
+class Bench:
+    """Settings of all runs, and where they are kept."""
+
+    def __init__(self, folder: Path, samples: int, epochs: int, repeats: int) -> None:
+        self.folder = folder
+        self.epochs = epochs
+        self.repeats = repeats
+        self._runs = 0
+        config = override(
+            base_config(load_card(DEMO_CARD), None),
+            {
+                "threads": 1,
+                "batch.identities": samples // 4,
+                "batch.instances": 4,
+                "optim.epochs": epochs,
+                "optim.warmup_epochs": 1.0,
+                "selection.every": epochs,
+                "data.uri": str(demo_shards(ROOT / "demo")),
+                "data.cache": str(ROOT / "demo" / "cache"),
+                "run.storage_path": str(folder / "runs"),
+                "tracking.enabled": False,
+            },
+        )
+        self.config = resolve(config, open_manifest(str(config.data.uri)))
+        training_data(self.config, open_manifest(str(config.data.uri)))  # so that caches are warm
+
+    def new(self, **settings: Any) -> RunConfig:
+        """Settings of a run of its own; ``__`` stands for a dot."""
+        self._runs += 1
+        dotted = {name.replace("__", "."): value for name, value in settings.items()}
+        return override(self.config, {"run.name": f"run-{self._runs}"} | dotted)
+
+
+class Timed(NamedTuple):
+    """A run that is over."""
+
+    first: float
+    """Seconds from its command to its first step."""
+    pace: float
+    """Seconds a step, over all epochs but the first."""
+    steps: list[float]
+    """Seconds of each step but the first; empty: it was not looked at step by step."""
+
+
+def start(bench: Bench) -> list[Row]:
+    """Seconds from the command to the first optimizer step."""
+    brief = {"checkpoint__every_steps": 1, "optim__epochs": 1, "selection__every": 1}
+    found: Found = {}
+    for _ in range(bench.repeats):
+        for name, workers in (("1 worker", 1), ("2 workers, a Ray of their own", 2)):
+            timed = run_job(bench.new(scaling__num_workers=workers, **brief))
+            found.setdefault(name, []).append(timed.first)
+        with standing_ray():
+            timed = run_job(bench.new(scaling__num_workers=2, **brief))
+        found.setdefault("2 workers, a Ray that runs", []).append(timed.first)
+        timed = run_plainly(bench.new(optim__epochs=1, selection__every=1), 2)
+        found.setdefault("2 processes, plain torch", []).append(timed.first)
+    return [spread(name, "s to first step", values) for name, values in found.items()]
+
+
+def step(bench: Bench) -> list[Row]:
+    """Seconds of a step: Ray's overhead over plain torch, and what a second core gives."""
+    half = bench.config.batch.identities // 2
+    found: Found = {}
+    for _ in range(bench.repeats):
+        for name, measure in (
+            ("1 process, 1 thread", lambda: run_plainly(bench.new(), 1)),
+            ("1 process, 2 threads", lambda: run_plainly(bench.new(threads=2), 1)),
+            ("half the batch in each of 2 processes", lambda: run_apart(bench, half)),
+            ("2 processes, plain torch", lambda: run_plainly(bench.new(), 2)),
+            ("2 workers, Ray", lambda: run_job(bench.new(scaling__num_workers=2))),
+        ):
+            found.setdefault(name, []).append(measure().pace)
+    rows = [spread(name, "s a step", values) for name, values in found.items()]
+    ones, plain, ray = (
+        found[name]
+        for name in ("1 process, 1 thread", "2 processes, plain torch", "2 workers, Ray")
+    )
+    ideal = found["half the batch in each of 2 processes"]
+    return [
+        *rows,
+        ratios("Ray over plain torch", ray, plain),
+        ratios("2 workers, Ray: speed over 1 worker", ones, ray),
+        ratios("2 processes that share nothing: speed over 1 worker", ones, ideal),
+    ]
+
+
+def checkpoint(bench: Bench) -> list[Row]:
+    """What a checkpoint each 100 steps costs the steps of a run, by turns with none."""
+    found: dict[int | None, list[Timed]] = {None: [], 100: []}
+    half = bench.config.batch.identities // 2
+    for _ in range(bench.repeats):
+        for every, timed in found.items():
+            config = bench.new(checkpoint__every_steps=every, batch__identities=half)
+            timed.append(run_plainly(config, 1))
+    none, some = (
+        [statistics.fmean(timed.steps) for timed in found[every]] for every in (None, 100)
+    )
+    stalls = [
+        1000 * (timed.steps[at - 1] - statistics.median(timed.steps))
+        for timed in found[100]
+        for at in range(100, len(timed.steps) + 1, 100)
+    ]
+    return [
+        spread("no checkpoint", "s a step", none),
+        spread("one each 100 steps", "s a step", some),
+        ratios("with over without", some, none),
+        spread("the step that hands one over, beyond the median", "ms", stalls),
+    ]
+
+
+def snapshot(bench: Bench) -> list[Row]:
+    """Seconds that a full-size checkpoint takes from the step, and its writing beside the steps."""
+    size = {"model.image_size": (256, 128), "model.identities": 171, "model.modalities": 3}
+    config = override(RunConfig(), {"model.backbone.pretrained": None} | size)
+    network = NEXT(config.model)
+    optimizer = build_optimizer(network, config.optim)
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # which makes the optimizer's state
+    copying, writing, folder = [], [], bench.folder / "full"
+    for _ in range(bench.repeats):
+        began = time.perf_counter()
+        taken = take_snapshot(network, optimizer, Progress(step=1), config)
+        copying.append(time.perf_counter() - began)
+        began = time.perf_counter()
+        write_snapshot(folder, taken)
+        writing.append(time.perf_counter() - began)
+        del taken
+    stored = sum(path.stat().st_size for path in folder.iterdir())
+    share = [seconds / (100 * STEP_SECONDS) for seconds in copying]
+    return [
+        spread("ViT-B/16 and Adam: size", "MB", [stored / 1e6]),
+        spread("ViT-B/16 and Adam: copied, the step waits", "s", copying),
+        spread(f"share of 100 steps of {STEP_SECONDS} s", "", share),
+        spread("ViT-B/16 and Adam: written, in a thread", "s", writing),
+    ]
+
+
+def kill(bench: Bench) -> list[Row]:
+    """Seconds from SIGKILL of one of two workers to the loop's next life, and to a new step."""
+    config = bench.new(
+        scaling__num_workers=2,
+        checkpoint__every_steps=1,
+        run__max_failures=-1,
+        optim__epochs=1000,
+        selection__every=1000,
+    )
+    folder = Path(config.run.storage_path) / str(config.run.name)
+    process, output = begin_job(config)
+    again, new = [], []
+    try:
+        for life in range(1, bench.repeats + 1):
+            wait_until(process, lambda life=life: steps_of(folder) >= 5 * life)
+            victim = next_worker(process.pid)
+            os.kill(victim, signal.SIGKILL)
+            began, done = time.monotonic(), steps_of(folder)
+            wait_until(process, lambda life=life: lives(output) > life)
+            again.append(time.monotonic() - began)
+            wait_until(process, lambda done=done: steps_of(folder) > done + 1)
+            new.append(time.monotonic() - began)
+    finally:
+        process.terminate()
+        process.wait(60)
+    return [
+        spread("SIGKILL of a worker to training again", "s", again),
+        spread("SIGKILL of a worker to the next new step", "s", new),
+    ]
+
+
+def begin_job(config: RunConfig) -> tuple[subprocess.Popen, Path]:
+    """``jobs/train.py`` with these settings, and the file of what it says."""
+    recipe = Path(config.run.storage_path).parent / f"{config.run.name}.toml"
+    recipe.write_text(to_toml(config))
+    output = recipe.with_suffix(".log")
+    command = [sys.executable, "jobs/train.py", "--data", str(config.data.uri)]
+    with output.open("wb") as log:
+        process = subprocess.Popen(
+            [*command, "--recipe", str(recipe), "--json"], cwd=ROOT, stdout=log, stderr=log
+        )
+    return process, output
+
+
+def run_job(config: RunConfig) -> Timed:
+    """Run the job to its end; times are those of the journal's records."""
+    began = time.time()
+    process, output = begin_job(config)
+    if process.wait() != 0:
+        raise RuntimeError(output.read_text()[-3000:])
+    rows = read_metrics(Path(config.run.storage_path) / str(config.run.name))
+    [first, *_] = [row["time"] for row in rows if "train/loss" in row["values"]]
+    return Timed(first - began, pace(config, [row["values"] for row in rows]), [])
+
+
+def run_plainly(config: RunConfig, world: int) -> Timed:
+    """The loop on processes of torch alone; what rank 0 found."""
+    [timed] = run_groups([config], world)
+    return timed
+
+
+def run_apart(bench: Bench, identities: int) -> Timed:
+    """Two runs of one process at the same time, which know nothing of each other; the slower."""
+    configs = [bench.new(batch__identities=identities) for _ in range(2)]
+    return max(run_groups(configs, 1), key=lambda timed: timed.pace)
+
+
+def run_groups(configs: list[RunConfig], world: int) -> list[Timed]:
+    """A group of processes for each configuration, all at the same time."""
+    spawn = multiprocessing.get_context("spawn")
+    began, queue = time.time(), spawn.Queue()
+    members = [
+        spawn.Process(target=member, args=(rank, world, to_toml(config), began, queue))
+        for config in configs
+        for rank in range(world)
+    ]
+    for one in members:
+        one.start()
+    found = [queue.get(timeout=600) for _ in configs]
+    for one in members:
+        one.join()
+    return found
+
+
+class Clock(Bell):
+    """Is asked once a step, and notes when."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.at: list[float] = []
+
+    def answer(self) -> Ask:
+        self.at.append(time.time())
+        return super().answer()
+
+
+def member(rank: int, world: int, settings: str, began: float, queue: Any) -> None:
+    """One process of a group."""
+    config = from_toml(settings)
+    torch.set_num_threads(config.threads or 1)
+    folder = Path(config.run.storage_path) / str(config.run.name) / "checkpoints"
+    clock, rows = Clock(), []
+    kept = {"checkpoint": config.checkpoint, "bell": clock}
+    reporter: FolderReporter | TrainReporter = FolderReporter(folder, **kept)
+    if world > 1:
+        meeting = folder.parent.with_suffix(".meeting")
+        meeting.parent.mkdir(parents=True, exist_ok=True)
+        dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=world)
+        reporter = TrainReporter(folder, rank, world, send=lambda report: None, **kept)
+    with reporter:
+        data = training_data(config, open_manifest(str(config.data.uri)))
+        train(config, data, reporter, Worker(rank, world), lambda values, step: rows.append(values))
+    if rank == 0:
+        steps = [after - before for before, after in pairwise(clock.at)]
+        queue.put(Timed(clock.at[0] - began, pace(config, rows), steps))
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def pace(config: RunConfig, rows: list[dict[str, float]]) -> float:
+    """Seconds a step by the rates that the loop logs at the end of each epoch; NaN of one alone."""
+    rates = [row["train/samples_per_second"] for row in rows if "train/samples_per_second" in row]
+    if len(rates) < 2:
+        return float("nan")
+    return config.batch.size / statistics.harmonic_mean(rates[1:])
+
+
+@contextmanager
+def standing_ray() -> Iterator[None]:
+    """A Ray of this machine, which jobs find by the environment."""
+    import ray
+
+    ray.init(address="local", num_cpus=2, include_dashboard=True, log_to_driver=False)
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    try:
+        yield
+    finally:
+        del os.environ["RAY_ADDRESS"]
+        ray.shutdown()
+
+
+def steps_of(folder: Path) -> int:
+    """Steps in a run's journal."""
+    if not (folder / "journal.jsonl").exists():
+        return 0
+    return sum("train/loss" in row["values"] for row in read_metrics(folder))
+
+
+def lives(output: Path) -> int:
+    """How often the workers of a run began."""
+    return output.read_text().count("training on 2 workers")
+
+
+def next_worker(pid: int) -> int:
+    """A worker of Ray Train below a process."""
+    below = psutil.Process(pid).children(recursive=True)
+    return max(one.pid for one in below if "RayTrainWorker" in "".join(one.cmdline()[:1]))
+
+
+def wait_until(process: subprocess.Popen, condition: Callable[[], bool]) -> None:
+    """Look every few milliseconds."""
+    while not condition():
+        if process.poll() is not None:
+            raise RuntimeError(f"the job ended with code {process.returncode}")
+        time.sleep(0.01)
+
+
+def spread(name: str, unit: str, values: list[float]) -> Row:
+    """A line of a table."""
+    row = {"what": name, "unit": unit, "median": statistics.median(values)}
+    return row | {"least": min(values), "most": max(values), "repeats": len(values)}
+
+
+def ratios(name: str, over: list[float], under: list[float]) -> Row:
+    """Ratios of runs of one turn."""
+    return spread(name, "ratio", [a / b for a, b in zip(over, under, strict=True)])
+
+
+def print_table(rows: list[Row]) -> None:
+    """Columns of equal width."""
+    for row in rows:
+        values = "".join(f"{row[name]:>10.3f}" for name in ("median", "least", "most"))
+        print(f"{row['what']:<52}{row['unit']:<18}{values}{row['repeats']:>4}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
