@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from next.evaluation.canvas import (
@@ -33,15 +34,16 @@ _WIDE = 6.4
 
 @house_style()
 def parallel_coordinates(
-    path: Path, trials: Sequence[Trial], varied: Sequence[str], metric: str
+    path: Path, trials: Sequence[Trial], varied: Sequence[str], metric: str, note: str
 ) -> Path:
     """One line a trial over all varied settings and the score; pruned ones are grey and dashed.
 
     Args:
         path: PNG to write.
-        trials: that the sampler drew, with a score.
+        trials: that the sampler drew, with scores that can be compared.
         varied: settings, one axis each; a conditional one may be missing in a trial.
         metric: name of the last axis.
+        note: how the scores of pruned trials came about.
     """
     places = [_places([trial.settings.get(name) for trial in trials]) for name in varied]
     scores = np.array([float(trial.score or 0.0) for trial in trials])
@@ -74,13 +76,14 @@ def parallel_coordinates(
     axes.grid(visible=True, axis="x")
     axes.spines[["left"]].set_visible(False)
     axes.set_title(f"Settings and {metric}: bright is better, grey was pruned", fontsize=13)
+    _say_below(figure, note)
     return save(figure, path)
 
 
 @house_style()
-def importance_bars(path: Path, shares: Mapping[str, float], method: str) -> Path:
-    """Share of the score's variance that each setting explains."""
-    figure = plot_figure(_WIDE, 1.5 + 0.5 * len(shares))
+def importance_bars(path: Path, shares: Mapping[str, float], method: str, note: str) -> Path:
+    """Share of the score's variance that each setting explains; ``note`` tells of pruned trials."""
+    figure = plot_figure(_WIDE, 2.0 + 0.5 * len(shares))
     axes = figure.subplots()
     ranked = sorted(shares.items(), key=lambda item: item[1])
     axes.barh(range(len(ranked)), [100 * share for _, share in ranked], color=COLOURS[0])
@@ -90,19 +93,23 @@ def importance_bars(path: Path, shares: Mapping[str, float], method: str) -> Pat
     axes.set(xlabel="importance, %", xlim=(0, 112))
     axes.grid(visible=False, axis="y")
     axes.set_title(f"Importance ({method})")
+    _say_below(figure, note)
     return save(figure, path)
 
 
 @house_style()
-def contour(path: Path, trials: Sequence[Trial], across: str, up: str, metric: str) -> Path:
+def contour(
+    path: Path, trials: Sequence[Trial], across: str, up: str, metric: str, note: str
+) -> Path:
     """The score over two settings: dots are trials (crosses: pruned), colour between is a guess.
 
     Args:
         path: PNG to write.
-        trials: with a score; those that lack one of the settings are left out.
+        trials: with scores that can be compared; those that lack one of the settings are left out.
         across: setting of the x axis, a number.
         up: setting of the y axis, a number.
         metric: name of the score.
+        note: how the scores of pruned trials came about.
     """
     shown = [t for t in trials if across in t.settings and up in t.settings and t.score is not None]
     xs = np.array([float(trial.settings[across]) for trial in shown])
@@ -139,6 +146,51 @@ def contour(path: Path, trials: Sequence[Trial], across: str, up: str, metric: s
     axes.set(xlabel=across, ylabel=up)
     axes.set_title(f"{metric}: dots are trials, crosses were pruned", fontsize=13)
     figure.colorbar(ScalarMappable(norm, "viridis"), ax=axes, label=f"{metric}, %")
+    _say_below(figure, note)
+    return save(figure, path)
+
+
+@house_style()
+def trade_off(path: Path, trials: Sequence[Trial], objectives: Mapping[str, str]) -> Path:
+    """Finished trials by their first two objectives, and the line of those that none beats in both.
+
+    Args:
+        path: PNG to write.
+        trials: with their objectives at their best epoch; those of the default are squares.
+        objectives: metric -> ``max`` or ``min``, two at least.
+    """
+    (first, way), (second, other) = list(objectives.items())[:2]
+    signs = np.array([1.0 if one == "max" else -1.0 for one in (way, other)])
+    points = np.array([trial.values[:2] for trial in trials])
+    better = points * signs
+    front = [
+        row
+        for row in np.argsort(points[:, 1])
+        if not any((other >= better[row]).all() and (other > better[row]).any() for other in better)
+    ]
+    figure = plot_figure(_WIDE, 4.6)
+    axes = figure.subplots()
+    axes.plot(points[front, 1], points[front, 0], color=COLOURS[1], linewidth=2, zorder=1)
+    for label, marker, colour, repeated in (
+        ("drawn", "o", COLOURS[0], False),
+        ("default, each seed", "s", NEUTRAL, True),
+    ):
+        chosen = np.array([(trial.of is not None) == repeated for trial in trials])
+        if chosen.any():
+            axes.scatter(
+                points[chosen, 1], points[chosen, 0], color=colour, marker=marker, s=70,
+                edgecolors="white", zorder=3, label=label,
+            )  # fmt: skip
+    for row in front:
+        axes.annotate(
+            trials[row].name, (points[row, 1], points[row, 0]), xytext=(6, 6),
+            textcoords="offset points", fontsize=10,
+        )  # fmt: skip
+    axes.set(xlabel=second, ylabel=f"{first}, %")
+    axes.margins(x=0.18, y=0.12)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+    axes.set_title("Trade-off: none beats a trial on the line in both", fontsize=13)
+    figure.legend(loc="outside lower center", ncols=2)
     return save(figure, path)
 
 
@@ -248,6 +300,10 @@ def queries_won(path: Path, gains: np.ndarray, ours: str, theirs: str) -> Path:
         fontsize=13,
     )
     return save(figure, path)
+
+
+def _say_below(figure: Figure, note: str) -> None:
+    figure.supxlabel(wrap(note, 78), fontsize=10, color=INK)
 
 
 def _places(values: Sequence[Any]) -> tuple[list[float | None], list[tuple[float, str]]]:

@@ -3,42 +3,16 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import optuna
-
-from next.data.shards import open_manifest
-from next.evaluation.metrics import nearest
-from next.evaluation.ranklists import RankList, Shown, rank_lists
 from next.training.assessment import Assessment
-from next.training.inputs import training_data
-from next.tuning.axes import AXES, FEATURES
-from next.tuning.charts import (
-    contour,
-    curve_fan,
-    importance_bars,
-    missing_matrix,
-    parallel_coordinates,
-    queries_won,
-    usage_over_settings,
-)
 from next.tuning.folder import Standing, read_standing
-from next.tuning.page import Picture, Section, facts, gallery, table, text, write_page
-from next.tuning.results import Trial
-from next.tuning.search import DEFAULT
-from next.tuning.study import as_completed
-from next.tuning.summary import Summary, cell, spread_text, summarise, write_summary
-
-_log = logging.getLogger(__name__)
-
-_TEMPERATURE = "model.routing.temperature"
-_SHOWN_QUERIES = 1
+from next.tuning.page import Section, facts, gallery, table, text, write_page
+from next.tuning.pictures import model_pictures, query_pictures, read_axes, search_pictures
+from next.tuning.summary import Summary, cell, objective_text, spread_text, summarise, write_summary
 
 
 def report_sweep(folder: Path, assessment: Assessment | None = None) -> list[Path]:
@@ -60,11 +34,11 @@ def report_sweep(folder: Path, assessment: Assessment | None = None) -> list[Pat
     written = write_summary(folder / "sweep.json", found, summary, test)
     sections = [
         Section("Leaderboard", _leaderboard(found, summary)),
-        Section("Search", gallery(_search_pictures(found, summary))),
+        Section("Search", gallery(search_pictures(found, summary))),
     ]
     for title, pictures in (
-        ("Experts and missing modalities", _model_pictures(found, summary)),
-        ("The two best, query by query", _query_pictures(found)),
+        ("Experts and missing modalities", model_pictures(found, summary)),
+        ("The two best, query by query", query_pictures(found)),
     ):
         if pictures:
             sections.append(Section(title, gallery(pictures)))
@@ -142,7 +116,7 @@ _TEST = ("test/mAP", "test/rank1")
 
 def _leaderboard(found: Standing, summary: Summary) -> str:
     shown = [setting for setting in found.settings if setting.runs][:60]
-    extra = list(found.objectives)[1:]
+    extra = summary.others
     rows, classes = [], []
     for place, setting in enumerate(shown, 1):
         score = "-" if setting.score is None else f"{summary.floor.level(setting):.4g}"
@@ -153,8 +127,7 @@ def _leaderboard(found: Standing, summary: Summary) -> str:
                 place,
                 setting.name,
                 f"{score} ± {half}" if setting.score is not None else "-",
-                *(f"{value:.4g}" for value in best.values[1:]),
-                *("-" for _ in extra[len(best.values[1:]) :]),
+                *(objective_text(setting, found.settings, i + 1) for i in range(len(extra))),
                 len(setting.fair),
                 setting.state + (" (inherited)" if best.inherited else ""),
                 best.epochs,
@@ -168,200 +141,6 @@ def _leaderboard(found: Standing, summary: Summary) -> str:
     if len(found.settings) > len(shown):
         note = f'<p class="note">{len(found.settings) - len(shown)} more in sweep.json.</p>'
     return table(names, rows, words=(1,), classes=classes) + note
-
-
-def _search_pictures(found: Standing, summary: Summary) -> list[Picture]:
-    folder = found.folder / "figures"
-    drawn = [t for t in found.trials if t.of is None and t.score is not None]
-    pictures = [
-        Picture(
-            curve_fan(folder / "curves.png", found.trials, summary.run, summary.metric),
-            "Learning curves; grey: pruned.",
-        )
-    ]
-    varied = [name for name in found.varied if any(name in t.settings for t in drawn)]
-    if len(drawn) < 2 or not varied:
-        return pictures
-    pictures.append(
-        Picture(
-            parallel_coordinates(folder / "parallel.png", drawn, varied, summary.metric),
-            "Settings of every trial; a line breaks where a conditional setting was not drawn.",
-        )
-    )
-    shares, method = importance(found.studies.search)
-    if shares:
-        pictures.append(
-            Picture(
-                importance_bars(folder / "importance.png", shares, method),
-                f"Which settings decide the score, by {method} over finished and pruned trials; "
-                "settings that only some trials have are left out.",
-            )
-        )
-    pair = _contour_settings(drawn, shares)
-    if pair is not None:
-        pictures.append(
-            Picture(
-                contour(folder / "contour.png", drawn, *pair, summary.metric),
-                f"{summary.metric} over {pair[0]} and {pair[1]}; between the trials the colour is "
-                "their mean weighed by nearness.",
-            )
-        )
-    return pictures
-
-
-def importance(study: optuna.Study) -> tuple[dict[str, float], str]:
-    """Share of each setting that all trials have, and the method; empty where nothing is to say."""
-    done = as_completed(study)
-    if len({trial.value for trial in done.trials}) < 4:
-        return {}, ""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            shares = optuna.importance.get_param_importances(
-                done, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0)
-            )
-        except (ValueError, RuntimeError) as error:
-            _log.debug("no importance: %s", error)
-            return {}, ""
-    known = {name: float(share) for name, share in shares.items() if math.isfinite(share)}
-    return known, "fANOVA"
-
-
-def _contour_settings(trials: list[Trial], shares: Mapping[str, float]) -> tuple[str, str] | None:
-    """Temperature against an expert count where both vary, else the two most important numbers."""
-
-    def varies(name: str) -> bool:
-        values = [t.settings[name] for t in trials if name in t.settings]
-        numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
-        return numbers and len(set(values)) > 1 and len(values) > 2
-
-    names = dict.fromkeys(name for trial in trials for name in trial.settings)
-    numeric = [name for name in names if varies(name)]
-    counts = [name for name in numeric if name.endswith(".experts")]
-    if _TEMPERATURE in numeric and counts:
-        return _TEMPERATURE, counts[0]
-    ranked = sorted(numeric, key=lambda name: -shares.get(name, 0.0))
-    return (ranked[0], ranked[1]) if len(ranked) > 1 else None
-
-
-def _model_pictures(found: Standing, summary: Summary) -> list[Picture]:
-    folder = found.folder / "figures"
-    pictures = []
-    start = {name: value for s in found.settings if s.name == DEFAULT for name, value in
-             s.settings.items()}  # fmt: skip
-    kept = [(t, read) for t in found.trials if (read := read_axes(t)) is not None]
-    for branch in ("semantic", "structure"):
-        points = []
-        for trial, axes in kept:
-            settings = start | trial.settings
-            entropy = axes["usage"].get(f"{branch}_entropy")
-            count = settings.get(f"model.{branch}.experts")
-            if entropy is not None and _TEMPERATURE in settings and count is not None:
-                mean = float(np.nanmean(np.array(entropy, dtype=float)))
-                points.append((float(settings[_TEMPERATURE]), int(count), mean))
-        if len(points) > 1:
-            pictures.append(
-                Picture(
-                    usage_over_settings(
-                        folder / f"usage_{branch}.png", points, branch=branch, across=_TEMPERATURE
-                    ),
-                    f"How the {branch} experts of finished trials route, by temperature and count.",
-                )
-            )
-    winner = next((axes for trial, axes in kept if trial.name == summary.run), None)
-    if winner is not None and "missing" in winner:
-        pictures.append(
-            Picture(
-                missing_matrix(
-                    folder / "missing.png",
-                    winner["missing"]["patterns"],
-                    np.array(winner["missing"]["mAP"]),
-                    "mAP with modalities missing",
-                ),
-                f"{summary.run} where queries and gallery have only some modalities.",
-            )
-        )
-    return pictures
-
-
-def _query_pictures(found: Standing) -> list[Picture]:
-    """What the best setting's best run wins and loses against the second best one's."""
-    best = [s.best_run for s in found.settings if s.finished and s.name != DEFAULT][:2]
-    best += [s.best_run for s in found.settings if s.finished and s.name == DEFAULT]
-    kept = [(run, Path(run.folder) / FEATURES) for run in best]
-    kept = [(run, path) for run, path in kept if path.is_file()][:2]
-    if len(kept) < 2:
-        return []
-    (ours, one), (theirs, other) = kept
-    with np.load(one) as a, np.load(other) as b:
-        left, right = dict(a), dict(b)
-    gains = left["average_precision"] - right["average_precision"]
-    folder = found.folder / "figures"
-    pictures = [
-        Picture(
-            queries_won(folder / "queries.png", gains, ours.name, theirs.name),
-            f"Gain of average precision of {ours.name} over {theirs.name}, each query a bar.",
-        )
-    ]
-    lists = _compared_lists(found, gains, (ours.name, left), (theirs.name, right))
-    if lists is not None:
-        modalities, ranked = lists
-        pictures.append(
-            Picture(
-                rank_lists(folder / "queries_lists.png", ranked, modalities=modalities),
-                f"The queries that {ours.name} wins and loses most, as each of the two ranks them.",
-                wide=True,
-            )
-        )
-    return pictures
-
-
-def _compared_lists(
-    found: Standing,
-    gains: np.ndarray,
-    ours: tuple[str, dict[str, np.ndarray]],
-    theirs: tuple[str, dict[str, np.ndarray]],
-) -> tuple[tuple[str, ...], list[RankList]] | None:
-    """Modalities, and both rankings of the queries that differ most; None: the data are away."""
-    try:
-        data = training_data(found.base, open_manifest(str(found.base.data.uri)))
-    except (OSError, ValueError) as error:
-        _log.warning("no rank lists in the report: %s", error)
-        return None
-    order = np.argsort(np.where(np.isnan(gains), 0.0, gains))
-    rows = [int(row) for row in (*order[::-1][:_SHOWN_QUERIES], *order[:_SHOWN_QUERIES])]
-    ranked = []
-    for row in rows:
-        verb = "won" if gains[row] > 0 else "lost" if gains[row] < 0 else "even"
-        for name, kept in (ours, theirs):
-            (near,) = nearest(
-                kept["query"].astype(np.float32),
-                kept["gallery"].astype(np.float32),
-                data.query.labels,
-                data.gallery.labels,
-                [row],
-                rule=data.rule,
-                top=8,
-                own=kept["own"],
-            )
-            ranked.append(
-                RankList(
-                    title=f"{verb}: {name}, AP {kept['average_precision'][row]:.1f} %",
-                    query=_show(data.query, row),
-                    results=[_show(data.gallery, int(place)) for place in near.rows],
-                    distances=near.distances,
-                    right=near.right,
-                )
-            )
-    return data.query.modalities, ranked
-
-
-def _show(samples: Any, row: int) -> Shown:
-    return Shown(
-        images=samples.pixels(np.array([row]))[0].numpy(),
-        caption=str(samples.labels.pid[row]),
-        present=samples.present[row],
-    )
 
 
 def _axes(found: Standing, summary: Summary) -> str | None:
@@ -395,15 +174,6 @@ def _axes(found: Standing, summary: Summary) -> str | None:
         "of so many is lucky: read it with the noise floor beside it.</p>"
         f'<div class="grid"><div>{choices}</div><div>{by_axis}</div></div>'
     )
-
-
-def read_axes(trial: Trial) -> dict[str, Any] | None:
-    """Usage and free axes of a run; None where it was not measured."""
-    path = Path(trial.folder) / AXES
-    if not path.is_file():
-        return None
-    axes: dict[str, Any] = json.loads(path.read_text())
-    return axes
 
 
 def _value(value: Any) -> str:

@@ -15,7 +15,6 @@ from optuna.trial import TrialState
 
 from next.config import RunConfig, flatten
 from next.evaluation.blocks import SharedSeeds, shared_seeds
-from next.evaluation.figures import TrialPoint, sweep_overview
 from next.tuning.search import DEFAULT, best_of, read_curve
 from next.tuning.study import Studies
 
@@ -205,14 +204,6 @@ def write_json(path: Path, content: Any) -> Path:
     draft.write_text(json.dumps(content, indent=2))
     os.replace(draft, path)
     return path
-
-
-def draw_overview(folder: Path, trials: list[Trial], metric: str) -> Path:
-    """The objective against each swept setting."""
-    points = [
-        TrialPoint(t.settings, t.score, pruned=t.state == "pruned") for t in trials if t.of is None
-    ]
-    return sweep_overview(folder / "sweep.png", points, objective=metric)
 
 
 def plain(trial: Trial) -> dict[str, Any]:

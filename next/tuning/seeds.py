@@ -61,14 +61,14 @@ class Floor(NamedTuple):
     @property
     def one_run(self) -> float:
         """Half of the 95 % interval of one run's score beside others on its seed; NaN: unknown."""
-        return _reach(*self.paired)
+        return interval_reach(*self.paired)
 
     def half_width(self, setting: Setting) -> float:
         """Half of the 95 % interval of a setting's level beside others on the same seeds."""
         found = self._estimate(setting)
         if found is not None:
             return self.one_run * found.variance**0.5
-        return _reach(self.spread, self.freedom) / max(1, len(setting.fair)) ** 0.5
+        return interval_reach(self.spread, self.freedom) / max(1, len(setting.fair)) ** 0.5
 
     def comparisons(self, ours: Setting, theirs: Setting) -> int:
         """How many differences could have been told instead of the one between these two."""
@@ -246,7 +246,8 @@ def next_racer(
     return Repeat(racer.name, changes, _next_seed(racer, seed))
 
 
-def _reach(spread: float, freedom: int) -> float:
+def interval_reach(spread: float, freedom: int) -> float:
+    """Half of the 95 % interval of one run's score; NaN where no spread is known."""
     return float(stats.t.ppf(0.975, freedom)) * spread if freedom else math.nan
 
 

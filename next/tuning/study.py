@@ -245,19 +245,23 @@ def inherit(
     return count
 
 
-def as_completed(study: optuna.Study) -> optuna.Study:
-    """A study in memory whose pruned trials count with what they reached, for one objective.
+def as_completed(study: optuna.Study, scores: Mapping[int, float]) -> optuna.Study:
+    """A study in memory whose trials have the given scores, pruned ones too.
 
     Importances are computed from finished trials alone, of which pruning leaves few.
+
+    Args:
+        study: that the sampler drew.
+        scores: by number of the trial; one without a score is left out.
     """
     copy = optuna.create_study(direction=study.directions[0].name.lower())
     for frozen in study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED)):
-        values = [value for _, (value, *_) in frozen.user_attrs.get("curve", [])]
-        if values and frozen.params:
-            best = max if copy.direction == optuna.study.StudyDirection.MAXIMIZE else min
+        if frozen.number in scores and frozen.params:
             copy.add_trial(
                 optuna.trial.create_trial(
-                    value=best(values), params=frozen.params, distributions=frozen.distributions
+                    value=scores[frozen.number],
+                    params=frozen.params,
+                    distributions=frozen.distributions,
                 )
             )
     return copy

@@ -13,10 +13,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from next.evaluation.noise import pooled_spread
 from next.tuning.folder import Standing
 from next.tuning.results import Setting, plain, write_json
 from next.tuning.search import DEFAULT
-from next.tuning.seeds import Floor, Verdict, compare, next_metric, noise_floor
+from next.tuning.seeds import Floor, Verdict, compare, interval_reach, next_metric, noise_floor
 
 _COMPARED = 5
 """Settings that the winner is compared with, beside the default; as well known as it is, since a
@@ -27,6 +28,8 @@ class Summary(NamedTuple):
     """What a sweep found."""
 
     metric: str
+    others: tuple[str, ...]
+    """Objectives after the first, which ranks."""
     winner: str
     """Name of the best setting that the sampler drew."""
     run: str
@@ -79,6 +82,7 @@ def summarise(settings: Sequence[Setting], objectives: Mapping[str, str]) -> Sum
     ]
     return Summary(
         next_metric(objectives),
+        tuple(objectives)[1:],
         winner.name,
         winner.best_run.name,
         floor.level(winner),
@@ -95,15 +99,17 @@ def leaderboard(settings: Sequence[Setting], varied: Sequence[str], summary: Sum
         f"as the best of many single runs is lucky",
         box=box.SIMPLE,
     )
-    for name in ("#", summary.metric, "±", "seeds", "state", "epochs", "seconds", *varied):
+    extra = summary.others
+    for name in ("#", summary.metric, "±", *extra, "seeds", "state", "epochs", "seconds", *varied):
         left = name == "state"
         table.add_column(name.removeprefix("model."), justify="left" if left else "right")
     table.add_column("trial")
-    for place, setting in enumerate(settings, 1):
+    for row, setting in enumerate(settings, 1):
         table.add_row(
-            str(place),
+            str(row),
             "-" if setting.score is None else f"{summary.floor.level(setting):.4g}",
             spread_text(setting, summary.floor),
+            *(objective_text(setting, settings, place) for place in range(1, len(extra) + 1)),
             str(len(setting.fair)),
             setting.state,
             str(max((run.epochs for run in setting.runs), default=0)),
@@ -123,6 +129,22 @@ def spread_text(setting: Setting, floor: Floor) -> str:
         return "-"
     half = floor.half_width(setting)
     return "?" if math.isnan(half) else f"{half:.2g}"
+
+
+def objective_text(setting: Setting, settings: Sequence[Setting], place: int) -> str:
+    """An objective that does not rank: mean over seeds, ± half of its 95 % interval.
+
+    Args:
+        setting: whose.
+        settings: all, for the spread over seeds.
+        place: of the objective, 1 for the second.
+    """
+    own = [run.values[place] for run in setting.fair or setting.runs if len(run.values) > place]
+    if not own:
+        return "-"
+    known = [[run.values[place] for run in other.fair] for other in settings]
+    half = interval_reach(*pooled_spread(known)) / len(own) ** 0.5
+    return f"{sum(own) / len(own):.4g} ± {'?' if math.isnan(half) else f'{half:.2g}'}"
 
 
 def cell(value: Any) -> str:

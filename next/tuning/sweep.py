@@ -36,10 +36,11 @@ from next.training.record import record_assessment, record_inputs
 from next.training.registration import register_best, write_card
 from next.tuning.comparison import comparison_link, record_pictures, set_up_comparison
 from next.tuning.folder import driving, new_folder, read_record, write_record
+from next.tuning.pictures import draw_overview
 from next.tuning.progress import Progress
 from next.tuning.report import report_sweep
 from next.tuning.resources import Places
-from next.tuning.results import Setting, Trial, draw_overview, group, read_trials, starting_point
+from next.tuning.results import Setting, Trial, group, read_trials, starting_point
 from next.tuning.search import DEFAULT, Pruning, Repeat, Search
 from next.tuning.seeds import next_metric, next_racer
 from next.tuning.settings import SweepConfig
@@ -300,7 +301,7 @@ def _drive(it: _Sweep) -> SweepResult:
         history = read_history(Path(winner.folder))
         assessment = assess(checkpoint, it.manifest, folder, device=device(base), history=history)
         if any(trial.settings for trial in trials if trial.score is not None):
-            overview = draw_overview(folder / "figures", trials, metric)
+            overview = draw_overview(folder / "figures", trials, it.objectives)
             assessment = assessment._replace(pictures=[*assessment.pictures, overview])
         parent.log_metrics({metric: float(summary.score or 0.0)}, step=0)
         record_assessment(parent, assessment, step=0)

@@ -13,13 +13,15 @@ from next.config import RunConfig, override, to_toml
 from next.data.shards import open_manifest
 from next.training.inputs import resolve, training_data
 from next.tuning.axes import AXES, FEATURES
-from next.tuning.folder import write_record
-from next.tuning.report import importance, report_sweep
+from next.tuning.carried import carry_on
+from next.tuning.folder import read_standing, write_record
+from next.tuning.pictures import importance
+from next.tuning.report import report_sweep
 from next.tuning.resources import Places
 from next.tuning.search import Repeat, Search
 from next.tuning.settings import SweepConfig
 from next.tuning.space import describe_space, load_space
-from next.tuning.study import FILE, create_studies, open_studies
+from next.tuning.study import FILE, create_studies
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = {
@@ -138,8 +140,9 @@ def test_the_page_is_small_whole_and_shows_every_score_with_its_spread(played):
 
 
 def test_temperature_and_experts_matter_most_on_a_surface_of_these_two(played):
-    study = open_studies(played / FILE, "played", SWEEP).search
-    shares, method = importance(study)
+    found = read_standing(played)
+    carried = carry_on([trial for trial in found.trials if trial.of is None], found.objectives)
+    shares, method = importance(found.studies.search, carried.trials)
     assert method == "fANOVA"
     assert sum(shares.values()) == pytest.approx(1.0)
     assert max(shares, key=shares.get) == "model.routing.temperature"
