@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from next.config import RunConfig, to_toml
 from next.data.shards import Manifest
 from next.tracking.provenance import provenance_diff
 from next.tracking.run import Run
-from next.training.assessment import Assessment
+
+if TYPE_CHECKING:  # a trial's process does without what draws and compares: a second, 56 MiB
+    from next.training.assessment import Assessment
 
 
 def record_inputs(run: Run, config: RunConfig, manifest: Manifest) -> None:
