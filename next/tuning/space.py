@@ -32,6 +32,8 @@ REPORTED = (
 """What a trial reports after each evaluation, and so can be optimised."""
 
 _DRY_SAMPLES = 200
+_SHARED = ("run.", "tracking.", "scaling.", "selection.", "data.uri", "data.cache")
+"""Settings that no space varies: where trials run, and by what they are judged."""
 
 
 class Space(NamedTuple):
@@ -94,8 +96,8 @@ def describe_space(space: Space, base: RunConfig, samples: int = _DRY_SAMPLES) -
     spaces with one description search the same settings.
 
     Raises:
-        ValueError: a drawn setting is unknown (with the near match) or out of range, is drawn from
-            two ranges, or the function fails or returns no settings.
+        ValueError: a drawn setting is unknown (with the near match), out of range, shared by all
+            trials or drawn from two ranges, or the function fails or returns no settings.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
@@ -119,6 +121,12 @@ def describe_space(space: Space, base: RunConfig, samples: int = _DRY_SAMPLES) -
             raise ValueError(
                 f"space {space.name!r} draws {', '.join(stray)} without returning it; give "
                 f"trial.suggest_* the setting's own name and return the value under it"
+            )
+        shared = sorted(str(name) for name in settings if str(name).startswith(_SHARED))
+        if shared:
+            raise ValueError(
+                f"space {space.name!r} varies {', '.join(shared)}, but where trials run and by "
+                f"what they are judged is the same for all of them; set it for the whole sweep"
             )
         try:
             override(base, settings)

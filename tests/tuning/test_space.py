@@ -68,6 +68,12 @@ def test_a_file_that_is_no_space_says_why(tmp_path, body, message):
             "def suggest(trial):\n    return {'optim.lr': trial.suggest_float('lr', 0.1, 1)}",
             r"draws lr without returning it",
         ),
+        (
+            "def suggest(trial):\n"
+            "    share = trial.suggest_float('selection.holdout', 0.1, 0.3)\n"
+            "    return {'selection.holdout': share, 'scaling.num_workers': 2}",
+            r"varies scaling.num_workers, selection.holdout, but .* the same for all of them",
+        ),
     ],
 )
 def test_a_space_that_misbehaves_says_how(tmp_path, body, message):
