@@ -110,9 +110,13 @@ def train(
         log_metrics if worker.rank == 0 else None, progress.rows, config.optim.collapse_steps
     )
 
+    taken: Snapshot | None = None
+
     def snapshot() -> Snapshot:
+        nonlocal taken
         now = replace(progress, rows=log.new_rows())
-        return take_snapshot(network, optimizer, now, config, average)
+        taken = take_snapshot(network, optimizer, now, config, average, over=taken)
+        return taken
 
     if progress.epoch >= config.optim.epochs:
         # Tune ends a whole sweep when a resumed trial reports nothing.

@@ -18,6 +18,7 @@ from next.training.store import BackgroundWriter, CheckpointStore
 
 Metrics = dict[str, float]
 TakeSnapshot = Callable[[], Snapshot]
+"""Takes a snapshot in the memory of the one before: called when that one is written."""
 
 _ALIKE_ON_ALL_RANKS = (Interrupted, NonFiniteLossError, RouterCollapseError)
 

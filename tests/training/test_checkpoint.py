@@ -10,6 +10,7 @@ from next.training.checkpoint import (
     load_weights,
     read_progress,
     save_checkpoint,
+    take_snapshot,
 )
 from next.training.optimizer import build_optimizer
 
@@ -103,3 +104,30 @@ def test_a_checkpoint_of_another_model_lists_what_differs(trained, config, tmp_p
         load_weights(folder, network)
     assert "unknown structure" in str(raised.value)
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+
+
+def test_a_snapshot_in_the_memory_of_an_earlier_one_is_of_now_and_takes_no_more(trained, config):
+    network, optimizer = trained
+    fresh = build_optimizer(network, config.optim)  # which has no state yet
+    first = take_snapshot(network, fresh, Progress(0, 1), config)
+    second = take_snapshot(network, optimizer, Progress(0, 2), config, over=first)
+    places = [value.data_ptr() for value in tensors_of(second)]
+    network(*INPUTS).embedding.square().sum().backward()
+    optimizer.step()
+    third = take_snapshot(network, optimizer, Progress(0, 3), config, over=second)
+    assert [value.data_ptr() for value in tensors_of(third)] == places
+    assert set(places) >= {value.data_ptr() for value in first.weights.values()}
+    plain = take_snapshot(network, optimizer, Progress(0, 3), config)
+    for ours, expected in zip(tensors_of(third), tensors_of(plain), strict=True):
+        assert torch.equal(ours, expected)
+    assert (
+        third.training["optimizer"]["param_groups"] == plain.training["optimizer"]["param_groups"]
+    )
+
+
+def tensors_of(tree) -> list[torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        return [tensor for value in tree.values() for tensor in tensors_of(value)]
+    return tensors_of(tree._asdict()) if hasattr(tree, "_asdict") else []
