@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import textwrap
 import threading
 import time
 from collections import deque
@@ -151,9 +152,9 @@ class JournalWriter(ray.train.UserCallback):
         self._close("FAILED")
         for rank, error in sorted(worker_exceptions.items()):
             with suppress(Exception):
-                said = str(error).strip().splitlines()
+                said = (str(error).strip() or repr(error)).splitlines()[-1]
                 self._line.say(
-                    logging.WARNING, f"worker {rank} ended: {said[-1] if said else error!r}"
+                    logging.WARNING, f"worker {rank} ended: {textwrap.shorten(said, 160)}"
                 )
 
     def _close(self, status: Any) -> None:
