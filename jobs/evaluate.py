@@ -7,15 +7,16 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from next.cli import parse, run_job
 from next.config import override
 from next.data.shards import open_manifest
 from next.evaluation.missing import MissingMatrix
-from next.evaluation.missingmaps import missing_map
 from next.tracking.registry import fetch_model, registry_server
-from next.training.assessment import assess, assess_missing
+from next.training.assessment import assess, assess_missing, draw_missing
 from next.training.checkpoint import read_config, read_progress
 from next.training.embedder import LOADER
 from next.training.launch import configure_torch, device
@@ -38,9 +39,9 @@ class EvaluateJob:
     """Folder of a checkpoint, such as runs/NAME/checkpoints/best."""
     model: str | None = None
     """Registered model instead of a checkpoint: models:/NAME/VERSION or models:/NAME@champion."""
-    tracking_uri: str | None = None
-    """MLflow server that has the model; without it, the local one of --runs."""
-    runs: Path = Path("runs")
+    tracking_uri: Annotated[str | None, tyro.conf.arg(name="tracking.uri")] = None
+    """MLflow server that has the model; without it, the local one of --storage_path."""
+    storage_path: Path = Path("runs")
     """Folder of all runs, whose local server is asked for the model."""
     split: Literal["test", "val"] = "test"
     """test: query and gallery of the card; val: the train identities held out by the run."""
@@ -70,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _fetch(job: EvaluateJob, parent: Path) -> Path:
     """The checkpoint of a registered model; nothing that comes with it is executed."""
-    with registry_server(job.tracking_uri, job.runs) as uri:
+    with registry_server(job.tracking_uri, job.storage_path) as uri:
         return fetch_model(uri, str(job.model), parent, loader=LOADER) / "checkpoint"
 
 
@@ -84,15 +85,13 @@ def _assess(job: EvaluateJob, checkpoint: Path) -> int:
         print(f"checkpoint after epoch {progress.epoch}; data {manifest.digest}")
         return 0
     configure_torch(config)
-    out = job.out or (checkpoint.parent if job.checkpoint else job.runs) / f"assessment-{job.split}"
+    place = checkpoint.parent if job.checkpoint else job.storage_path
+    out = job.out or place / f"assessment-{job.split}"
     if job.missing:
         matrix = assess_missing(
             checkpoint, manifest, split=job.split, cache=job.cache, device=device(config)
         )
-        names = ["+".join(subset) for subset in matrix.subsets]
-        picture = missing_map(
-            out / "figures" / "missing.png", matrix.mAP, queries=names, galleries=names
-        )
+        picture = draw_missing(out, matrix)
         known = REFERENCES.get(manifest.benchmark.name, {}) if job.split == "test" else {}
         print(json.dumps(as_json(matrix)) if job.json else "\n".join(table(matrix, known)))
         if not job.json:

@@ -6,6 +6,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from next.cli import FAILURE, parse, run_job
 from next.tracking.promotion import promote
@@ -25,10 +28,11 @@ class PromoteJob:
     """Conditions that all must hold: 'test/mAP >= 80', 'test/mAP > champion + 0.5'."""
     version: str = CANDIDATE
     """Version that is promoted: an alias or a number."""
-    tracking_uri: str | None = None
-    """MLflow server; without it, the local one of --runs."""
-    runs: Path = Path("runs")
-    """Folder of all runs, whose local server is used without --tracking-uri."""
+    tracking_uri: Annotated[str | None, tyro.conf.arg(name="tracking.uri")] = None
+    """MLflow server; without it, the local one of --storage_path."""
+    storage_path: Path | None = None
+    """Folder of all runs, whose local server is used without --tracking.uri; None: the one that
+    --run lies in, or else runs."""
     json: bool = False
     """Print the answer as one JSON object."""
 
@@ -41,7 +45,8 @@ def main(argv: Sequence[str]) -> int:
     answer: dict[str, object] = {}
     lines: list[str] = []
     promoted = True
-    with registry_server(job.tracking_uri, job.runs) as uri:
+    beside = job.run.absolute().parent if job.run else Path("runs")
+    with registry_server(job.tracking_uri, job.storage_path or beside) as uri:
         if job.run is not None:
             version = register_run(job.run.absolute(), uri, job.model)
             answer["registered"] = version.uri

@@ -29,7 +29,7 @@ def provenance_tags(source: Path = _SOURCE) -> dict[str, str]:
     Args:
         source: a file under version control; tests give another one.
     """
-    tags = _git_tags(source) | {"version.python": platform.python_version()}
+    tags = git_tags(source) | {"version.python": platform.python_version()}
     tags |= {f"version.{name}": _version(name) for name in _LIBRARIES}
     tags["version.cuda"] = _cuda()
     tags["hardware.cpu"] = _processor()
@@ -58,7 +58,8 @@ def provenance_diff(source: Path = _SOURCE) -> str:
     return text
 
 
-def _git_tags(source: Path) -> dict[str, str]:
+def git_tags(source: Path = _SOURCE) -> dict[str, str]:
+    """``git.commit`` of this process's source, and whether it was changed since."""
     commit = _git(source.parent, "rev-parse", "HEAD") if _is_tracked(source) else None
     if commit is None:
         return {"git.commit": UNKNOWN, "git.dirty": UNKNOWN}

@@ -41,7 +41,7 @@ class ModelCard:
     scores: dict[str, float]
     """Metric -> value, percent."""
     interval: dict[str, tuple[float, float]]
-    """Metric -> ends of its 95 % interval over query identities."""
+    """Metric -> ends of its 95 % interval over query identities, for this one checkpoint."""
     modalities: list[str]
     subsets: list[list[str]]
     """Sets of modalities that a sample may have."""
@@ -50,7 +50,10 @@ class ModelCard:
     run: str
     """Name of the run that trained it."""
     subset_scores: dict[str, float] = field(default_factory=dict)
-    """mAP by what is missing, where that was measured."""
+    """mAP on the test split by what query and gallery have (``RGB+NI``), as :attr:`subsets`."""
+    seed_spread: dict[str, tuple[float, int]] = field(default_factory=dict)
+    """Metric -> standard deviation from seed to seed and its degrees of freedom, pooled over the
+    settings that a sweep ran with several seeds; empty: one seed was run."""
 
     def markdown(self) -> str:
         """The card as MLflow's pages show it."""
@@ -58,19 +61,27 @@ class ModelCard:
             f"Trained on **{self.benchmark}**, data `{self.data_digest[:16]}`, seed {self.seed}, "
             f"run `{self.run}`.",
             "",
-            "| score | value | 95 % interval over query identities |",
-            "|---|---|---|",
+            "| score | value | 95 % interval over query identities | from seed to seed |",
+            "|---|---|---|---|",
         ]
         for name, value in self.scores.items():
             low, high = self.interval.get(name, (None, None))
-            spread = "-" if low is None else f"{low:.1f} to {high:.1f}"
-            lines.append(f"| {name} | {value:.1f} | {spread} |")
-        missing = ", ".join(f"{name}: {value:.1f}" for name, value in self.subset_scores.items())
-        subsets = ", ".join("+".join(subset) for subset in self.subsets)
+            interval = "-" if low is None else f"{low:.1f} to {high:.1f}"
+            seeds = "-"
+            if name in self.seed_spread:
+                deviation, freedom = self.seed_spread[name]
+                seeds = f"± {deviation:.2f} ({freedom} degrees of freedom)"
+            lines.append(f"| {name} | {value:.1f} | {interval} | {seeds} |")
+        if not self.seed_spread:
+            lines += [
+                "",
+                "One seed was run, so how far scores move from seed to seed is not known.",
+            ]
+        lines += ["", "| a sample may have | test mAP with that alone |", "|---|---|"]
+        for subset in map("+".join, self.subsets):
+            score = self.subset_scores.get(subset)
+            lines.append(f"| {subset} | {'-' if score is None else f'{score:.1f}'} |")
         lines += [
-            "",
-            f"A sample may have any of these: {subsets}.",
-            *([f"mAP by what is missing: {missing}."] if missing else []),
             "",
             f"Licence of the weights: {self.weights_licence}.",
         ]
@@ -308,7 +319,7 @@ def registry_server(uri: str | None, runs: str | Path) -> Iterator[str]:
     if not (folder / "mlflow.db").exists():
         raise FileNotFoundError(
             f"{folder} must hold the store of a local MLflow server, but there is none; give "
-            f"--runs, the folder of all runs, or --tracking-uri"
+            f"--storage_path, the folder of all runs, or --tracking.uri"
         )
     with start_server(folder) as server:
         yield server.uri

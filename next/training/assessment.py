@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -12,6 +13,7 @@ import torch
 from next.config import RunConfig, override
 from next.data.shards import Manifest
 from next.evaluation.missing import MissingMatrix, missing_matrix
+from next.evaluation.missingmaps import missing_map
 from next.evaluation.noise import paired_bootstrap
 from next.evaluation.pictures import draw_evaluation, read_queries
 from next.evaluation.protocol import evaluate
@@ -19,6 +21,8 @@ from next.model.network import NEXT
 from next.training.attributes import caption_attributes
 from next.training.checkpoint import load_network, read_progress
 from next.training.inputs import TestData, test_data, training_data
+
+_log = logging.getLogger(__name__)
 
 
 class Assessment(NamedTuple):
@@ -32,6 +36,8 @@ class Assessment(NamedTuple):
     """Metric -> ends of its 95 % bootstrap interval over query identities, percent."""
     queries: dict[str, list[Any]]
     """Column -> one value a query: :func:`next.evaluation.pictures.read_queries`."""
+    subsets: dict[str, float]
+    """mAP, percent, by what query and gallery have (``RGB+NI``); empty: not asked for."""
 
 
 def assess(
@@ -43,6 +49,7 @@ def assess(
     split: Literal["test", "val"] = "test",
     history: Sequence[tuple[int, Mapping[str, float]]] = (),
     cache: str | None = None,
+    missing: bool = False,
 ) -> Assessment:
     """Embed and rank a split with a checkpoint's network, and draw what there is to see.
 
@@ -54,6 +61,8 @@ def assess(
         split: ``test``: query and gallery of the card; ``val``: the run's held-out identities.
         history: (step, metrics) of the training, for the learning curves.
         cache: folder of decoded caches; None: the run's own.
+        missing: with every set of modalities, too, as :func:`assess_missing`, and its matrix among
+            the pictures; a split that lacks what that needs is told in the log.
 
     Raises:
         ValueError: the checkpoint is torn or of another model, the data lack a modality, or
@@ -74,6 +83,18 @@ def assess(
         history=history,
         attributes=caption_attributes(manifest, "train" if held_out else "gallery", gallery.rows),
     )
+    subsets: dict[str, float] = {}
+    if missing and len(gallery.modalities) > 1:
+        try:
+            matrix = missing_matrix(
+                network, query, gallery, rule=rule, config=config, device=device
+            )
+        except ValueError as error:
+            _log.warning("the scores with modalities missing are left out: %s", error)
+        else:
+            pictures.append(draw_missing(folder, matrix))
+            alike = np.diag(matrix.mAP).tolist()
+            subsets = dict(zip(map("+".join, matrix.subsets), alike, strict=True))
     precision = found.metrics.average_precision
     nothing = np.where(np.isnan(precision), np.nan, 0.0)
     spread = paired_bootstrap(precision, nothing, groups=query.labels.pid)
@@ -82,6 +103,7 @@ def assess(
         pictures,
         {f"{split}/mAP": (spread.low, spread.high)},
         read_queries(found, query, gallery, rule=rule),
+        subsets,
     )
 
 
@@ -96,6 +118,13 @@ def assess_missing(
     """Rank a split with every set of modalities; arguments and errors as :func:`assess`."""
     network, config, (query, gallery, rule) = _open(checkpoint, manifest, device, split, cache)
     return missing_matrix(network, query, gallery, rule=rule, config=config, device=device)
+
+
+def draw_missing(folder: Path, matrix: MissingMatrix) -> Path:
+    """``figures/missing.png`` below ``folder``: mAP of every pair of sets of modalities."""
+    names = list(map("+".join, matrix.subsets))
+    picture = folder / "figures" / "missing.png"
+    return missing_map(picture, matrix.mAP, queries=names, galleries=names)
 
 
 def _open(

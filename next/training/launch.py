@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from next.config import RunConfig, differences, from_toml, to_toml
-from next.data.plan import plan_hash, split_train, training_plan
 from next.data.shards import Manifest, open_manifest
 from next.tracking.provenance import provenance_tags
 from next.tracking.run import check_server, open_run, read_metrics, start_server, view_command
@@ -24,7 +23,7 @@ from next.training.inputs import resolve, training_data
 from next.training.interruption import Bell, listening
 from next.training.loop import Outcome, Worker, train
 from next.training.process import assessing_device, configure_torch, device
-from next.training.record import record_assessment, record_inputs, seed_tags
+from next.training.record import data_tags, record_assessment, record_inputs, seed_tags
 from next.training.registration import register_best, write_card
 from next.training.report import FolderReporter, Metrics
 from next.training.store import CheckpointStore
@@ -116,6 +115,7 @@ def launch(config: RunConfig, *, on_report: Callable[[Metrics], None] | None = N
                 folder,
                 device=assessing_device(config),
                 history=read_history(folder),
+                missing=True,
             )
             record_assessment(run, assessment, step=outcome.step)
             run.set_tags({"next.checkpoint_uri": str(checkpoint)})
@@ -199,15 +199,7 @@ def read_history(folder: Path) -> list[tuple[int, dict[str, float]]]:
 
 def run_tags(config: RunConfig, manifest: Manifest) -> dict[str, str]:
     """What is needed to reproduce a run beside its configuration."""
-    pids = manifest.labels("train").pid
-    rows, _ = split_train(config, pids)
-    shards = manifest.shard_of_row("train")[rows]
-    first = training_plan(config, pids[rows], shards, epoch=0, world=config.scaling.max_workers)
-    return provenance_tags() | {
-        "next.data_digest": manifest.digest,
-        "next.plan_hash": plan_hash(first),
-        **seed_tags(config),
-    }
+    return provenance_tags() | data_tags(config, manifest) | seed_tags(config)
 
 
 def headline(config: RunConfig) -> dict[str, Any]:

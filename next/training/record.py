@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from next.config import RunConfig, to_toml
+from next.data.plan import plan_hash, split_train, training_plan
 from next.data.shards import Manifest
 from next.tracking.provenance import provenance_diff
 from next.tracking.run import Run
@@ -16,6 +17,14 @@ if TYPE_CHECKING:  # a trial's process does without what draws and compares: a s
 def record_inputs(run: Run, config: RunConfig, manifest: Manifest) -> None:
     """The whole configuration, the data by digest and schema, and what the commit lacks."""
     run.log_text(to_toml(config), "config.toml")
+    record_data(run, manifest)
+    diff = provenance_diff()
+    if diff:
+        run.log_text(diff, "git/diff.txt")
+
+
+def record_data(run: Run, manifest: Manifest) -> None:
+    """The data as the run's input: name, digest, where they lie, schema, rows."""
     run.log_data(
         manifest.benchmark.name,
         manifest.digest,
@@ -24,9 +33,6 @@ def record_inputs(run: Run, config: RunConfig, manifest: Manifest) -> None:
         schema=data_schema(manifest),
         rows=manifest.splits[manifest.resolve("train")].rows,
     )
-    diff = provenance_diff()
-    if diff:
-        run.log_text(diff, "git/diff.txt")
 
 
 def record_assessment(run: Run, assessment: Assessment, *, step: int) -> None:
@@ -47,6 +53,15 @@ def data_schema(manifest: Manifest) -> dict[str, str]:
         | {f"image_{name}": "binary" for name in modalities}
         | {f"sentences_{name}": "string[]" for name in modalities}
     )
+
+
+def data_tags(config: RunConfig, manifest: Manifest) -> dict[str, str]:
+    """What the run learns from, and in which order: digest of the data, hash of the first plan."""
+    pids = manifest.labels("train").pid
+    rows, _ = split_train(config, pids)
+    shards = manifest.shard_of_row("train")[rows]
+    first = training_plan(config, pids[rows], shards, epoch=0, world=config.scaling.max_workers)
+    return {"next.data_digest": manifest.digest, "next.plan_hash": plan_hash(first)}
 
 
 def seed_tags(config: RunConfig) -> dict[str, str]:

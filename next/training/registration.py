@@ -28,7 +28,13 @@ _REQUIREMENTS = ("numpy", "open_clip_torch", "pillow", "pydantic", "safetensors"
 
 
 def write_card(
-    folder: Path, config: RunConfig, manifest: Manifest, assessment: Assessment, best: float
+    folder: Path,
+    config: RunConfig,
+    manifest: Manifest,
+    assessment: Assessment,
+    best: float,
+    *,
+    seed_spread: tuple[float, int] | None = None,
 ) -> ModelCard:
     """The card of a run's best checkpoint, as ``card.json`` in the run's folder.
 
@@ -38,6 +44,8 @@ def write_card(
         manifest: the data that it was trained and measured on.
         assessment: of the best checkpoint.
         best: its score on the held-out identities.
+        seed_spread: standard deviation of that score from seed to seed and its degrees of freedom,
+            where several seeds were run.
     """
     modalities = list(config.data.modalities or ())
     card = ModelCard(
@@ -54,6 +62,8 @@ def write_card(
         weights_licence=weights_licence(config.model.backbone),
         seed=config.seed,
         run=folder.name,
+        subset_scores=assessment.subsets,
+        seed_spread={"val/mAP": seed_spread} if seed_spread else {},
     )
     (folder / CARD).write_text(json.dumps(asdict(card), indent=2))
     return card

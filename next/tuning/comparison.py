@@ -24,6 +24,7 @@ PICTURES = (
     "routing_maps",
     "expert_usage",
     "attribute_usage",
+    "missing",
     "embedding_map",
     "confusion",
 )
@@ -38,6 +39,8 @@ _NOTE = """\
   measured once, for the chosen checkpoint, and stands in the sweep's own run.
 * All scores are percent. A step is an optimizer step; `system/*` counts seconds.
 * Parameters are only what a sweep varies; the whole configuration is the artifact `config.toml`.
+* A comparison of runs that you choose yourself begins with the metric that they logged first; put
+  `val/mAP` in its place there (the views have it already).
 """
 
 
@@ -85,7 +88,13 @@ def record_pictures(
     for name, checkpoint in trials:
         own = folder / "trials" / name
         assessment = assess(
-            checkpoint, manifest, own, device=device, split="val", history=read_history(own)
+            checkpoint,
+            manifest,
+            own,
+            device=device,
+            split="val",
+            history=read_history(own),
+            missing=True,
         )
         with open_run(
             uri=tracked["uri"],

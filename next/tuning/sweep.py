@@ -299,7 +299,9 @@ def _drive(it: _Sweep) -> SweepResult:
         winner = next(trial for trial in trials if trial.name == summary.run)
         checkpoint = _keep_best(winner, folder)
         history = read_history(Path(winner.folder))
-        assessment = assess(checkpoint, it.manifest, folder, device=device(base), history=history)
+        assessment = assess(
+            checkpoint, it.manifest, folder, device=device(base), history=history, missing=True
+        )
         if any(trial.settings for trial in trials if trial.score is not None):
             overview = draw_overview(folder / "figures", trials, it.objectives)
             assessment = assessment._replace(pictures=[*assessment.pictures, overview])
@@ -309,7 +311,15 @@ def _drive(it: _Sweep) -> SweepResult:
         for path in report_sweep(folder, assessment):
             parent.log_artifact(path)
         score = float(summary.score or 0.0)
-        write_card(folder, read_config(checkpoint), it.manifest, assessment, score)
+        floor = summary.floor
+        write_card(
+            folder,
+            read_config(checkpoint),
+            it.manifest,
+            assessment,
+            score,
+            seed_spread=(floor.spread, floor.freedom) if floor.freedom else None,
+        )
         compare = comparison_link(parent)
         parent.close()
         register_best(folder, base, uri)

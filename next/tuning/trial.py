@@ -16,12 +16,13 @@ from ray import tune
 
 from next.config import RunConfig, from_toml, override, to_toml
 from next.data.shards import Manifest, open_manifest
+from next.tracking.provenance import git_tags
 from next.tracking.run import Run, open_run
 from next.tracking.views import SWEEP
 from next.training.inputs import training_data
 from next.training.loop import Worker, train
 from next.training.process import configure_torch, device
-from next.training.record import seed_tags
+from next.training.record import data_tags, record_data, seed_tags
 from next.training.report import TuneReporter
 from next.training.store import CheckpointStore
 from next.tuning.axes import measure_axes
@@ -130,6 +131,8 @@ def _until_tune_ends_it(
     manifest = open_manifest(str(config.data.uri))
     with open_run(**record) as run:
         run.log_text(to_toml(config), "config.toml")
+        run.set_tags(git_tags() | data_tags(config, manifest))
+        record_data(run, manifest)
         ended = _train_here(config, manifest, folder, run)
     best = best_checkpoint(folder)
     if ended or best is None:

@@ -68,7 +68,7 @@ def test_dry_run_train_and_evaluate_agree(demo_shards, recipe, tmp_path):
         ("promote", ["--model", "m"], "error: nothing to do: give --run to register, --when"),
         (
             "promote",
-            ["--model", "m", "--when", "test/mAP > 3", "--runs", "nowhere"],
+            ["--model", "m", "--when", "test/mAP > 3", "--storage_path", "nowhere"],
             "error: .*nowhere/mlflow must hold the store of a local MLflow server",
         ),
         (

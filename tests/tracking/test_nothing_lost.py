@@ -46,10 +46,10 @@ for step in range(1_000_000):
 
 
 @contextmanager
-def small_disk(folder: Path):
-    """A file system of 24 MB."""
+def small_disk(folder: Path, megabytes: int = 24):
+    """A file system of its own."""
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("a small file system cannot be mounted here (that needs root)")
     try:

@@ -15,17 +15,14 @@ import pytest
 import torch
 
 from next.config import RunConfig, override
-from next.data.loader import evaluation_batches
 from next.data.shards import open_manifest
-from next.evaluation.embed import embed
 from next.tracking.promotion import promote
-from next.tracking.registry import fetch_model
-from next.training.checkpoint import load_network
+from next.tracking.registry import ModelCard, fetch_model
 from next.training.embedder import LOADER
-from next.training.inputs import test_data as open_test_data
 from next.training.launch import launch
 from next.training.registration import register_run, weights_licence
 from tests.conftest import TINY
+from tests.training.test_embedder import gallery_columns
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "reid-tiny"
@@ -55,21 +52,7 @@ def fetched(server, trained, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def split(demo_shards, trained):
-    """Columns of a few gallery samples as MLflow's users give them, and our own embeddings."""
-    manifest = open_manifest(demo_shards)
-    network, config = load_network(trained.checkpoint)
-    gallery = open_test_data(config, manifest).gallery.select(np.arange(6))
-    expected = embed(network, evaluation_batches(gallery, config=config, device="cpu"), "cpu")
-    names = manifest.benchmark.modalities
-    images = [row for _, row in manifest.iter_images("gallery")][:6]
-    captions = manifest.sentences("gallery")
-    columns = {
-        f"image_{name}": [row[place] for row in images] for place, name in enumerate(names)
-    } | {
-        f"caption_{name}": [" ".join(captions[place][row]) for row in range(6)]
-        for place, name in enumerate(names)
-    }
-    return columns, expected.features
+    return gallery_columns(demo_shards, trained.checkpoint)
 
 
 def is_pickle(data: bytes) -> bool:
@@ -134,9 +117,39 @@ def test_the_card_says_what_the_model_is_worth_and_on_what(client, trained, demo
     assert 0 <= low < card["scores"]["test/mAP"] < high <= 100
     assert card["subsets"][0] == card["modalities"]
     assert len(card["subsets"]) == 2 ** len(card["modalities"]) - 1
+    sets = ["+".join(subset) for subset in card["subsets"]]
+    assert list(card["subset_scores"]) == sets
+    assert card["subset_scores"][sets[0]] == pytest.approx(card["scores"]["test/mAP"])
+    assert all(0 < score <= 100 for score in card["subset_scores"].values())
+    assert f"| {sets[-1]} | {card['subset_scores'][sets[-1]]:.1f} |" in version.description
+    assert card["seed_spread"] == {}
+    assert "One seed was run" in version.description
+    assert [picture.name for picture in trained.assessment.pictures][-1] == "missing.png"
     assert card["weights_licence"] == "the run's own (random start)"
     assert "| test/mAP |" in version.description
     assert version.run_id
+
+
+def test_the_card_tells_the_spread_over_seeds_from_that_over_queries():
+    card = ModelCard(
+        benchmark="demo",
+        data_digest="d" * 64,
+        scores={"val/mAP": 48.25, "test/mAP": 50.0},
+        interval={"test/mAP": (45.0, 55.0)},
+        modalities=["RGB", "NI"],
+        subsets=[["RGB", "NI"], ["RGB"], ["NI"]],
+        weights_licence="none",
+        seed=0,
+        run="r",
+        subset_scores={"RGB+NI": 50.0, "RGB": 40.0},
+        seed_spread={"val/mAP": (3.391, 12)},
+    )
+    lines = card.markdown().splitlines()
+    assert "| val/mAP | 48.2 | - | ± 3.39 (12 degrees of freedom) |" in lines
+    assert "| test/mAP | 50.0 | 45.0 to 55.0 | - |" in lines
+    assert "| RGB | 40.0 |" in lines
+    assert "| NI | - |" in lines
+    assert "One seed" not in card.markdown()
 
 
 def test_the_licence_follows_the_weights_that_training_began_with():
@@ -150,7 +163,7 @@ def test_the_licence_follows_the_weights_that_training_began_with():
 def test_the_job_assesses_a_registered_model_and_gets_the_same_scores(
     server, trained, demo_shards, tmp_path
 ):
-    flags = ["--model", f"models:/{NAME}/1", "--tracking-uri", server.uri, "--threads", "1"]
+    flags = ["--model", f"models:/{NAME}/1", "--tracking.uri", server.uri, "--threads", "1"]
     done = subprocess.run(
         [
             *(sys.executable, "jobs/evaluate.py", "--data", str(demo_shards), "--json"),

@@ -32,11 +32,10 @@ def fetched(trained, tmp_path_factory):
     return export_model(trained, tmp_path_factory.mktemp("model") / "data", tower)
 
 
-@pytest.fixture(scope="module")
-def split(demo_shards, trained):
+def gallery_columns(shards, checkpoint):
     """Columns of a few gallery samples as MLflow's users give them, and our own embeddings."""
-    manifest = open_manifest(demo_shards)
-    network, config = load_network(trained)
+    manifest = open_manifest(shards)
+    network, config = load_network(checkpoint)
     gallery = open_test_data(config, manifest).gallery.select(np.arange(6))
     expected = embed(network, evaluation_batches(gallery, config=config, device="cpu"), "cpu")
     names = manifest.benchmark.modalities
@@ -49,6 +48,11 @@ def split(demo_shards, trained):
         for place, name in enumerate(names)
     }
     return columns, expected.features
+
+
+@pytest.fixture(scope="module")
+def split(demo_shards, trained):
+    return gallery_columns(demo_shards, trained)
 
 
 def test_the_model_gives_the_embeddings_of_the_run(fetched, split):
