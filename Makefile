@@ -9,11 +9,13 @@ export PYTHONUNBUFFERED := 1
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
-$(VENV)/.ready: requirements.txt pyproject.toml
+$(VENV)/.ready: requirements.txt pyproject.toml next/data/compose.c
 	@echo "setting up $(VENV) (about two minutes and 7 GB the first time)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	cc -O3 -ffp-contract=off -shared -fPIC -o next/data/_compose.so next/data/compose.c \
+	  || echo "no C compiler: batches on a CPU are made by NumPy, slower, to the same bits"
 	@touch $@
 
 demo: $(VENV)/.ready ## the main job on embedded defaults: benchmark, shards, sweep, test, pictures

@@ -12,8 +12,10 @@ same bits.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,9 +29,6 @@ ERASE_ASPECT = (0.3, 1 / 0.3)
 
 ERASE_ATTEMPTS = 10
 """Rectangles drawn for an image until one fits into it; if none does, nothing is erased."""
-
-SERIAL_ELEMENTS = 2**15 - 1
-"""Most elements that torch computes in the calling thread (``at::internal::GRAIN_SIZE``)."""
 
 
 class Drawn(NamedTuple):
@@ -172,54 +171,84 @@ def compose(
     """
     # Two roundings, as on a GPU; one image after the other, so that no place in a batch matters.
     shift, scale = np.float32(255.0 * mean), np.float32(1.0 / (255.0 * std))
-    whole = (False, 0, 0)
-    geometry = None if drawn is None else _by_image(out.shape, *drawn[:3])
-    rectangles = None if drawn is None else _by_image(out.shape, *drawn[3:])
-    for sample in samples if samples is not None else range(len(out)):
-        for modality, pixels in enumerate(out[sample]):
-            if present is not None and not present[sample, modality]:
-                pixels[...] = 0
-                continue
-            moved = whole if geometry is None else geometry[sample][modality]
-            _place(pixels, images[sample][modality], *moved)
-            pixels -= shift
-            pixels *= scale
-            if rectangles is not None:
-                top, left, tall, wide = rectangles[sample][modality]
-                pixels[top : top + tall, left : left + wide] = 0
+    columns = [True if present is None else present, *(drawn or [0] * len(Drawn._fields))]
+    plan = np.stack([np.broadcast_to(one, out.shape[:2]) for one in columns], axis=-1)
+    chosen = np.arange(len(out)) if samples is None else np.fromiter(samples, dtype=np.int64)
+    if not len(chosen):
+        return
+    sources = [image for sample in chosen.tolist() for image in images[sample]]
+    targets = [pixels for sample in chosen.tolist() for pixels in out[sample]]
+    fill = _by_kernel if _KERNEL is not None and out.flags.c_contiguous else _by_numpy
+    fill(sources, plan[chosen].reshape(-1, len(columns)), targets, shift, scale)
 
 
-def _by_image(shape: tuple[int, ...], *columns: np.ndarray) -> list[list[list[int]]]:
-    """Plain numbers ``[B][M][...]``, which are much faster to read one by one than arrays."""
-    return np.stack([np.broadcast_to(one, shape[:2]) for one in columns], axis=-1).tolist()
+def _kernel() -> Any:
+    """``compose.c`` if it was compiled here (``make`` does if there is a compiler), else None."""
+    try:
+        return ctypes.CDLL(str(Path(__file__).with_name("_compose.so"))).compose
+    except OSError:
+        return None
+
+
+_KERNEL = _kernel()
+
+
+def _by_kernel(
+    sources: list[np.ndarray],
+    plan: np.ndarray,
+    targets: list[np.ndarray],
+    shift: np.float32,
+    scale: np.float32,
+) -> None:
+    """One call for all images, during which other threads go on."""
+    sources = [np.ascontiguousarray(image) for image in sources]
+    places = [
+        np.array([array.__array_interface__["data"][0] for array in arrays], dtype=np.uintp)
+        for arrays in (sources, targets)
+    ]
+    plan = np.ascontiguousarray(plan, dtype=np.int64)
+    height, width, _ = targets[0].shape
+    _KERNEL(
+        *(ctypes.c_void_p(array.ctypes.data) for array in (places[0], plan, places[1])),
+        *(ctypes.c_int64(number) for number in (len(targets), height, width)),
+        ctypes.c_float(float(shift)),
+        ctypes.c_float(float(scale)),
+    )
+
+
+def _by_numpy(
+    sources: list[np.ndarray],
+    plan: np.ndarray,
+    targets: list[np.ndarray],
+    shift: np.float32,
+    scale: np.float32,
+) -> None:
+    """What ``compose.c`` does, image by image."""
+    for image, numbers, pixels in zip(sources, plan.tolist(), targets, strict=True):
+        present, flip, down, right, top, left, tall, wide = numbers
+        if not present:
+            pixels[...] = 0
+            continue
+        _place(pixels, image, flip, down, right)
+        pixels -= shift
+        pixels *= scale
+        pixels[top : top + tall, left : left + wide] = 0
 
 
 def _place(out: np.ndarray, image: np.ndarray, flip: int, down: int, right: int) -> None:
     """Flip and crop one image into floats: ``out[y, x] = flipped[y + down, x + right]`` or 0."""
-    height, width, _ = image.shape
+    height, width, channels = image.shape
     top, left = min(height, max(0, -down)), min(width, max(0, -right))
     bottom, end = max(top, min(height, height - down)), max(left, min(width, width - right))
     lines, inside = image[top + down : bottom + down], out[top:bottom, left:end]
-    if flip:
-        # Torch mirrors whole pixels several times faster than a NumPy view with a negative step.
-        lines = _mirrored(lines)
-    inside[...] = lines[:, left + right : end + right]
+    if not flip:
+        inside[...] = lines[:, left + right : end + right]
+    else:
+        mirrored = lines[:, ::-1][:, left + right : end + right]
+        for channel in range(channels):  # else the innermost loop would be three pixels long
+            inside[..., channel] = mirrored[..., channel]
     for border in (out[:top], out[bottom:], out[top:bottom, :left], out[top:bottom, end:]):
         border[...] = 0
-
-
-def _mirrored(lines: np.ndarray) -> np.ndarray:
-    """Pixels ``[lines, W, 3]`` from right to left.
-
-    A few lines at a time, so few that torch does not share them among threads of its own: images
-    are shared among threads already.
-    """
-    mirrored = np.empty_like(lines)
-    few = max(1, SERIAL_ELEMENTS // lines[:1].size) if len(lines) else 1
-    for first in range(0, len(lines), few):
-        some = torch.from_numpy(lines[first : first + few].copy())  # torch wants them writable
-        mirrored[first : first + few] = some.flip(1).numpy()
-    return mirrored
 
 
 def move(images: Tensor, drawn: Drawn | None) -> Tensor:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from next.config import AugmentConfig
 from next.data.augment import (
     ERASE_ATTEMPTS,
+    _kernel,
     augment,
     compose,
     draw,
@@ -96,11 +97,27 @@ def test_equals_the_naive_loop_over_images(modalities, flip, pad, erase, shared,
     np.testing.assert_allclose(result.numpy(), expected, atol=1e-6)
 
 
+@pytest.fixture(params=["compiled", "NumPy"], scope="module")
+def implementation(request):
+    """Both ways in which a CPU makes a batch."""
+    if request.param == "compiled" and _kernel() is None:
+        pytest.skip("compose.c was not compiled here")
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "NumPy":
+            patch.setattr("next.data.augment._KERNEL", None)
+        yield
+
+
+@pytest.mark.usefixtures("implementation")
 @settings(deadline=None, max_examples=30)
-@given(st.integers(0, 30), st.booleans(), st.integers(0, 9), st.booleans())
-def test_image_by_image_gives_the_bits_of_the_whole_batch_at_once(pad, shared, seed, enabled):
+@given(
+    st.integers(0, 30), st.booleans(), st.integers(0, 9), st.booleans(), st.sampled_from([8, 300])
+)
+def test_image_by_image_gives_the_bits_of_the_whole_batch_at_once(
+    pad, shared, seed, enabled, width
+):
     config = AugmentConfig(pad=pad, shared_geometry=shared, enabled=enabled)
-    images, samples = pictures(6), np.arange(6)
+    images, samples = pictures(6, width=width), np.arange(6)
     drawn = draw(tuple(images.shape), config, seed, 3, samples, samples * 0)
     expected = finish(move(images, drawn), drawn, MEAN, STD)
     out = np.full(images.shape, np.nan, dtype=np.float32)
@@ -109,6 +126,7 @@ def test_image_by_image_gives_the_bits_of_the_whole_batch_at_once(pad, shared, s
     assert torch.equal(torch.from_numpy(out).movedim(-1, -3), expected)
 
 
+@pytest.mark.usefixtures("implementation")
 def test_an_absent_image_is_zero_whatever_lies_in_its_place():
     images, present = pictures(2).numpy(), np.asarray([[True, False, True], [False, True, True]])
     out = np.full(images.shape, np.nan, dtype=np.float32)
