@@ -60,6 +60,7 @@ bench: $(VENV)/.ready ## every measurement in benchmarks/
 	$(BIN)/python benchmarks/sweep.py simulated
 	$(BIN)/python benchmarks/sweep.py experts
 	$(BIN)/python benchmarks/tracking.py
+	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/footprint.py -- make demo
 
 clean: ## remove what the demo and the runs wrote (not .venv)
