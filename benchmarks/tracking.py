@@ -1,8 +1,13 @@
 """What tracking costs: a training step, delivery, and the search behind MLflow's table.
 
-A step is 20 ms of work on one core, then ten metrics are logged; server up, stopped, or none. The
-search is the request that MLflow's table of runs sends, for trials that carry what a sweep varies
-against trials that carry the whole configuration as parameters.
+    python benchmarks/tracking.py                                     # everything
+    python benchmarks/tracking.py --parts fill --folder DIR           # slow, may run beside others
+    python benchmarks/tracking.py --parts search --folder DIR         # the rest, to be timed alone
+
+A step is 20 ms of work on one core, then ten metrics are logged: server up, stopped, or none, in
+turns, with the system metrics of a run. The search is the request that MLflow's table of runs
+sends, for trials that carry what a sweep varies against trials that carry the whole configuration
+as parameters.
 """
 
 from __future__ import annotations
@@ -14,7 +19,9 @@ import statistics
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,56 +32,94 @@ from next.tracking.client import connect, experiment_by_name
 from next.tracking.delivery import Delivery
 from next.tracking.run import open_run, read_metrics, start_server
 
+PARTS = ("step", "delivery", "fill", "search")
+NOBODY = "http://127.0.0.1:9"
 LEAN = 6
 SEARCHED = 100
 """Rows of one page of MLflow's table."""
+SEARCHES = 15
 
 
 def main() -> None:
-    """Measure, print three tables, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--values", type=int, default=50_000, help="values that are delivered")
+    """Measure, print a line for each figure, write JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--rounds", type=int, default=3, help="of steps and of delivery")
+    parser.add_argument("--steps", type=int, default=1000, help="in a round, for each server")
+    parser.add_argument("--values", type=int, default=20_000, help="delivered in a round")
     parser.add_argument("--trials", type=int, nargs="*", default=[100, 1000])
+    parser.add_argument("--folder", type=Path, help="keeps the store, so that it is filled once")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/tracking.json"))
-    arguments = parser.parse_args()
+    options = parser.parse_args()
     found: dict[str, Any] = {"machine": platform.processor() or platform.machine()}
-    with tempfile.TemporaryDirectory() as parent:
-        folder = Path(parent)
-        with start_server(folder / "mlflow") as server:
-            found["step"] = measure_steps(server.uri, folder, arguments.steps)
-            found["delivery"] = measure_delivery(server.uri, folder, arguments.values)
+    with ExitStack() as stack:
+        runs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        server = stack.enter_context(start_server((options.folder or runs) / "mlflow"))
+        if "step" in options.parts:
+            found["step"] = measure_steps(server.uri, runs, options.rounds, options.steps)
+        if "delivery" in options.parts:
+            found["delivery"] = measure_delivery(server.uri, runs, options.rounds, options.values)
+        if "fill" in options.parts:
+            for trials, settings in sweeps(options.trials):
+                fill(server.uri, trials, settings)
+        if "search" in options.parts:
             found["search"] = [
                 measure_search(server.uri, trials, settings)
-                for trials in arguments.trials
-                for settings in ("varied", "whole")
+                for trials, settings in sweeps(options.trials)
             ]
-    arguments.out.write_text(json.dumps(found, indent=2))
+    options.out.write_text(json.dumps(found, indent=2))
 
 
-def measure_steps(uri: str, folder: Path, steps: int) -> list[dict[str, Any]]:
+def measure_steps(uri: str, folder: Path, rounds: int, steps: int) -> list[dict[str, Any]]:
     """Milliseconds of ``log_metrics`` with ten values within a step of 20 ms."""
+    addresses = {"up": uri, "stopped": NOBODY, "none": None}
+    spent: dict[str, list[list[float]]] = {state: [] for state in addresses}
+    for number in range(rounds):
+        for state, address in addresses.items():
+            place = folder / f"{state}-{number}"
+            spent[state].append(one_round(address, place, steps))
+            assert len([line for line in read_metrics(place) if is_step(line)]) == steps
     rows = []
-    addresses = {"up": uri, "stopped": "http://127.0.0.1:9", "none": None}
-    for state, address in addresses.items():
-        run = open_run(uri=address, experiment="step", name=state, folder=folder / state)
-        if state == "up":
-            assert run.run_id
-        spent = []
-        for step in range(steps):
-            values = {f"train/m{number}": step + number / 10 for number in range(10)}
-            work(0.02)
-            began = time.perf_counter()
-            run.log_metrics(values, step=step)
-            spent.append(1000 * (time.perf_counter() - began))
-        run.close(timeout=60 if state == "up" else 1)
-        assert len(read_metrics(folder / state)) == steps
-        p50, p99 = np.percentile(spent, [50, 99])
-        rows.append({"server": state, "p50_ms": p50, "p99_ms": p99, "worst_ms": max(spent)})
+    for state, measured in spent.items():
+        p50, p99 = (
+            [float(np.percentile(one, share)) for one in measured] for share in (50.0, 99.0)
+        )
+        worst = max(max(one) for one in measured)
+        rows.append({"server": state, "p50_ms": p50, "p99_ms": p99, "worst_ms": worst})
         print(
-            f"step, server {state:8} p50 {p50:6.3f} ms  p99 {p99:6.3f} ms  worst {max(spent):.2f}"
+            f"step, server {state:8} p50 {spread(p50, 3)} ms  p99 {spread(p99, 3)} ms  "
+            f"worst of {rounds * steps} {worst:.2f} ms"
         )
     return rows
+
+
+def one_round(address: str | None, folder: Path, steps: int) -> list[float]:
+    """Milliseconds that each step's logging took."""
+    run = open_run(
+        uri=address,
+        experiment="step",
+        name=folder.name,
+        folder=folder,
+        system_seconds=RunConfig().tracking.system_seconds,
+    )
+    if address not in (None, NOBODY):
+        assert run.run_id  # MLflow is imported, once in a process
+    spent = []
+    for step in range(steps):
+        values = {f"train/m{number}": step + number / 10 for number in range(10)}
+        work(0.02)
+        began = time.perf_counter()
+        run.log_metrics(values, step=step)
+        spent.append(1000 * (time.perf_counter() - began))
+    run.close(timeout=1 if address == NOBODY else 60)
+    return spent
+
+
+def is_step(line: dict[str, Any]) -> bool:
+    """Whether a line of the journal is a step's, and not a sample of the system."""
+    return all(name.startswith("train/") for name in line["values"])
 
 
 def work(seconds: float) -> None:
@@ -85,33 +130,41 @@ def work(seconds: float) -> None:
         matrix @ matrix
 
 
-def measure_delivery(uri: str, folder: Path, values: int) -> dict[str, float]:
-    """Values a second that a journal's delivery brings to the server."""
-    run = open_run(uri=None, experiment="delivery", name="d", folder=folder / "d")
-    for step in range(values // 10):
-        run.log_metrics(
-            {f"train/m{number}": step / (number + 1) for number in range(10)}, step=step
-        )
-    run.close()
-    delivery = Delivery(folder / "d", uri)
-    delivery.locate()
-    began = time.perf_counter()
-    delivery.deliver()
-    seconds = time.perf_counter() - began
-    print(f"delivery  {values / seconds:.0f} values/s, {values / 10 / seconds:.0f} records/s")
-    return {"values_per_second": values / seconds, "records_per_second": values / 10 / seconds}
+def measure_delivery(uri: str, folder: Path, rounds: int, values: int) -> dict[str, list[float]]:
+    """Records a second, of ten values each, that a journal's delivery brings to the server."""
+    rates = []
+    for number in range(rounds):
+        run = open_run(uri=None, experiment="delivery", name="d", folder=folder / f"d{number}")
+        for step in range(values // 10):
+            run.log_metrics({f"train/m{k}": step / (k + 1) for k in range(10)}, step=step)
+        run.close()
+        delivery = Delivery(run.folder, uri)
+        delivery.locate()
+        began = time.perf_counter()
+        delivery.deliver()
+        rates.append(values / 10 / (time.perf_counter() - began))
+    print(f"delivery  {spread(rates)} records/s of 10 values")
+    return {"records_per_second": rates}
 
 
-def measure_search(uri: str, trials: int, settings: str) -> dict[str, Any]:
-    """Milliseconds of the search of the first page of a sweep's trials, ordered by val/mAP."""
+def sweeps(trials: Sequence[int]) -> list[tuple[int, str]]:
+    """What is filled and searched: number of trials, and what they carry."""
+    return [(number, settings) for number in trials for settings in ("varied", "whole")]
+
+
+def fill(uri: str, trials: int, settings: str) -> None:
+    """Write trials with ten metrics, those that are missing."""
     from mlflow.entities import Metric, Param
 
     client = connect(uri)
     experiment = experiment_by_name(client, f"search-{trials}-{settings}")
     every = [(name, str(value)) for name, value in flatten(RunConfig())]
     carried = every[:LEAN] if settings == "varied" else every
+    body = {"experiment_ids": [experiment], "max_results": trials}
+    known = len(json.loads(post(f"{uri}/api/2.0/mlflow/runs/search", body)).get("runs", []))
     now = int(time.time() * 1000)
-    for number in range(trials):
+
+    def write(number: int) -> None:
         run = client.create_run(experiment, run_name=f"trial-{number}")
         client.log_batch(
             run.info.run_id,
@@ -119,26 +172,38 @@ def measure_search(uri: str, trials: int, settings: str) -> dict[str, Any]:
             + [Metric("val/mAP", number, now, 1)],
             params=[Param(name, value) for name, value in carried],
         )
+
+    began = time.monotonic()
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(write, range(known, trials)))
+    print(f"filled    {trials - known} trials, {time.monotonic() - began:.0f} s", flush=True)
+
+
+def measure_search(uri: str, trials: int, settings: str) -> dict[str, Any]:
+    """Milliseconds of the search of the first page of a sweep's trials, ordered by val/mAP."""
+    experiment = experiment_by_name(connect(uri), f"search-{trials}-{settings}")
     body = {
         "experiment_ids": [experiment],
         "max_results": SEARCHED,
         "order_by": ["metrics.`val/mAP` DESC"],
     }
     address = f"{uri}/api/2.0/mlflow/runs/search"
-    took = [timed(lambda: post(address, body)) for _ in range(9)]
-    median, size = statistics.median(took), len(post(address, body))
+    answer = post(address, body)
+    runs = json.loads(answer)["runs"]
+    assert len(runs) == min(trials, SEARCHED), "fill the store first: --parts fill search"
+    parameters = len(runs[0]["data"]["params"])
+    took = [timed(lambda: post(address, body)) for _ in range(SEARCHES)]
     print(
-        f"search    {trials} trials, {len(carried)} parameters each: {median:.0f} ms "
-        f"({min(took):.0f} to {max(took):.0f}), {size / 1000:.0f} kB"
+        f"search    {trials} trials, {parameters} parameters each: {spread(took)} ms, "
+        f"{len(answer) / 1000:.0f} kB"
     )
-    return {
-        "trials": trials,
-        "parameters": len(carried),
-        "median_ms": median,
-        "least_ms": min(took),
-        "most_ms": max(took),
-        "bytes": size,
-    }
+    return {"trials": trials, "parameters": parameters, "ms": took, "bytes": len(answer)}
+
+
+def spread(values: Sequence[float], digits: int = 0) -> str:
+    """Median, least and most."""
+    middle, low, high = statistics.median(values), min(values), max(values)
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def timed(call: Callable[[], Any]) -> float:
