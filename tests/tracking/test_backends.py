@@ -96,15 +96,8 @@ def team_server(postgresql, s3_server, tmp_path_factory):
     """MLflow as a team runs it: PostgreSQL, artifacts on S3, user and password."""
     folder = tmp_path_factory.mktemp("team")
     settings = folder / "auth.ini"
-    settings.write_text(
-        "[mlflow]\n"
-        "default_permission = READ\n"
-        f"database_uri = sqlite:///{folder / 'users.db'}\n"
-        "admin_username = admin\n"
-        "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
-        # Checking a password takes 0.3 s of a core by design; without this, each request does it.
-        "auth_cache_ttl_seconds = 60\n"
-    )
+    deployed = (ROOT / "deploy" / "mlflow" / "basic_auth.ini").read_text()
+    settings.write_text(deployed.replace("/data/", f"{folder}/"))
     environment = s3_server.environment | {
         "MLFLOW_AUTH_CONFIG_PATH": str(settings),
         "MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORD,
