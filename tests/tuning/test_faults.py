@@ -1,4 +1,4 @@
-"""What goes wrong within a sweep: trials that raise, run out of memory, diverge or are killed."""
+"""What goes wrong within a sweep: trials that raise, lack memory, diverge, collapse, are killed."""
 
 import json
 import os
@@ -23,13 +23,14 @@ WHAT = [
     {"model.aggregation.heads": 5},
     {"model.semantic.expansion": 1e9},
     {"optim.lr": 1e30, "optim.tower_lr": 1e30},
+    {"optim.lr": 1.0, "optim.warmup_epochs": 0.0, "optim.collapse_steps": 3},
     {},
 ]
 
 
 def suggest(trial):
-    """Settings by the trial's number: fine, no divisor of the width, huge, wild, fine."""
-    return {"seed": 0} | WHAT[trial.number % 5]
+    """Settings by the trial's number: fine, no divisor of the width, huge, wild, steep, fine."""
+    return {"seed": 0} | WHAT[trial.number % 6]
 '''
 
 
@@ -58,10 +59,10 @@ def test_a_sweep_survives_its_trials_and_says_how_each_of_them_ended(tiny_config
     (tmp_path / "faulty.py").write_text(SPACE)
     folder = Path(config.run.storage_path) / "faults"
     done = threading.Event()
-    killer = threading.Thread(target=kill_when_it_trains, args=(folder, "trial-0004", done))
+    killer = threading.Thread(target=kill_when_it_trains, args=(folder, "trial-0005", done))
     killer.start()
     flags = ["--space", str(tmp_path / "faulty.py"), "--data", str(config.data.uri)]
-    flags += ["--recipe", str(tmp_path / "settings.toml"), "--trials", "5"]
+    flags += ["--recipe", str(tmp_path / "settings.toml"), "--trials", "6"]
     flags += ["--sweep.noise_share", "0", "--sweep.race_share", "0", "--sweep.pruner", "none"]
     flags += ["--sweep.no-free-axes", "--sweep.pictures", "0", "--json"]
     finished = subprocess.run(
@@ -77,19 +78,20 @@ def test_a_sweep_survives_its_trials_and_says_how_each_of_them_ended(tiny_config
     killer.join()
     assert finished.returncode == 0, finished.stderr[-3000:]
     trials = {trial.name: trial for trial in read_standing(folder).trials}
-    states = [trials[f"trial-000{number}"].state for number in range(5)]
-    assert states == ["finished", "failed", "failed", "failed", "finished"]
+    states = [trials[f"trial-000{number}"].state for number in range(6)]
+    assert states == ["finished", *["failed"] * 4, "finished"]
     assert trials["trial-0001"].error.startswith("raised ValueError: ")
     assert "must divide the token width" in trials["trial-0001"].error
     assert trials["trial-0002"].error.startswith("out of memory: ")
     assert trials["trial-0003"].error.startswith(("diverged: ", "raised ValueError: "))
+    assert trials["trial-0004"].error.startswith("collapsed: one semantic expert got")
     assert (folder / "trials" / "trial-0001" / "error.txt").read_text().startswith("Traceback")
-    resumed = read_standing(folder).studies.search.trials[4]
+    resumed = read_standing(folder).studies.search.trials[5]
     assert resumed.user_attrs["deaths"] == 1, "it was killed, and went on from its checkpoint"
-    assert [epoch for epoch, _ in trials["trial-0004"].curve] == list(range(1, 9))
-    assert trials["trial-0004"].score == pytest.approx(trials["trial-0000"].score), "same bits"
+    assert [epoch for epoch, _ in trials["trial-0005"].curve] == list(range(1, 9))
+    assert trials["trial-0005"].score == pytest.approx(trials["trial-0000"].score), "same bits"
     answer = json.loads(finished.stdout)
-    assert answer["winner"] in ("trial-0000", "trial-0004")
+    assert answer["winner"] in ("trial-0000", "trial-0005")
     page = (folder / "report.html").read_text()
     assert "Failed trials" in page
     assert "must divide the token width" in page
