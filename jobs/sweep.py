@@ -122,7 +122,7 @@ def _start(argv: Sequence[str]) -> int:
     config = override(job.config, {"data.uri": job.data})
     space = load_space(job.space)
     if job.dry_run:
-        manifest, config = prepare_sweep(config)
+        manifest, config = prepare_sweep(config, job.sweep)
         plan = {
             "data_digest": manifest.digest,
             "space": space.name,

@@ -42,6 +42,7 @@ def train_on_workers(
     folder: Path,
     checkpoints: str,
     tracked: dict[str, Any],
+    bell: Bell | None = None,
 ) -> Outcome:
     """Train a run with Ray Train to its end, through the deaths of workers and nodes.
 
@@ -51,6 +52,7 @@ def train_on_workers(
         folder: the run's folder on this machine.
         checkpoints: where the workers keep the checkpoints.
         tracked: arguments of :func:`next.tracking.run.open_run`.
+        bell: by which another thread asks to stop, beside signals.
 
     Raises:
         ValueError: the cluster can never hold the workers, or a node does not see the folders.
@@ -67,13 +69,15 @@ def train_on_workers(
     try:
         require_room(config.scaling)
         require_shared(config, checkpoints)
-        return _fit(config, folder, checkpoints, tracked)
+        return _fit(config, folder, checkpoints, tracked, bell or Bell())
     finally:
         if started:
             ray.shutdown()
 
 
-def _fit(config: RunConfig, folder: Path, checkpoints: str, tracked: dict[str, Any]) -> Outcome:
+def _fit(
+    config: RunConfig, folder: Path, checkpoints: str, tracked: dict[str, Any], bell: Bell
+) -> Outcome:
     line = Line(f"next-{uuid.uuid4().hex}")
     trainer = ray.train.torch.TorchTrainer(
         _work,
@@ -95,7 +99,6 @@ def _fit(config: RunConfig, folder: Path, checkpoints: str, tracked: dict[str, A
             callbacks=[JournalWriter(tracked, line)],
         ),
     )
-    bell = Bell()
     # Beside the main thread, which alone gets signals; Ray's own handling of Ctrl-C ends the
     # workers without a checkpoint.
     with listening(bell), ThreadPoolExecutor(1, thread_name_prefix="fit") as thread:

@@ -1,15 +1,19 @@
-"""What a trial takes of the cluster, and how many fit at a time."""
+"""What a trial takes of the cluster, how many fit at a time, and whether it came back."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import ray
 from ray import tune
 
 from next.config import RunConfig
+from next.training.cluster import worker_resources
+from next.tuning.reservations import worker_groups
 from next.tuning.settings import SweepConfig
 
 _log = logging.getLogger(__name__)
@@ -17,29 +21,53 @@ _log = logging.getLogger(__name__)
 _MARGIN = 1.25
 """A trial may need so much more than the first one did (more experts, longer captions)."""
 _MOST_ON_A_GPU = 8
+_BESIDE_DRIVER = 0.001
+"""Share of the driver's node that the actor of a trial of several workers holds: it computes
+nothing, and without any resource Tune would not place it."""
+_PATIENCE_SECONDS = 60.0
+"""How long an ended trial may take to give its workers' places back before it is spoken of."""
 
 
 class Places:
     """Places for trials on a running cluster.
 
-    A trial trains in Tune's actor, which holds its CPUs and its share of a GPU.
+    A trial of one worker trains in Tune's actor, which holds its CPUs and its share of a GPU. That
+    of several holds nothing in the actor, and Ray Train reserves all its workers at once or none of
+    them. So no trial ever holds a part of what it needs while it waits for the rest, which is what
+    a deadlock takes.
 
     Args:
         base: settings of every trial.
         sweep: how many are wanted at a time.
-        total: what the cluster has (``ray.cluster_resources()``).
-
-    Raises:
-        ValueError: the cluster cannot hold a single trial.
+        nodes: what each node of the cluster has (:func:`node_resources`).
+        here: name of the resource that only the driver's node has.
     """
 
-    def __init__(self, base: RunConfig, sweep: SweepConfig, total: Mapping[str, float]) -> None:
-        self.cpus = base.scaling.cpus_per_worker
+    def __init__(
+        self,
+        base: RunConfig,
+        sweep: SweepConfig,
+        nodes: Sequence[Mapping[str, float]],
+        here: str = "node",
+    ) -> None:
+        self.workers = base.scaling.max_workers
         self.on_gpu = base.scaling.use_gpu
-        self.total = dict(total)
-        self.fixed = sweep.gpus_per_trial
+        self.fixed = sweep.gpus_per_trial if self.workers == 1 else None
         self.learned: float | None = None
-        self.concurrency = min(sweep.concurrency, *self._fit())
+        self._needs = worker_resources(base.scaling)
+        self._here = here
+        self._gpus = sum(node.get("GPU", 0.0) for node in nodes)
+        self._waits_since: float | None = None
+        least = dict(self._needs)
+        if self.on_gpu and self.workers == 1:
+            least["GPU"] = self.fixed or 1 / _MOST_ON_A_GPU
+        holds = sum(
+            min(math.floor(node.get(name, 0.0) / need + 1e-9) for name, need in least.items())
+            for node in nodes
+        )
+        # One at least: whether a trial fits at all, perhaps on nodes that are still to come, has
+        # been asked before.
+        self.concurrency = max(1, min(sweep.concurrency, holds // self.workers))
 
     @property
     def gpus(self) -> float:
@@ -48,8 +76,10 @@ class Places:
 
     def resources(self, task: Mapping[str, Any]) -> tune.PlacementGroupFactory:
         """What Tune reserves for a task of the search."""
+        if self.workers > 1:
+            return tune.PlacementGroupFactory([{self._here: _BESIDE_DRIVER}])
         gpu = {"GPU": task["gpus"]} if task["gpus"] else {}
-        return tune.PlacementGroupFactory([{"CPU": self.cpus} | gpu])
+        return tune.PlacementGroupFactory([{"CPU": self._needs["CPU"]} | gpu])
 
     def learn(self, result: Mapping[str, Any]) -> None:
         """Size the share of a GPU by the first trial that says how much memory it took."""
@@ -65,27 +95,40 @@ class Places:
     def ready(self, live: int) -> bool:
         """Whether one more trial may begin beside ``live`` ones.
 
-        Until a trial has said how much memory it took, each has a GPU to itself.
+        Until a trial has said how much memory it took, each has a GPU to itself. Workers of an
+        ended trial that still hold their places are waited for.
         """
+        if self.workers > 1:
+            return self._came_back(live)
         if not self.on_gpu or self.fixed is not None or self.learned is not None:
             return True
-        return live < max(1, int(self.total["GPU"]))
+        return live < max(1, int(self._gpus))
 
-    def _fit(self) -> list[int]:
-        """How many trials the CPUs hold, and how many the GPUs."""
-        needs = {"CPU": self.cpus}
-        if self.on_gpu:
-            needs["GPU"] = self.fixed or 1 / _MOST_ON_A_GPU
-        fits = []
-        for resource, amount in needs.items():
-            here = float(self.total.get(resource, 0.0))
-            fits.append(math.floor(here / amount + 1e-9))
-            if fits[-1] < 1:
-                raise ValueError(
-                    f"a trial needs {amount:g} {resource}, but the cluster has {here:g}; lower "
-                    f"scaling.cpus_per_worker, leave scaling.use_gpu off, or add nodes"
-                )
-        return fits
+    def _came_back(self, live: int) -> bool:
+        held = worker_groups()
+        over = len(held) - live
+        if over <= 0:
+            self._waits_since = None
+            return True
+        now = time.monotonic()
+        if self._waits_since is None:
+            self._waits_since = now
+        elif now - self._waits_since > _PATIENCE_SECONDS:
+            self._waits_since = math.inf  # said once
+            _log.warning(
+                "%d trials are over for %.0f s, but their workers still hold %s; the next trial "
+                "waits for it",
+                *(over, _PATIENCE_SECONDS, "; ".join(map(str, held))),
+            )
+        return False
+
+
+def node_resources() -> tuple[list[dict[str, float]], str]:
+    """What each living node has, and the name of the resource that only this one has."""
+    nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+    here = nodes[ray.get_runtime_context().get_node_id()]
+    own = [name for name in here if name.startswith("node:") and "internal_head" not in name]
+    return list(nodes.values()), own[0]
 
 
 def gpu_share(peak_mib: float, size_mib: float, concurrency: int) -> float:

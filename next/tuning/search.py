@@ -221,7 +221,8 @@ class Search(Searcher):
         if run.kind == "seed" or len(self.objectives) > 1:
             return False
         run.trial.report(values[0], epoch)
-        if epoch < self.base.optim.epochs and run.trial.should_prune():
+        last = int(run.settings.get("optim.epochs", self.base.optim.epochs))
+        if epoch < last and run.trial.should_prune():
             run.ending = "pruned"
         return run.ending is not None
 

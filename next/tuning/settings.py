@@ -49,7 +49,8 @@ class SweepConfig(Section):
     """Best settings of which pictures are drawn, for MLflow's image grid."""
     gpus_per_trial: float | None = Field(default=None, gt=0, le=1)
     """Share of a GPU that a trial takes; None: the first trial gets one alone, and
-    its peak memory says how many of the others share one. Read only with scaling.use_gpu."""
+    its peak memory says how many of the others share one. Read only with scaling.use_gpu, and by
+    trials of one worker; of several, each has a GPU of its own."""
 
     @model_validator(mode="after")
     def _something_is_left_to_search(self) -> SweepConfig:

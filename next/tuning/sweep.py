@@ -1,24 +1,20 @@
 """A sweep: Ray Tune with Optuna, one MLflow parent run, one lean child run for each trial.
 
 A trial of one worker trains in Tune's own actor, and actors are reused: it costs its training and a
-fraction of a second. Every trial is judged on held-out train identities; the best trial's best
-checkpoint meets the test split once, at the end. Whatever dies, :func:`resume_sweep` goes on from
-the study file.
+fraction of a second. Several workers are those of Ray Train. Every trial is judged on held-out
+train identities; the best trial's best checkpoint meets the test split once, at the end. Whatever
+dies, :func:`resume_sweep` goes on from the study file.
 """
 
 from __future__ import annotations
 
 import logging
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ray
-from ray import tune
-
-from next.config import RunConfig, from_toml, override, to_toml
+from next.config import RunConfig, from_toml, override
 from next.data.shards import Manifest, open_manifest
 from next.tracking.run import (
     open_run,
@@ -28,7 +24,6 @@ from next.tracking.run import (
 )
 from next.training.assessment import Assessment, assess
 from next.training.checkpoint import read_config
-from next.training.cluster import start_ray
 from next.training.inputs import resolve, training_data
 from next.training.launch import read_history, run_tags, tracking_address
 from next.training.process import device
@@ -39,15 +34,15 @@ from next.tuning.folder import driving, new_folder, read_record, write_record
 from next.tuning.pictures import draw_overview
 from next.tuning.progress import Progress
 from next.tuning.report import report_sweep
-from next.tuning.resources import Places
 from next.tuning.results import Setting, Trial, group, read_trials, starting_point
-from next.tuning.search import DEFAULT, Pruning, Repeat, Search
+from next.tuning.search import DEFAULT, Repeat, Search
 from next.tuning.seeds import next_metric, next_racer
 from next.tuning.settings import SweepConfig
 from next.tuning.space import Space, describe_space, load_space, space_difference
 from next.tuning.study import FILE, Studies, create_studies, inherit, open_studies
 from next.tuning.summary import Summary, leaderboard, summarise
-from next.tuning.trial import best_checkpoint, run_trial
+from next.tuning.trial import best_checkpoint
+from next.tuning.tuner import check_cluster, run_trials
 
 _log = logging.getLogger(__name__)
 
@@ -130,7 +125,7 @@ def run_sweep(
             before anything starts.
         RuntimeError: every trial failed.
     """
-    manifest, base = prepare_sweep(base)
+    manifest, base = prepare_sweep(base, sweep)
     description = describe_space(space, base)
     folder = new_folder(base, space)
     with driving(folder):
@@ -167,8 +162,8 @@ def resume_sweep(
     """
     record = read_record(folder)
     base = from_toml((folder / "config.toml").read_text())
-    manifest, base = prepare_sweep(base)
     sweep = SweepConfig(**(record["sweep"] | dict(changes or {})))
+    manifest, base = prepare_sweep(base, sweep)
     path = space or (Path(record["path"]) if Path(record["path"]).is_file() else None)
     chosen = load_space(path or folder / "space.py")._replace(name=record["space"])
     description = describe_space(chosen, base)
@@ -193,21 +188,25 @@ def resume_sweep(
         )
 
 
-def prepare_sweep(base: RunConfig) -> tuple[Manifest, RunConfig]:
+def prepare_sweep(base: RunConfig, sweep: SweepConfig) -> tuple[Manifest, RunConfig]:
     """Open the data and resolve the settings that all trials share.
 
     Raises:
-        ValueError: settings and data do not fit.
+        ValueError: settings, data and the cluster (if one runs) do not fit.
+        ConnectionError: nothing answers at ``RAY_ADDRESS``.
     """
     if base.data.uri is None:
         raise ValueError("data.uri is not set; give the folder that jobs/prepare.py wrote")
-    if base.scaling.max_workers != 1:
+    if sweep.gpus_per_trial is not None and base.scaling.max_workers > 1:
         raise ValueError(
-            f"a sweep trains each trial with one worker, but scaling.num_workers is "
-            f"{base.scaling.num_workers}; set it to 1 and use more trials at a time instead"
+            f"sweep.gpus_per_trial shares a GPU among trials of one worker, but "
+            f"scaling.num_workers is {base.scaling.num_workers}, each with a GPU of its own; leave "
+            f"one of them out"
         )
     manifest = open_manifest(base.data.uri)
-    return manifest, resolve(base, manifest)
+    base = resolve(base, manifest)
+    check_cluster(base.scaling)
+    return manifest, base
 
 
 def _fork(
@@ -276,7 +275,14 @@ def _drive(it: _Sweep) -> SweepResult:
         progress.enter("opening the decoded cache and the text bank, once for all trials")
         training_data(base, it.manifest)
         tracked = {"uri": uri, "experiment": experiment, "parent": parent.key}
-        _search(it, tracked, progress)
+        run_trials(
+            base,
+            it.sweep,
+            folder,
+            tracked,
+            progress,
+            lambda places: Search(it.studies, it.space, it.sweep, base, places, lambda: _race(it)),
+        )
         trials, settings = it.standing()
         _complete_children(folder, trials, tracked)
         if not any(setting.score is not None for setting in settings):
@@ -376,50 +382,6 @@ def _complete_children(folder: Path, trials: list[Trial], tracked: dict[str, str
         complete.touch()
 
 
-def _search(it: _Sweep, tracked: dict[str, str | None], progress: Progress) -> None:
-    """Run Tune until the search says that it is over."""
-    base, sweep = it.base, it.sweep
-    started = not ray.is_initialized()
-    if started:
-        progress.enter("starting Ray and its workers")
-        start_ray(sweep.concurrency * base.scaling.cpus_per_worker, dashboard=False)
-    try:
-        places = Places(base, sweep, ray.cluster_resources())
-        search = Search(it.studies, it.space, sweep, base, places, lambda: _race(it))
-        progress.watch(search)
-        session = time.strftime("tune-%Y%m%d-%H%M%S")
-        trainable = tune.with_parameters(
-            run_trial,
-            base=to_toml(base),
-            folder=str(it.folder),
-            tracked=tracked,
-            free_axes=sweep.free_axes,
-        )
-        tune.Tuner(
-            tune.with_resources(trainable, places.resources),
-            tune_config=tune.TuneConfig(
-                search_alg=search,
-                scheduler=Pruning(search),
-                num_samples=-1,  # the search says when it is over
-                max_concurrent_trials=places.concurrency,
-                reuse_actors=True,
-                trial_name_creator=_name,
-                trial_dirname_creator=_name,
-            ),
-            run_config=tune.RunConfig(
-                name=session,
-                storage_path=str(it.folder),
-                failure_config=tune.FailureConfig(max_failures=sweep.retries),
-                verbose=0,
-            ),
-        ).fit()
-        shutil.rmtree(it.folder / session, ignore_errors=True)  # the study is the record
-    finally:
-        progress.enter("ending Ray, completing the runs in MLflow")
-        if started:
-            ray.shutdown()
-
-
 def _race(it: _Sweep) -> Repeat | None:
     """The next repetition of the race."""
     trials, settings = it.standing()
@@ -432,7 +394,3 @@ def _race(it: _Sweep) -> Repeat | None:
         runs_left=it.sweep.race_runs - (len(repeats) - noise),
         seed=it.base.seed,
     )
-
-
-def _name(trial: Any) -> str:
-    return str(trial.config["name"])

@@ -1,9 +1,10 @@
-"""One trial, in Tune's actor."""
+"""One trial, in Tune's actor; the training of several workers goes on in theirs."""
 
 from __future__ import annotations
 
 import gc
 import logging
+import os
 import resource
 import sys
 import traceback
@@ -25,6 +26,7 @@ from next.training.process import configure_torch, device
 from next.training.record import data_tags, record_data, seed_tags
 from next.training.report import TuneReporter
 from next.training.store import CheckpointStore
+from next.tuning import workers
 from next.tuning.axes import measure_axes
 
 _log = logging.getLogger(__name__)
@@ -56,6 +58,8 @@ def run_trial(
     own.mkdir(parents=True, exist_ok=True)
     config = override(from_toml(base), task["settings"])
     configure_torch(config)
+    # Read when this actor is used again; Ray's default would cut off a trial that is being stopped.
+    os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "30")
     gc.collect()  # what the actor's last trial left in reference cycles
     record = {
         "uri": tracked["uri"],
@@ -129,15 +133,21 @@ def _until_tune_ends_it(
 ) -> bool:
     """Train and measure; True if Tune ended the trial, which it does within a report."""
     manifest = open_manifest(str(config.data.uri))
+    here = config.scaling.max_workers == 1
     with open_run(**record) as run:
         run.log_text(to_toml(config), "config.toml")
         run.set_tags(git_tags() | data_tags(config, manifest))
         record_data(run, manifest)
-        ended = _train_here(config, manifest, folder, run)
+        ended = here and _train_here(config, manifest, folder, run)
+    if not here:  # the journal is written beside Ray Train's controller, on this node
+        ended = workers.train_trial(config, manifest, folder, record)
     best = best_checkpoint(folder)
     if ended or best is None:
         return ended
-    measure_axes(best, config, manifest, folder, device=device(config), exhaustive=free_axes)
+    if here:
+        measure_axes(best, config, manifest, folder, device=device(config), exhaustive=free_axes)
+    else:
+        workers.measure_trial(best, config, folder, exhaustive=free_axes)
     return False
 
 

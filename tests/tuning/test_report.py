@@ -108,7 +108,12 @@ def played(tmp_path_factory, demo_shards, cache_folder) -> Path:
     studies = create_studies(folder / FILE, "played", space.objectives, SWEEP)
     repeats = iter([Repeat("trial-0000", {}, 1)])
     search = Search(
-        studies, space, SWEEP, base, Places(base, SWEEP, {"CPU": 4}), lambda: next(repeats, None)
+        studies,
+        space,
+        SWEEP,
+        base,
+        Places(base, SWEEP, [{"CPU": 4.0}]),
+        lambda: next(repeats, None),
     )
     play(search, folder, samples)
     return folder

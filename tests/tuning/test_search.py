@@ -12,7 +12,7 @@ from next.tuning.space import Space
 from next.tuning.study import create_studies, open_studies
 
 BASE = override(RunConfig(), {"optim.epochs": 4, "optim.warmup_epochs": 1})
-CPUS = {"CPU": 8.0}
+CPUS = [{"CPU": 8.0}]
 
 
 def suggest(trial):
@@ -170,22 +170,31 @@ def test_two_objectives_are_told_together_and_never_pruned(tmp_path):
     assert len(search.studies.search.best_trials) == 1
 
 
-def test_no_more_trials_run_at_a_time_than_the_cluster_holds():
+def test_no_more_trials_run_at_a_time_than_the_nodes_hold():
     sweep = SweepConfig(trials=8, concurrency=6)
     two = override(BASE, {"scaling.cpus_per_worker": 2.0})
-    assert Places(two, sweep, {"CPU": 8.0}).concurrency == 4
-    with pytest.raises(ValueError, match=r"a trial needs 2 CPU, but the cluster has 1; lower"):
-        Places(two, sweep, {"CPU": 1.0})
+    assert Places(two, sweep, [{"CPU": 8.0}]).concurrency == 4
+    assert Places(two, sweep, [{"CPU": 3.0}, {"CPU": 3.0}]).concurrency == 2, "none spans nodes"
+    assert Places(two, sweep, [{}, {"CPU": 64.0}]).concurrency == 6
     gpu = override(BASE, {"scaling.use_gpu": True})
     half = SweepConfig(trials=8, concurrency=6, gpus_per_trial=0.5)
-    assert Places(gpu, half, {"CPU": 64.0, "GPU": 2.0}).concurrency == 4
-    with pytest.raises(ValueError, match=r"needs 0.125 GPU, but the cluster has 0"):
-        Places(gpu, sweep, {"CPU": 64.0})
+    assert Places(gpu, half, [{"CPU": 64.0, "GPU": 2.0}]).concurrency == 4
+
+
+@pytest.mark.parametrize(
+    ("workers", "nodes", "concurrency"),
+    [(2, [8.0], 4), (3, [8.0], 2), (2, [3.0, 3.0], 3), (8, [8.0], 1), ((2, 4), [6.0], 1)],
+)
+def test_trials_of_several_workers_begin_only_where_all_of_them_fit(workers, nodes, concurrency):
+    base = override(BASE, {"scaling.num_workers": workers, "batch.identities": 24})
+    places = Places(base, SweepConfig(concurrency=9), [{"CPU": c} for c in nodes], "node:here")
+    assert places.concurrency == concurrency
+    assert places.resources({"gpus": 0.0}).bundles == [{"node:here": 0.001}], "all in the workers"
 
 
 def test_the_first_trials_peak_memory_says_how_many_share_a_gpu():
     base = override(BASE, {"scaling.use_gpu": True})
-    places = Places(base, SweepConfig(trials=8, concurrency=4), {"CPU": 8.0, "GPU": 1.0})
+    places = Places(base, SweepConfig(trials=8, concurrency=4), [{"CPU": 8.0, "GPU": 1.0}])
     assert places.ready(0)
     assert not places.ready(1), "the first one is alone"
     assert places.gpus == 1.0
@@ -193,6 +202,25 @@ def test_the_first_trials_peak_memory_says_how_many_share_a_gpu():
     assert places.gpus == pytest.approx(0.333)
     assert places.ready(2)
     assert places.resources({"gpus": places.gpus}).bundles == [{"CPU": 1.0, "GPU": 0.333}]
+
+
+def test_trials_share_a_gpu_once_the_first_one_has_said_what_it_takes(tmp_path):
+    base = override(BASE, {"scaling.use_gpu": True})
+    sweep = SweepConfig(trials=4, concurrency=3, noise_share=0, race_share=0, pruner="none")
+    space = make_space(tmp_path)
+    studies = create_studies(tmp_path / "study.db", "mine", space.objectives, sweep)
+    places = Places(base, sweep, [{"CPU": 8.0, "GPU": 1.0}])
+    search = Search(studies, space, sweep, base, places, lambda: None)
+    assert search.suggest("a")["gpus"] == 1.0
+    assert search.suggest("b") is None, "it waits until the first one has reported"
+    measured = {"epoch": 1, "val/mAP": 50.0, "gpu_peak_mib": 20_000.0, "gpu_mib": 80_000.0}
+    search.report("a", measured)
+    second, third = search.suggest("b"), search.suggest("c")
+    assert second["gpus"] == third["gpus"] == pytest.approx(0.333), "three with a quarter of room"
+    assert places.resources(second).bundles == [{"CPU": 1.0, "GPU": 0.333}]
+    search.report("b", measured | {"gpu_peak_mib": 70_000.0})
+    run_to_end(search, "a")
+    assert search.suggest("d")["gpus"] == second["gpus"], "the first one's peak is the guide"
 
 
 @pytest.mark.parametrize(

@@ -172,9 +172,9 @@ def check_changed_space(folder: Path, tmp_path: Path) -> None:
 
 def test_a_sweep_says_what_does_not_fit_before_it_starts(tiny_config):
     space = load_space(ROOT / "tune_spaces" / "quick.py")
-    several = override(tiny_config, {"scaling.num_workers": 2})
-    with pytest.raises(ValueError, match=r"one worker, but scaling.num_workers is 2; set it to 1"):
-        run_sweep(several, space, SweepConfig())
+    several = override(tiny_config, {"scaling.num_workers": 2, "scaling.use_gpu": True})
+    with pytest.raises(ValueError, match=r"among trials of one worker, but scaling.num_workers is"):
+        run_sweep(several, space, SweepConfig(gpus_per_trial=0.5))
     with pytest.raises(ValueError, match=r"data.uri is not set"):
         run_sweep(override(tiny_config, {"data.uri": None}), space, SweepConfig())
     with pytest.raises(ValueError, match=r"must leave a trial to the search"):

@@ -1,0 +1,112 @@
+"""Ray and its Tuner: they start the trials that the search asks for, where there is room."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+
+from next.config import RunConfig, ScalingConfig, to_toml
+from next.training.cluster import require_room, start_ray
+from next.tuning.progress import Progress
+from next.tuning.reservations import reclaiming
+from next.tuning.resources import Places, node_resources
+from next.tuning.search import Pruning, Search
+from next.tuning.settings import SweepConfig
+from next.tuning.trial import run_trial
+
+
+def check_cluster(scaling: ScalingConfig) -> None:
+    """Raise unless a cluster that runs already can hold a trial; where none does, one will fit.
+
+    Raises:
+        ValueError: the cluster can never hold the workers of a single trial.
+        ConnectionError: nothing answers at ``RAY_ADDRESS``.
+    """
+    connects = bool(os.environ.get("RAY_ADDRESS")) and not ray.is_initialized()
+    if connects:
+        start_ray(0, dashboard=False)
+    try:
+        if ray.is_initialized():
+            require_room(scaling)
+    finally:
+        if connects:
+            ray.shutdown()
+
+
+def run_trials(
+    base: RunConfig,
+    sweep: SweepConfig,
+    folder: Path,
+    tracked: dict[str, str | None],
+    progress: Progress,
+    new_search: Callable[[Places], Search],
+) -> None:
+    """Run Tune until the search says that it is over.
+
+    Args:
+        base: settings that all trials share.
+        sweep: how many at a time, and how often one whose process died goes on.
+        folder: of the sweep.
+        tracked: MLflow's address, the experiment and the parent run.
+        progress: hears of the phases, and watches the search.
+        new_search: makes the search for the places that the cluster has.
+
+    Raises:
+        ValueError: the cluster can never hold the workers of a single trial.
+        ConnectionError: nothing answers at ``RAY_ADDRESS``.
+    """
+    several = base.scaling.max_workers > 1
+    started = not ray.is_initialized()
+    if started:
+        progress.enter("starting Ray and its workers")
+        cpus = sweep.concurrency * base.scaling.max_workers * base.scaling.cpus_per_worker
+        start_ray(cpus, dashboard=several)
+    try:
+        require_room(base.scaling)
+        places = Places(base, sweep, *node_resources())
+        search = new_search(places)
+        progress.watch(search)
+        session = time.strftime("tune-%Y%m%d-%H%M%S")
+        trainable = tune.with_parameters(
+            run_trial,
+            base=to_toml(base),
+            folder=str(folder),
+            tracked=tracked,
+            free_axes=sweep.free_axes,
+        )
+        with reclaiming() if several else nullcontext():
+            tune.Tuner(
+                tune.with_resources(trainable, places.resources),
+                tune_config=tune.TuneConfig(
+                    search_alg=search,
+                    scheduler=Pruning(search),
+                    num_samples=-1,  # the search says when it is over
+                    max_concurrent_trials=places.concurrency,
+                    reuse_actors=True,
+                    trial_name_creator=_name,
+                    trial_dirname_creator=_name,
+                ),
+                run_config=tune.RunConfig(
+                    name=session,
+                    storage_path=str(folder),
+                    failure_config=tune.FailureConfig(max_failures=sweep.retries),
+                    verbose=0,
+                ),
+            ).fit()
+        shutil.rmtree(folder / session, ignore_errors=True)  # the study is the record
+    finally:
+        progress.enter("ending Ray, completing the runs in MLflow")
+        if started:
+            ray.shutdown()
+
+
+def _name(trial: Any) -> str:
+    return str(trial.config["name"])
