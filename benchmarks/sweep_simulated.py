@@ -1,0 +1,207 @@
+"""Sweeps whose training is replaced by a recorded curve: what the driver takes, what ASHA saves.
+
+Part ``simulated`` of ``benchmarks/sweep.py``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import psutil
+from ray import tune
+from sweep_overhead import ROOT
+
+from next.config import RunConfig, override
+from next.tuning import tuner
+from next.tuning.resources import Places
+from next.tuning.search import Live, Search
+from next.tuning.settings import SweepConfig
+from next.tuning.space import Space, load_space
+from next.tuning.study import FILE, create_studies
+from next.tuning.sweep import _race, _Sweep
+
+EPOCHS, AT_A_TIME = 12, 2
+BASE = override(RunConfig(), {"optim.epochs": EPOCHS})
+MARKS = (100, 300, 1000)
+
+CURVE = (22.0, 36.0, 47.0, 55.0, 61.0, 66.0, 70.0, 73.0, 75.5, 77.0, 78.0, 78.4)
+"""Val mAP of the default on the demo benchmark by epoch, as one run recorded it."""
+
+
+class Mark(NamedTuple):
+    """A sweep after so many trials."""
+
+    trials: int
+    wall_s: float
+    driver_cpu_s: float
+    """Of the driver's process, which is all that grows with the sweep."""
+    cpu_ms_a_trial: float
+    """Over all trials so far."""
+    latest_cpu_ms_a_trial: float
+    """Over the latest fifty."""
+    grown_mib: float
+    """Memory of the driver's process beyond that of its first trial."""
+
+
+def simulated(most: int = MARKS[-1]) -> dict[str, Any]:
+    """Driver time and memory over 1,000 trials through Ray Tune, and ASHA against no pruning."""
+    marks = through_tune(most)
+    for mark in marks:
+        print(mark._asdict(), flush=True)
+    return {
+        "growth": [mark._asdict() for mark in marks],
+        "asha_against_none": asha_against_none(),
+    }
+
+
+def experts_space() -> Space:
+    """What the simulated sweeps draw from."""
+    return load_space(ROOT / "tune_spaces" / "experts.py")
+
+
+def true_score(settings: dict[str, Any], epoch: int) -> float:
+    """The recorded curve, moved by the settings."""
+    level = -2.0 * abs(np.log(settings.get("model.routing.temperature", 1.0) / 0.6))
+    experts = settings.get("model.semantic.experts", 4) * settings.get("model.structure.experts", 4)
+    return float(CURVE[epoch - 1] + level + 0.8 * np.log2(experts))
+
+
+def recorded(settings: dict[str, Any], epoch: int) -> float:
+    """What a run reports: the true score and noise that settings and epoch seed."""
+    key = (settings.get("model.routing.temperature", 1.0), settings.get("seed", 0), epoch)
+    noise = np.random.default_rng(abs(hash(key)) % 2**32).normal(0, 0.8)
+    return true_score(settings, epoch) + float(noise)
+
+
+def replay(task: dict[str, Any], **_: Any) -> None:
+    """A trial without training."""
+    for epoch in range(1, EPOCHS + 1):
+        tune.report({"epoch": epoch, "val/mAP": recorded(task["settings"], epoch)})
+
+
+class Watch:
+    """Takes the time and the memory of this process as trials end."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.marks: list[Mark] = []
+        self._ended = 0
+        self._began = self._latest = (0.0, 0.0)
+        self._first_mib = 0.0
+
+    def enter(self, phase: str | None) -> None:
+        """As :class:`next.tuning.progress.Progress`."""
+
+    def watch(self, search: Search) -> None:
+        """As :class:`next.tuning.progress.Progress`."""
+        search.on_end = self.ended
+        self._began = self._latest = self._now()
+
+    def ended(self, run: Live) -> None:
+        """A run ended."""
+        self._ended += 1
+        if self._ended == 1:
+            self._first_mib = psutil.Process().memory_info().rss / (1 << 20)
+        wall, cpu = self._now()
+        if self._ended in (*MARKS, self.most):
+            self.marks.append(
+                Mark(
+                    self._ended,
+                    round(wall - self._began[0], 1),
+                    round(cpu - self._began[1], 1),
+                    round(1000 * (cpu - self._began[1]) / self._ended, 1),
+                    round(1000 * (cpu - self._latest[1]) / 50, 1),
+                    round(psutil.Process().memory_info().rss / (1 << 20) - self._first_mib, 1),
+                )
+            )
+        if self._ended % 50 == 0:
+            self._latest = (wall, cpu)
+
+    def _now(self) -> tuple[float, float]:
+        return time.perf_counter(), time.process_time()
+
+
+def through_tune(most: int) -> list[Mark]:
+    """A sweep of ``most`` trials as :func:`next.tuning.sweep.run_sweep` drives it, race and all."""
+    space, sweep, watch = experts_space(), SweepConfig(trials=most, grace_epochs=2), Watch(most)
+    tuner.run_trial = replay
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        studies = create_studies(folder / FILE, "simulated", space.objectives, sweep)
+        it = _Sweep(folder, BASE, space, [], sweep, studies, None, print)
+        tuner.run_trials(
+            BASE,
+            sweep,
+            folder,
+            {},
+            watch,
+            lambda places: Search(studies, space, sweep, BASE, places, lambda: _race(it)),
+        )
+    return watch.marks
+
+
+def asha_against_none(trials: int = 120, seeds: int = 5) -> list[dict[str, Any]]:
+    """Epochs that ASHA and no pruning train for the same number of trials, and for the same best.
+
+    The best is the true score of the setting that has reported the highest one, so that luck does
+    not count. The same best is the lower one of what the two have come to.
+    """
+    rows = []
+    for seed in range(seeds):
+        asha, none = (list(search_alone(trials, pruner, seed)) for pruner in ("asha", "none"))
+        target = min(asha[-1][1], none[-1][1])
+        reached = [next(e for e, best in steps if best >= target) for steps in (asha, none)]
+        rows.append(
+            {
+                "seed": seed,
+                "epochs": {"asha": asha[-1][0], "none": none[-1][0]},
+                "best": {"asha": round(asha[-1][1], 2), "none": round(none[-1][1], 2)},
+                "epochs_to_the_same_best": {"asha": reached[0], "none": reached[1]},
+            }
+        )
+        print(rows[-1], flush=True)
+    spent = [row["epochs"]["asha"] / row["epochs"]["none"] for row in rows]
+    apart = [row["best"]["asha"] - row["best"]["none"] for row in rows]
+    print(
+        f"of {trials} trials ASHA trains {100 * np.mean(spent):.0f} % of the epochs; its best is "
+        f"{np.mean(apart):+.2f} ± {np.std(apart, ddof=1):.2f} against no pruning ({seeds} seeds)"
+    )
+    return rows
+
+
+def search_alone(trials: int, pruner: str, seed: int) -> Iterator[tuple[int, float]]:
+    """Epochs trained so far and the true score of the best setting, after each evaluation."""
+    sweep = SweepConfig(
+        trials=trials, noise_share=0, race_share=0, grace_epochs=2, seed=seed, pruner=pruner
+    )
+    space, names, trained, best = experts_space(), itertools.count(), 0, (0.0, 0.0)
+    with tempfile.TemporaryDirectory() as folder:
+        studies = create_studies(Path(folder) / FILE, "simulated", space.objectives, sweep)
+        places = Places(BASE, sweep, [{"CPU": float(AT_A_TIME)}])
+        search = Search(studies, space, sweep, BASE, places, lambda: None)
+        live: dict[str, tuple[dict[str, Any], int]] = {}
+        while True:
+            while len(live) < AT_A_TIME:
+                name = str(next(names))
+                task = search.suggest(name)
+                if not isinstance(task, dict):
+                    break
+                live[name] = (task["settings"], 0)
+            if not live:
+                return
+            for name, (settings, before) in list(live.items()):
+                epoch, trained = before + 1, trained + 1
+                score = recorded(settings, epoch)
+                best = max(best, (score, true_score(settings, EPOCHS)))
+                yield trained, best[1]
+                stop = search.report(name, {"epoch": epoch, "val/mAP": score})
+                live[name] = (settings, epoch)
+                if stop or epoch == EPOCHS:
+                    search.on_trial_complete(name)
+                    del live[name]
