@@ -93,7 +93,9 @@ def overhead(names: list[str]) -> dict[str, Any]:
     print(f"bare training, two at a time: {bare:.2f} s a trial", flush=True)
     rows = []
     for way in names or WAYS:
-        many, alone = measure(way, TRIALS, AT_A_TIME), measure(way, FEWER, 1)
+        many = measure(way, TRIALS, AT_A_TIME)
+        print(many, flush=True)
+        alone = measure(way, FEWER, 1)
         rows.append(
             {
                 **asdict(many),
@@ -103,7 +105,8 @@ def overhead(names: list[str]) -> dict[str, Any]:
                 "alone": asdict(alone),
             }
         )
-        print({key: value for key, value in rows[-1].items() if key != "alone"}, flush=True)
+        beside = {key: rows[-1][key] for key in ("overhead_s", "warm_overhead_s", "one_more_mib")}
+        print(f"{way} beside the training: {beside}", flush=True)
     return {"bare_s": bare, "ways": rows}
 
 
