@@ -39,6 +39,7 @@ def sweep_view(
     began: float,
     *,
     parameters: Sequence[str],
+    axes: Sequence[str],
     numeric: Sequence[str],
     images: Sequence[str] = (),
 ) -> dict[str, str]:
@@ -49,12 +50,13 @@ def sweep_view(
         key: the parent's :attr:`next.tracking.run.Run.key`; the trials carry it as their tag
             ``next.sweep``, by which the view finds them.
         began: when the sweep began, in seconds since 1970.
-        parameters: settings that it varies; columns of the table and axes of the parallel
-            coordinates, in that order.
-        numeric: those of ``parameters`` that are numbers; the first two span the contour plot.
+        parameters: settings that it varies; columns of the table, in that order.
+        axes: those of ``parameters`` that every trial has, axes of the parallel coordinates;
+            MLflow leaves a trial out that lacks one of them.
+        numeric: those of ``axes`` that are numbers; the first two span the contour plot.
         images: keys of the pictures of the image grid, in that order.
     """
-    cards = [_parallel(parameters), *_contours(numeric), _curve(_SCORE, "val")]
+    cards = [_parallel(axes), *_contours(numeric), _curve(_SCORE, "val")]
     cards += [_curve("train/loss", "train")]
     cards += [_card("IMAGE", "figures", imageKeys=[key], step=0) for key in images]
     for number, card in enumerate(cards):

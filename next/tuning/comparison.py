@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import optuna
 import torch
@@ -48,7 +49,8 @@ def set_up_comparison(
     parent: Run, name: str, benchmark: str, space: Space, varied: list[str]
 ) -> None:
     """Describe the experiment, and save the view of this sweep in it."""
-    numeric = [setting for setting in varied if setting in _numeric_settings(space)]
+    drawn = drawn_settings(space)
+    axes = [setting for setting in varied if setting in drawn.always]
     parent.describe_experiment(
         experiment_tags(_NOTE.format(benchmark=benchmark))
         | sweep_view(
@@ -56,7 +58,8 @@ def set_up_comparison(
             parent.key,
             time.time(),
             parameters=varied,
-            numeric=numeric,
+            axes=axes,
+            numeric=[setting for setting in axes if setting in drawn.numeric],
             images=[f"figures/{picture}" for picture in PICTURES],
         )
     )
@@ -108,12 +111,23 @@ def record_pictures(
             record_assessment(run, assessment._replace(metrics={}), step=0)
 
 
-def _numeric_settings(space: Space, samples: int = 20) -> set[str]:
+class Drawn(NamedTuple):
+    """What :func:`drawn_settings` found."""
+
+    numeric: set[str]
     """Settings of which every drawn value is a number; a contour plot needs two of them."""
+    always: set[str]
+    """Settings that do not depend on others."""
+
+
+def drawn_settings(space: Space, samples: int = 20) -> Drawn:
+    """What a space draws, by trying it."""
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    numbers: dict[str, bool] = {}
-    for _ in range(samples):
-        for setting, value in space.suggest(study.ask()).items():
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            numbers[setting] = numbers.get(setting, True) and number
-    return {setting for setting, number in numbers.items() if number}
+    draws = [space.suggest(study.ask()) for _ in range(samples)]
+    values = [(setting, value) for draw in draws for setting, value in draw.items()]
+    other = {
+        setting
+        for setting, value in values
+        if isinstance(value, bool) or not isinstance(value, int | float)
+    }
+    return Drawn({setting for setting, _ in values} - other, set.intersection(*map(set, draws)))

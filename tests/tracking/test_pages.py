@@ -38,6 +38,7 @@ def sweep(server, tmp_path_factory):
                 parent.key,
                 time.time(),
                 parameters=NAMES,
+                axes=NAMES,
                 numeric=NAMES[:2],
                 images=["figures/cmc"],
             )

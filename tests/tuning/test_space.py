@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from next.config import RunConfig
+from next.tuning.comparison import drawn_settings
 from next.tuning.space import check_space, load_space
 
 SPACES = Path(__file__).resolve().parents[2] / "tune_spaces"
@@ -85,3 +86,9 @@ def test_a_space_that_misbehaves_says_how(tmp_path, body, message):
 def test_a_missing_file_lists_what_is_there():
     with pytest.raises(FileNotFoundError, match=r"no search space .*expert.py; .*experts.py"):
         load_space(SPACES / "expert.py")
+
+
+def test_the_axes_of_a_comparison_are_settings_that_every_trial_has():
+    drawn = drawn_settings(load_space(SPACES / "quick.py"))
+    assert drawn.numeric - drawn.always == {"captions.keep"}
+    assert drawn.always - drawn.numeric == {"captions.sampling"}
