@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,12 +26,15 @@ from next.config import RunConfig, override
 from next.data.loader import Batch, evaluation_batches
 from next.data.shards import Manifest
 from next.evaluation.embed import mean_usage
+from next.evaluation.missing import missing_matrix
 from next.evaluation.protocol import Evaluation, evaluate
 from next.evaluation.reranking import Reranking, average_precisions, reranked
 from next.model.network import NEXT
 from next.training.checkpoint import load_network
 from next.training.inputs import training_data
 from next.training.loop import TrainingData
+
+_log = logging.getLogger(__name__)
 
 FEATURES, AXES = "features.npz", "axes.json"
 """Files in a trial's folder."""
@@ -147,8 +151,7 @@ def _sweep(
         "default": rows[0],
         "best": ranked[:20],
         "by_axis": _by_axis(rows),
-        "missing": _missing(network, config, data, found, device),
-    }
+    } | _missing(network, config, data, device)
 
 
 def weigh(features: np.ndarray, weights: tuple[float, ...]) -> np.ndarray:
@@ -244,62 +247,20 @@ def _forward(network: NEXT, batch: Batch, factor: float) -> Tensor:
 
 
 def _missing(
-    network: NEXT,
-    config: RunConfig,
-    data: TrainingData,
-    found: Evaluation,
-    device: torch.device,
+    network: NEXT, config: RunConfig, data: TrainingData, device: torch.device
 ) -> dict[str, Any]:
-    """Scores where queries and gallery have only some modalities, [patterns of Q, of G]."""
-    names = data.gallery.modalities
-    patterns = [
-        pattern
-        for size in range(len(names), 0, -1)
-        for pattern in itertools.combinations(range(len(names)), size)
-        if len(names) <= 3 or size in (len(names), len(names) - 1, 1)
-    ]
-    sides = [data.gallery] if data.query is data.gallery else [data.query, data.gallery]
-    features = []
-    with torch.inference_mode():
-        for pattern in patterns:
-            keep = torch.zeros(len(names), dtype=torch.bool, device=device)
-            keep[list(pattern)] = True
-            parts = [
-                _forward(network, _without(batch, keep), 1.0)
-                for side in sides
-                for batch in evaluation_batches(side, config=config, device=device)
-            ]
-            features.append(torch.cat(parts).numpy())
-    queries = 0 if len(sides) == 1 else len(data.query)
-    matrix = [
-        [
-            float(
-                np.nanmean(
-                    average_precisions(
-                        2 - 2 * of_query[: queries or None] @ of_gallery[queries:].T,
-                        data.query.labels,
-                        data.gallery.labels,
-                        rule=data.rule,
-                        own=found.own,
-                    )
-                )
-            )
-            for of_gallery in features
-        ]
-        for of_query in features
-    ]
-    return {"patterns": ["+".join(names[m] for m in p) for p in patterns], "mAP": matrix}
-
-
-def _without(batch: Batch, keep: Tensor) -> Batch:
-    """The batch with only the modalities of ``keep [M]``; a sample that has none keeps its own."""
-    present = batch.present & keep
-    present = torch.where(present.any(1, keepdim=True), present, batch.present)
-    return batch._replace(
-        present=present,
-        images=batch.images * present[:, :, None, None, None],
-        text=batch.text * present[:, :, None, None],
-    )
+    """MAP where queries (rows) and gallery have only some modalities; empty where that is none."""
+    if len(data.gallery.modalities) < 2:
+        return {}
+    try:
+        matrix = missing_matrix(
+            network, data.query, data.gallery, rule=data.rule, config=config, device=device
+        )
+    except ValueError as error:  # of a modality that no held-out sample has
+        _log.warning("no matrix of missing modalities: %s", error)
+        return {}
+    patterns = ["+".join(subset) for subset in matrix.subsets]
+    return {"missing": {"patterns": patterns, "mAP": matrix.mAP.tolist()}}
 
 
 def _by_axis(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:

@@ -189,7 +189,8 @@ def model_pictures(found: Standing, summary: Summary) -> list[Picture]:
                     np.array(winner["missing"]["mAP"]),
                     "mAP with modalities missing",
                 ),
-                f"{summary.run} where queries and gallery have only some modalities.",
+                f"{summary.run} where queries and gallery have only some modalities; one run, so "
+                f"each cell is known to ± {_one_run(summary)}.",
             )
         )
     return pictures
@@ -273,6 +274,11 @@ def _show(samples: Any, row: int) -> Shown:
         caption=str(samples.labels.pid[row]),
         present=samples.present[row],
     )
+
+
+def _one_run(summary: Summary) -> str:
+    half = summary.floor.one_run
+    return "?" if math.isnan(half) else f"{half:.2g}"
 
 
 def read_axes(trial: Trial) -> dict[str, Any] | None:

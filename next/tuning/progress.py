@@ -115,20 +115,33 @@ class Progress:
         return rows
 
     def seconds_left(self) -> float | None:
-        """Runs that are still to come at the mean length of those that ended."""
+        """What runs and what is still to come, at the lengths of the runs that ended.
+
+        The race's runs, which come last and are never pruned, take as long as finished ones.
+        """
         search = self.search
         if search is None or not search.ended:
             return None
-        lengths = [run.seconds for run in search.ended]
-        mean = sum(lengths) / len(lengths)
-        now = time.monotonic()
+        mean = _mean([run.seconds for run in search.ended])
+        whole = [run.seconds for run in search.ended if run.state == "finished"]
+        full = _mean(whole) if whole else mean
         live = list(search.live.values())
-        work = sum(max(mean - (now - run.began), 0.0) for run in live)
-        work += mean * max(self.sweep.trials - search.done - len(live), 0)
+        rest = max(self.sweep.trials - search.done - len(live), 0)
+        repeats = min(rest, self.sweep.race_runs)
+        work = repeats * full + (rest - repeats) * mean
+        work += sum(self._left_of(run, full if run.kind == "seed" else mean) for run in live)
         left = work / max(1, search.places.concurrency)
         if self.sweep.hours is not None:
             left = min(left, max(3600 * self.sweep.hours - search.spent_seconds(), 0.0) + mean)
         return left
+
+    def _left_of(self, run: Live, usual: float) -> float:
+        """By the run's own pace once it has been evaluated, as the machine may be busier now."""
+        assert self.search is not None
+        spent = time.monotonic() - run.began
+        epochs = self.search.base.optim.epochs
+        pace = spent / run.curve[-1][0] * (epochs - run.curve[-1][0]) if run.curve else 0.0
+        return max(usual - spent, pace, 0.0)
 
     def _tick(self) -> None:
         if self.phase is not None:
@@ -153,6 +166,10 @@ class Progress:
                 self.say(row)
 
 
+def _mean(lengths: list[float]) -> float:
+    return sum(lengths) / len(lengths)
+
+
 _COUNTED = ("finished", "pruned", "failed", "running")
 
 
@@ -165,8 +182,8 @@ def _running(run: Live) -> str:
 
 def _score(setting: Setting, floor: Floor) -> str:
     runs = len(setting.fair)
-    seeds = f"({runs} seed{'s' if runs != 1 else ''})"
-    return f"{floor.level(setting):.4g} ± {spread_text(setting, floor)} {seeds}"
+    known = f"{runs} seed{'s' if runs > 1 else ''}" if runs else f"epoch {setting.runs[0].epochs}"
+    return f"{floor.level(setting):.4g} ± {spread_text(setting, floor)} ({known})"
 
 
 def _brief(setting: Setting) -> str:

@@ -12,7 +12,24 @@ from next.training.assessment import Assessment
 from next.tuning.folder import Standing, read_standing
 from next.tuning.page import Section, facts, gallery, table, text, write_page
 from next.tuning.pictures import model_pictures, query_pictures, read_axes, search_pictures
-from next.tuning.summary import Summary, cell, objective_text, spread_text, summarise, write_summary
+from next.tuning.summary import (
+    OnTest,
+    Summary,
+    cell,
+    objective_text,
+    spread_text,
+    summarise,
+    write_summary,
+)
+
+_HOW_IT_WAS_MEASURED = """
+Scores are percent on identities held out of the train split, ± half of their 95 % interval; the
+test split is measured once, for the winner's best run, with its interval over queries. A seed moves
+all settings together, so they are compared on the same seeds (score = setting + seed + residual, by
+least squares) and given at the average seed. A verdict adds the variance over queries (bootstrapped
+by identity) and allows for the number of settings that it was picked from. The run that a setting
+was chosen by is the lucky one of many: it is left out once two other seeds are there, and settings
+without these stand below those that have them."""
 
 
 def report_sweep(folder: Path, assessment: Assessment | None = None) -> list[Path]:
@@ -57,21 +74,19 @@ def report_sweep(folder: Path, assessment: Assessment | None = None) -> list[Pat
     return [page, written]
 
 
-def _test_scores(
-    folder: Path, summary: Summary, assessment: Assessment | None
-) -> dict[str, float] | None:
+def _test_scores(folder: Path, summary: Summary, assessment: Assessment | None) -> OnTest:
     """Of the winner; an earlier report's only if it was of the same run."""
     if assessment is not None:
-        return assessment.metrics
+        return OnTest(assessment.metrics, assessment.interval)
     path = folder / "sweep.json"
-    if not path.is_file():
-        return None
-    before = json.loads(path.read_text())
-    test: dict[str, float] | None = before["test"] if before["winner_run"] == summary.run else None
-    return test
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    if before.get("winner_run") != summary.run:
+        return OnTest({}, {})
+    ends = {name: (low, high) for name, (low, high) in before.get("test_interval", {}).items()}
+    return OnTest(before["test"] or {}, ends)
 
 
-def _lead(found: Standing, summary: Summary, test: Mapping[str, float] | None) -> str:
+def _lead(found: Standing, summary: Summary, test: OnTest) -> str:
     states = [trial.state for trial in found.trials]
     winner = next(s for s in found.settings if s.name == summary.winner)
     counts = ", ".join(
@@ -92,26 +107,15 @@ def _lead(found: Standing, summary: Summary, test: Mapping[str, float] | None) -
         ("trials", counts),
         ("trial hours", f"{hours:.2f}"),
     ]
-    pairs += [(name, f"{value:.1f}") for name, value in (test or {}).items() if name in _TEST]
+    pairs += [
+        (name, f"{test.metrics[name]:.1f} ({low:.1f} to {high:.1f})")
+        for name, (low, high) in test.interval.items()
+    ]
     verdicts = "".join(
         f'<p class="verdict {"yes" if verdict.separated else "no"}">{text(verdict)}</p>'
         for verdict in summary.verdicts
     )
-    return (
-        facts(pairs)
-        + verdicts
-        + '<p class="note">Scores are percent on identities held out of the train split; the test '
-        "split is measured once, for the winner. A seed moves all settings together, so scores are "
-        "compared on the same seeds (score = setting + seed + residual, by least squares) and "
-        "given at the average seed; ± is half of the 95 % interval. A verdict adds the variance "
-        "over queries (bootstrapped by identity) and allows for the number of settings that it was "
-        "picked from. The run that a setting was chosen by is the lucky one of many: it is left "
-        "out once two other seeds are there, and settings without these stand below those that "
-        "have them.</p>"
-    )
-
-
-_TEST = ("test/mAP", "test/rank1")
+    return facts(pairs) + verdicts + f'<p class="note">{_HOW_IT_WAS_MEASURED}</p>'
 
 
 def _leaderboard(found: Standing, summary: Summary) -> str:
@@ -163,7 +167,7 @@ def _axes(found: Standing, summary: Summary) -> str | None:
     by_axis = table(
         ["axis", "value", "best val/mAP with it"],
         [
-            (axis, value, f"{score:.2f}")
+            (axis, value, f"{score:.2f} ± {spread}")
             for axis, values in axes["by_axis"].items()
             for value, score in sorted(values.items(), key=lambda item: -item[1])[:4]
         ],

@@ -224,7 +224,7 @@ def next_racer(
     The race goes in rounds of one seed each, so that the racers and the default are compared on the
     same seeds: who lacks the lowest seed is next, the better one first. The default, whose seeds
     the noise floor has run, joins where the rounds go on beyond them. Where nothing is tied with
-    the best, it alone gets seeds until it has three beside the one that it was chosen by.
+    the best, it and the default alone get seeds, until they share three.
 
     Args:
         settings: ranked, with runs that are still going.
@@ -238,21 +238,17 @@ def next_racer(
     racers = tied_top(settings, noise_floor(settings), objectives, most=most_racers(runs))
     if not racers:
         return None
-    if len(racers) == 1 and len(_repeats(racers[0])) >= _ENOUGH_SEEDS:
-        return None
     entrants = racers + [setting for setting in settings if setting.name == DEFAULT]
     racer = min(entrants, key=lambda setting: _next_seed(setting, seed))
-    changes = {} if racer.name == DEFAULT else racer.settings
-    return Repeat(racer.name, changes, _next_seed(racer, seed))
+    lowest = _next_seed(racer, seed)
+    if len(racers) == 1 and lowest > seed + _ENOUGH_SEEDS:
+        return None
+    return Repeat(racer.name, {} if racer.name == DEFAULT else racer.settings, lowest)
 
 
 def interval_reach(spread: float, freedom: int) -> float:
     """Half of the 95 % interval of one run's score; NaN where no spread is known."""
     return float(stats.t.ppf(0.975, freedom)) * spread if freedom else math.nan
-
-
-def _repeats(setting: Setting) -> list[Trial]:
-    return [run for run in setting.runs if run.of is not None and run.state != "failed"]
 
 
 def _next_seed(setting: Setting, drawn: int) -> int:

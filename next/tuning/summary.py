@@ -61,6 +61,24 @@ class Summary(NamedTuple):
         return words
 
 
+class OnTest(NamedTuple):
+    """The winner's best run on the test split; empty before it was measured."""
+
+    metrics: Mapping[str, float]
+    """``test/mAP``, ``test/rank1``, ..., percent."""
+    interval: Mapping[str, tuple[float, float]]
+    """Metric -> ends of its 95 % interval over queries."""
+
+    def __str__(self) -> str:
+        words = []
+        for name, value in self.metrics.items():
+            ends = self.interval.get(name)
+            words.append(
+                f"{name} {value:.1f}" + (f" ({ends[0]:.1f} to {ends[1]:.1f})" if ends else "")
+            )
+        return "  ".join(words)
+
+
 def summarise(settings: Sequence[Setting], objectives: Mapping[str, str]) -> Summary:
     """The winner, and what separates it from the default and the next best.
 
@@ -154,16 +172,14 @@ def cell(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def write_summary(
-    path: Path, found: Standing, summary: Summary, test: Mapping[str, float] | None
-) -> Path:
+def write_summary(path: Path, found: Standing, summary: Summary, test: OnTest) -> Path:
     """``sweep.json``: everything that the report shows, for scripts.
 
     Args:
         path: of the file.
         found: the sweep as it stands.
         summary: what it found.
-        test: scores of the winner on the test split; None: not measured yet.
+        test: scores of the winner on the test split.
     """
     return write_json(
         path,
@@ -180,7 +196,8 @@ def write_summary(
                     "degrees_of_freedom": summary.floor.fit.freedom,
                 },
             },
-            "test": None if test is None else dict(test),
+            "test": dict(test.metrics) or None,
+            "test_interval": {name: list(ends) for name, ends in test.interval.items()},
             "verdicts": [
                 {
                     "ours": verdict.ours,

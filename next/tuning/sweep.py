@@ -40,7 +40,7 @@ from next.tuning.seeds import next_metric, next_racer
 from next.tuning.settings import SweepConfig
 from next.tuning.space import Space, describe_space, load_space, space_difference
 from next.tuning.study import FILE, Studies, create_studies, inherit, open_studies
-from next.tuning.summary import Summary, leaderboard, summarise
+from next.tuning.summary import OnTest, Summary, leaderboard, summarise
 from next.tuning.trial import best_checkpoint
 from next.tuning.tuner import check_cluster, run_trials
 
@@ -73,7 +73,7 @@ class SweepResult(NamedTuple):
 
     def lines(self) -> list[str]:
         """Leaderboard, verdicts, test scores, pictures, how to compare; for the terminal."""
-        scores = "  ".join(f"{name} {value:.1f}" for name, value in self.assessment.metrics.items())
+        scores = OnTest(self.assessment.metrics, self.assessment.interval)
         end = [
             f"on the test split, once: {self.summary.winner}  {scores}",
             *(f"picture     {path}" for path in self.assessment.pictures),
