@@ -19,7 +19,7 @@ SWEEP = "next.sweep"
 _PREFIX = "mlflow.sharedViewState."
 _SCORE = "val/mAP"
 _TEST = "test/mAP"
-_SECTIONS = {"search": (2, 460), "figures": (1, 460), "val": (2, 360), "train": (3, 360)}
+_SECTIONS = {"search": (1, 380), "figures": (1, 460), "val": (2, 360), "train": (3, 360)}
 """From top to bottom, with charts in a row and their height in pixels; a chart that MLflow adds by
 itself goes to the section of its metric's prefix."""
 

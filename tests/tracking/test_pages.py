@@ -111,6 +111,8 @@ def test_the_view_shows_the_trials_with_our_names_on_the_axes_and_their_pictures
     assert best.text_content() == f"trial-{TRIALS - 1}"
 
     image = page.locator("img[src^='blob:'], img[src*='get-artifact'], img[src*='artifacts']")
+    page.mouse.move(1200, 900)  # over the charts, of which those in sight are drawn
+    page.mouse.wheel(0, 700)
     page.get_by_text("figures/cmc").first.scroll_into_view_if_needed()
     image.first.wait_for()
     shown = image.evaluate_all("all => all.map(one => [one.complete, one.naturalWidth])")
