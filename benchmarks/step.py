@@ -12,14 +12,16 @@ measured whole or not at all. Needs neither Ray nor MLflow.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,8 @@ def rows(parts: Sequence[str], samples: int) -> list[Row]:
             {"name": "ours, checkpointing", "checkpointing": True, "bfloat16": True},
             {"name": "ours, 4 parts", "accumulate": 4, "bfloat16": True},
         ]
+    if "loop" in parts:
+        found.append({"name": "ours, with its data", "kind": "loop", "bfloat16": True})
     if "profile" in parts:
         found.append({"name": "ours, profile", "kind": "profile", "bfloat16": True})
     return [{"kind": "ours", "samples": samples, "experts": 8} | row for row in found]
@@ -90,7 +94,7 @@ def rows(parts: Sequence[str], samples: int) -> list[Row]:
 def main(argv: Sequence[str]) -> int:
     """Measure, print one table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    every = ("step", "compiled", "captions", "growth", "experts", "saving", "profile")
+    every = ("step", "compiled", "captions", "growth", "experts", "saving", "loop", "profile")
     parser.add_argument("--parts", nargs="+", choices=every, default=list(every))
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--backbone", default="ViT-B-16", choices=tuple(SHAPES))
@@ -146,6 +150,8 @@ def line(row: Row, results: list[Row]) -> str:
     used = f"{row['flops'] / seconds / rates[-1]:.0%}" if rates else ""
     if row.get("peak_rate"):
         used += f" ({row['flops'] / seconds / row['peak_rate']:.0%} of the card's peak)"
+    if "data_wait" in row:
+        used += f" waits for data {row['data_wait']:.1%}"
     return (
         f"| {row['name']} | {precision} | {seconds:.2f} s ({min(row['seconds']):.2f}-"
         f"{max(row['seconds']):.2f}) | {row['samples'] / seconds:.2f} samples/s | {used} | "
@@ -171,22 +177,58 @@ def measure(row: Row) -> Row:
     if row["kind"] == "products":
         dtype = torch.bfloat16 if row["bfloat16"] else torch.float32
         return row | {"rate": product_rate(shape, row["samples"], dtype, device, row["clock"])}
+    if row["kind"] == "loop":
+        return row | measure_the_loop(row, device)
     step = build(row, device)
     step()
     if row["kind"] == "profile":
         return row | {"seconds": [], "operators": profile(step)}
     seconds = [timed(step, device, row["clock"]) for _ in range(row["steps"])]
+    return row | outcome(row, seconds, device)
+
+
+def outcome(row: Row, seconds: list[float], device: torch.device) -> Row:
+    """What is told of timed steps."""
     peak = (
         torch.cuda.max_memory_allocated()
         if device.type == "cuda"
         else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     )
-    return row | {
+    return {
         "seconds": seconds,
-        "flops": tower_flops(shape, row["samples"]),
+        "flops": tower_flops(SHAPES[row["backbone"]], row["samples"]),
         "peak_bytes": peak,
         "peak_rate": card_peak(device) if row["bfloat16"] else None,
     }
+
+
+def measure_the_loop(row: Row, device: torch.device) -> Row:
+    """Steps on batches from the loader beside as many on one batch kept on the device.
+
+    Turns of both alternate; what the first take longer is the time that training waits for data.
+    """
+    from real_loop import real_batches  # needs pyarrow
+
+    shape = SHAPES[row["backbone"]]
+    train, kept, config = trainer(row, device)
+
+    def turn(batches: Iterable[Batch]) -> None:
+        for _, batch in zip(range(row["steps"]), batches, strict=False):
+            train(batch)
+
+    with tempfile.TemporaryDirectory(prefix="next-step-") as folder:
+        batches = real_batches(
+            config, Path(folder),
+            size=shape.size, width=shape.joint, samples=row["samples"], device=device,
+        )  # fmt: skip
+        turn(batches)
+        again, real = [], []
+        for _ in range(3):
+            again.append(timed(lambda: turn(itertools.repeat(kept)), device, row["clock"]))
+            real.append(timed(lambda: turn(batches), device, row["clock"]))
+    steps = row["steps"]
+    found = outcome(row, [seconds / steps for seconds in real], device)
+    return found | {"data_wait": 1 - statistics.median(again) / statistics.median(real)}
 
 
 def timed(step: Callable[[], object], device: torch.device, clock: str) -> float:
@@ -227,15 +269,20 @@ def product_rate(
 
 def build(row: Row, device: torch.device) -> Callable[[], object]:
     """A function that runs one training step."""
-    samples, shape = row["samples"], SHAPES[row["backbone"]]
-    images = torch.randn(samples, MODALITIES, 3, *shape.size, device=device)
-    labels = torch.arange(samples, device=device) // 4
     if row["kind"] == "public":
+        shape = SHAPES[row["backbone"]]
+        images, labels = noise(row["samples"], shape, device)
         return public_step(
             images, labels, IDENTITIES, shape,
             captions=row.get("captions", False), bfloat16=row["bfloat16"],
         )  # fmt: skip
-    experts = row["experts"]
+    train, batch, _ = trainer(row, device)
+    return lambda: train(batch)
+
+
+def trainer(row: Row, device: torch.device) -> tuple[Callable[[Batch], object], Batch, RunConfig]:
+    """A function that trains once on a batch, a batch of noise, and the settings of both."""
+    samples, shape, experts = row["samples"], SHAPES[row["backbone"]], row["experts"]
     config = override(
         RunConfig(),
         {
@@ -257,6 +304,7 @@ def build(row: Row, device: torch.device) -> Callable[[], object]:
     if device.type == "cpu":
         keep_freed_memory()
     network = NEXT(config.model).to(device).train()
+    images, labels = noise(samples, shape, device)
     text = F.normalize(torch.randn(samples, MODALITIES, max(experts, 1), shape.joint), dim=-1)
     batch = Batch(
         images,
@@ -269,7 +317,13 @@ def build(row: Row, device: torch.device) -> Callable[[], object]:
     optim: OptimConfig = config.optim
     loss = GlobalLoss(network, LossConfig(), 1, optim.accumulate)
     optimizer = build_optimizer(network, optim)
-    return lambda: training_step(loss, optimizer, batch, optim)
+    return lambda given: training_step(loss, optimizer, given, optim), batch, config
+
+
+def noise(samples: int, shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Images ``[B, M, 3, H, W]`` and identities ``[B]`` of four samples each."""
+    images = torch.randn(samples, MODALITIES, 3, *shape.size, device=device)
+    return images, torch.arange(samples, device=device) // 4
 
 
 def profile(step: Callable[[], object]) -> list[str]:
