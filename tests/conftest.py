@@ -45,10 +45,14 @@ TINY = {
 
 
 def pytest_collection_modifyitems(items) -> None:
-    """Keep tests that start Ray in one process: two clusters on a machine disturb each other."""
+    """Keep tests that start Ray in one process: clusters on a machine disturb each other.
+
+    Those that mostly wait, or have hosts of their own, go to the other process meanwhile.
+    """
     for item in items:
         if item.get_closest_marker("ray"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
+            apart = item.get_closest_marker("network") or item.path.name == "test_workers.py"
+            item.add_marker(pytest.mark.xdist_group("ray-apart" if apart else "ray"))
 
 
 @pytest.fixture(scope="session")
