@@ -1,5 +1,6 @@
 """Drills on a real cluster: workers, drivers and nodes die, and the run ends as if none had."""
 
+import itertools
 import re
 import socket
 import subprocess
@@ -55,7 +56,8 @@ def test_an_elastic_run_goes_on_without_a_lost_node_and_takes_in_one_that_joins(
     run.until(lambda: len(workers()) == 2, "the new node is not taken in")
     assert run.ends() == 0, run.said()[-3000:]
     sizes = re.findall(r"training on (\d) worker", run.said())
-    assert sizes == ["2", "1", "2"]
+    # On a busy machine Ray may start the one that is left twice.
+    assert [size for size, _ in itertools.groupby(sizes)] == ["2", "1", "2"]
     assert run.losses() == pytest.approx(undisturbed.losses(), rel=2e-3, abs=2e-3)
     assert run.values().keys() == undisturbed.values().keys(), "no metric is lost, none doubled"
     run.gave_everything_back()
