@@ -56,7 +56,9 @@ def sweep_of(config: RunConfig, space: Space, cpus_per_worker: float, trials: in
         free_axes=False, pictures=0, sampler="random",
     )  # fmt: skip
     run_sweep(config, space, sweep)
-    return read_standing(Path(config.run.storage_path) / str(config.run.name))
+    folder = Path(config.run.storage_path) / str(config.run.name)
+    wait_until(lambda: all(trial.state != "running" for trial in read_standing(folder).trials))
+    return read_standing(folder)
 
 
 def wait_until(what, seconds: float = 30.0) -> None:
