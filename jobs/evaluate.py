@@ -91,7 +91,7 @@ def _assess(job: EvaluateJob, checkpoint: Path) -> int:
         matrix = assess_missing(
             checkpoint, manifest, split=job.split, cache=job.cache, device=device(config)
         )
-        picture = draw_missing(out, matrix)
+        picture = draw_missing(out, matrix, job.split)
         known = REFERENCES.get(manifest.benchmark.name, {}) if job.split == "test" else {}
         print(json.dumps(as_json(matrix)) if job.json else "\n".join(table(matrix, known)))
         if not job.json:

@@ -85,6 +85,11 @@ def wrap(text: str, columns: int, lines: int = 2) -> str:
     return "\n".join(broken)
 
 
+def say_below(figure: Figure, note: str) -> None:
+    """A sentence in small print below the panels."""
+    figure.supxlabel(wrap(note, 78), fontsize=10, color=INK)
+
+
 def save(figure: Figure, path: str | Path) -> Path:
     """Write a PNG; a half-written file never stands under its name.
 

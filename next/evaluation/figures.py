@@ -24,6 +24,7 @@ from next.evaluation.canvas import (
     house_style,
     plot_figure,
     save,
+    say_below,
     wrap,
 )
 from next.evaluation.noise import seed_spread
@@ -157,14 +158,22 @@ def cmc_curve(path: str | Path, runs: Mapping[str, np.ndarray], *, ranks: int = 
 
 @house_style()
 def sweep_overview(
-    path: str | Path, trials: Sequence[TrialPoint], *, objective: str = "val/mAP"
+    path: str | Path,
+    trials: Sequence[TrialPoint],
+    *,
+    objective: str = "val/mAP",
+    note: str = "",
 ) -> Path:
-    """The objective against each swept setting; pruned trials are grey, the best score is a star.
+    """The objective against each swept setting; pruned trials are grey crosses.
+
+    The star is the best of the trials that were trained to their end, as in the leaderboard; where
+    none was, the best of all.
 
     Args:
         path: PNG to write.
         trials: of one sweep, in the order in which they started.
         objective: name of the score, for the axis; larger is better.
+        note: how the scores of pruned trials came about.
 
     Raises:
         ValueError: no trial has a score, or nothing was swept.
@@ -175,7 +184,8 @@ def sweep_overview(
     names = list(dict.fromkeys(name for trial in scored for name in trial.parameters))
     if not names:
         raise ValueError("there is nothing to draw: the trials have no swept setting")
-    best = max(scored, key=lambda trial: trial.score or 0.0)
+    finished = [trial for trial in scored if not trial.pruned]
+    best = max(finished or scored, key=lambda trial: trial.score or 0.0)
     columns = min(2, len(names))
     rows = math.ceil(len(names) / columns)
     figure = plot_figure(max(4.8, 3.2 * columns), 0.9 + 2.6 * rows)
@@ -198,6 +208,8 @@ def sweep_overview(
         fontsize=14,
         fontweight="bold",
     )
+    if note:
+        say_below(figure, note)
     return save(figure, path)
 
 

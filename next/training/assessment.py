@@ -92,7 +92,7 @@ def assess(
         except ValueError as error:
             _log.warning("the scores with modalities missing are left out: %s", error)
         else:
-            pictures.append(draw_missing(folder, matrix))
+            pictures.append(draw_missing(folder, matrix, split))
             alike = np.diag(matrix.mAP).tolist()
             subsets = dict(zip(map("+".join, matrix.subsets), alike, strict=True))
     precision = found.metrics.average_precision
@@ -120,11 +120,11 @@ def assess_missing(
     return missing_matrix(network, query, gallery, rule=rule, config=config, device=device)
 
 
-def draw_missing(folder: Path, matrix: MissingMatrix) -> Path:
+def draw_missing(folder: Path, matrix: MissingMatrix, split: str) -> Path:
     """``figures/missing.png`` below ``folder``: mAP of every pair of sets of modalities."""
     names = list(map("+".join, matrix.subsets))
     picture = folder / "figures" / "missing.png"
-    return missing_map(picture, matrix.mAP, queries=names, galleries=names)
+    return missing_map(picture, matrix.mAP, queries=names, galleries=names, score=f"{split} mAP")
 
 
 def _open(

@@ -32,9 +32,12 @@ class Carried(NamedTuple):
         epochs = ", ".join(str(epoch) for epoch in sorted(self.gains))
         sizes = [self.gains[epoch] for epoch in sorted(self.gains)]
         size = f"{sizes[0]:+.1f}" + (f" to {sizes[-1]:+.1f}" if len(sizes) > 1 else "")
+        ones = (
+            "the one that finished" if self.finished == 1 else f"the {self.finished} finished ones"
+        )
         return (
-            f"pruned at epoch {epochs}: carried on to the end by what the {self.finished} finished "
-            f"ones gained from there ({size})"
+            f"pruned at epoch {epochs}: carried on to the end by what {ones} gained from there "
+            f"({size})"
         )
 
 

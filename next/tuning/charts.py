@@ -12,7 +12,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from next.evaluation.canvas import (
@@ -25,6 +24,7 @@ from next.evaluation.canvas import (
     house_style,
     plot_figure,
     save,
+    say_below,
     wrap,
 )
 from next.tuning.results import Trial
@@ -76,7 +76,7 @@ def parallel_coordinates(
     axes.grid(visible=True, axis="x")
     axes.spines[["left"]].set_visible(False)
     axes.set_title(f"Settings and {metric}: bright is better, grey was pruned", fontsize=13)
-    _say_below(figure, note)
+    say_below(figure, note)
     return save(figure, path)
 
 
@@ -93,7 +93,7 @@ def importance_bars(path: Path, shares: Mapping[str, float], method: str, note: 
     axes.set(xlabel="importance, %", xlim=(0, 112))
     axes.grid(visible=False, axis="y")
     axes.set_title(f"Importance ({method})")
-    _say_below(figure, note)
+    say_below(figure, note)
     return save(figure, path)
 
 
@@ -146,7 +146,7 @@ def contour(
     axes.set(xlabel=across, ylabel=up)
     axes.set_title(f"{metric}: dots are trials, crosses were pruned", fontsize=13)
     figure.colorbar(ScalarMappable(norm, "viridis"), ax=axes, label=f"{metric}, %")
-    _say_below(figure, note)
+    say_below(figure, note)
     return save(figure, path)
 
 
@@ -263,28 +263,6 @@ def usage_over_settings(
 
 
 @house_style()
-def missing_matrix(path: Path, patterns: Sequence[str], scores: np.ndarray, title: str) -> Path:
-    """MAP where queries (rows) and gallery (columns) have only some modalities."""
-    size = 1.6 + 0.62 * len(patterns)
-    figure = plot_figure(max(_WIDE, size + 1), size)
-    axes = figure.subplots()
-    axes.imshow(scores, cmap="viridis", vmin=0, vmax=100, aspect="auto")
-    for row, column in np.ndindex(scores.shape):
-        value = scores[row, column]
-        axes.text(
-            column, row, f"{value:.0f}", ha="center", va="center", fontsize=12,
-            color="black" if value > 55 else "white",
-        )  # fmt: skip
-    names = [wrap(pattern.replace("+", "+ "), 8, 3).replace("+ ", "+") for pattern in patterns]
-    axes.set_xticks(range(len(names)), names, fontsize=9)
-    axes.set_yticks(range(len(names)), [pattern for pattern in patterns], fontsize=10)
-    axes.set(xlabel="modalities of the gallery", ylabel="of the queries", title=title)
-    axes.tick_params(length=0)
-    axes.grid(visible=False)
-    return save(figure, path)
-
-
-@house_style()
 def queries_won(path: Path, gains: np.ndarray, ours: str, theirs: str) -> Path:
     """Each query's gain of average precision, sorted: won ones green, lost ones red."""
     gains = np.sort(gains[~np.isnan(gains)])[::-1]
@@ -300,10 +278,6 @@ def queries_won(path: Path, gains: np.ndarray, ours: str, theirs: str) -> Path:
         fontsize=13,
     )
     return save(figure, path)
-
-
-def _say_below(figure: Figure, note: str) -> None:
-    figure.supxlabel(wrap(note, 78), fontsize=10, color=INK)
 
 
 def _places(values: Sequence[Any]) -> tuple[list[float | None], list[tuple[float, str]]]:

@@ -16,6 +16,7 @@ import optuna
 from next.data.shards import open_manifest
 from next.evaluation.figures import TrialPoint, sweep_overview
 from next.evaluation.metrics import nearest
+from next.evaluation.missingmaps import missing_map
 from next.evaluation.ranklists import RankList, Shown, rank_lists
 from next.training.inputs import training_data
 from next.tuning.axes import AXES, FEATURES
@@ -24,7 +25,6 @@ from next.tuning.charts import (
     contour,
     curve_fan,
     importance_bars,
-    missing_matrix,
     parallel_coordinates,
     queries_won,
     trade_off,
@@ -90,9 +90,10 @@ def search_pictures(found: Standing, summary: Summary) -> list[Picture]:
 
 def draw_overview(folder: Path, trials: list[Trial], objectives: Mapping[str, str]) -> Path:
     """The objective against each swept setting; pruned trials are carried on to the last epoch."""
-    drawn = carry_on([trial for trial in trials if trial.of is None], objectives).trials
-    points = [TrialPoint(t.settings, t.score, pruned=t.state == "pruned") for t in drawn]
-    return sweep_overview(folder / "sweep.png", points, objective=next_metric(objectives))
+    carried = carry_on([trial for trial in trials if trial.of is None], objectives)
+    points = [TrialPoint(t.settings, t.score, pruned=t.state == "pruned") for t in carried.trials]
+    objective, note = next_metric(objectives), carried.note()
+    return sweep_overview(folder / "sweep.png", points, objective=objective, note=note)
 
 
 def importance(study: optuna.Study, trials: Sequence[Trial]) -> tuple[dict[str, float], str]:
@@ -183,11 +184,12 @@ def model_pictures(found: Standing, summary: Summary) -> list[Picture]:
     if winner is not None and "missing" in winner:
         pictures.append(
             Picture(
-                missing_matrix(
-                    folder / "missing.png",
-                    winner["missing"]["patterns"],
+                missing_map(
+                    folder / "missing_val.png",
                     np.array(winner["missing"]["mAP"]),
-                    "mAP with modalities missing",
+                    queries=winner["missing"]["patterns"],
+                    galleries=winner["missing"]["patterns"],
+                    score="val mAP",
                 ),
                 f"{summary.run} where queries and gallery have only some modalities; one run, so "
                 f"each cell is known to ± {_one_run(summary)}.",

@@ -154,14 +154,15 @@ def test_a_small_sweep_of_one_setting(tmp_path, drawn, trials):
     assert marks(saved[0].axes[0]) == trials
 
 
-def test_the_best_score_is_the_star_as_in_the_leaderboard(tmp_path, drawn):
+def test_the_star_is_the_best_trial_that_finished_as_in_the_leaderboard(tmp_path, drawn):
     saved = drawn(figures)
     points = [TrialPoint({"a": 1}, 50.0), TrialPoint({"a": 2}, 60.0, pruned=True)]
-    sweep_overview(tmp_path / "sweep.png", points)
-    assert "1 pruned (x); best 60.0 (star)" in saved[0].get_suptitle()
+    sweep_overview(tmp_path / "sweep.png", points, note="carried on")
+    assert "1 pruned (x); best 50.0 (star)" in saved[0].get_suptitle()
+    assert saved[0].get_supxlabel() == "carried on"
     assert [marks.get_offsets().tolist() for marks in saved[0].axes[0].collections] == [
-        [[0, 50]],
         [[1, 60]],
+        [[0, 50]],
     ]
 
 
