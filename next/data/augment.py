@@ -72,8 +72,8 @@ def augment(
     Args:
         images: uint8 ``[B, M, H, W, 3]``.
         config: what to do; with ``enabled`` off the pixels are only normalised.
-        mean: see :func:`normalise`.
-        std: see :func:`normalise`.
+        mean: see :func:`finish`.
+        std: see :func:`finish`.
         seed: seed of the run.
         epoch: number of the epoch.
         samples: ``[B]`` number of each sample, which must not depend on the batch.
@@ -168,71 +168,61 @@ def compose(
         out: float32 ``[B, M, H, W, 3]``, which is filled.
         samples: which samples of the batch to do; None: all. Threads share a batch by this.
         present: bool ``[B, M]``; absent images become 0. None: all are present.
+
+    Raises:
+        ValueError: images and ``out`` are not of one size, or of other types.
     """
     # Two roundings, as on a GPU; one image after the other, so that no place in a batch matters.
     shift, scale = np.float32(255.0 * mean), np.float32(1.0 / (255.0 * std))
     columns = [True if present is None else present, *(drawn or [0] * len(Drawn._fields))]
     plan = np.stack([np.broadcast_to(one, out.shape[:2]) for one in columns], axis=-1)
     chosen = np.arange(len(out)) if samples is None else np.fromiter(samples, dtype=np.int64)
-    if not len(chosen):
-        return
-    sources = [image for sample in chosen.tolist() for image in images[sample]]
+    plan = plan[chosen].reshape(-1, len(columns))
+    sources = [np.ascontiguousarray(one) for sample in chosen.tolist() for one in images[sample]]
     targets = [pixels for sample in chosen.tolist() for pixels in out[sample]]
-    fill = _by_kernel if _KERNEL is not None and out.flags.c_contiguous else _by_numpy
-    fill(sources, plan[chosen].reshape(-1, len(columns)), targets, shift, scale)
-
-
-def _kernel() -> Any:
-    """``compose.c`` if it was compiled here (``make`` does if there is a compiler), else None."""
-    try:
-        return ctypes.CDLL(str(Path(__file__).with_name("_compose.so"))).compose
-    except OSError:
-        return None
-
-
-_KERNEL = _kernel()
-
-
-def _by_kernel(
-    sources: list[np.ndarray],
-    plan: np.ndarray,
-    targets: list[np.ndarray],
-    shift: np.float32,
-    scale: np.float32,
-) -> None:
-    """One call for all images, during which other threads go on."""
-    sources = [np.ascontiguousarray(image) for image in sources]
-    places = [
-        np.array([array.__array_interface__["data"][0] for array in arrays], dtype=np.uintp)
-        for arrays in (sources, targets)
-    ]
-    plan = np.ascontiguousarray(plan, dtype=np.int64)
-    height, width, _ = targets[0].shape
-    _KERNEL(
-        *(ctypes.c_void_p(array.ctypes.data) for array in (places[0], plan, places[1])),
-        *(ctypes.c_int64(number) for number in (len(targets), height, width)),
-        ctypes.c_float(float(shift)),
-        ctypes.c_float(float(scale)),
-    )
-
-
-def _by_numpy(
-    sources: list[np.ndarray],
-    plan: np.ndarray,
-    targets: list[np.ndarray],
-    shift: np.float32,
-    scale: np.float32,
-) -> None:
-    """What ``compose.c`` does, image by image."""
+    fits = all(one.shape == out.shape[2:] and one.dtype == np.uint8 for one in sources)
+    if not fits or len(sources) != len(targets) or out.shape[4] != 3 or out.dtype != np.float32:
+        # C would read and write beyond them.
+        raise ValueError(
+            f"images must be uint8 and out float32 {list(out.shape)}, three channels alike, but "
+            f"got {len(sources)} images for {len(targets)} places, the first "
+            f"{sources[0].dtype if sources else ''} {list(sources[0].shape) if sources else []}, "
+            f"and out {out.dtype}"
+        )
+    if _KERNEL is not None and out.flags.c_contiguous:
+        # One call for all images, during which other threads go on.
+        size = (len(targets), *out.shape[2:4])
+        _KERNEL(_addresses(sources), plan, _addresses(targets), *size, shift, scale)
+        return
     for image, numbers, pixels in zip(sources, plan.tolist(), targets, strict=True):
-        present, flip, down, right, top, left, tall, wide = numbers
-        if not present:
+        there, flip, down, right, top, left, tall, wide = numbers
+        if not there:
             pixels[...] = 0
             continue
         _place(pixels, image, flip, down, right)
         pixels -= shift
         pixels *= scale
         pixels[top : top + tall, left : left + wide] = 0
+
+
+def _kernel() -> Any:
+    """``compose.c`` if it was compiled here (``make`` does if there is a compiler), else None."""
+    try:
+        kernel: Any = ctypes.CDLL(str(Path(__file__).with_name("_compose.so"))).compose
+    except OSError:
+        return None
+    places = np.ctypeslib.ndpointer(np.uintp, ndim=1, flags="C_CONTIGUOUS")
+    plan = np.ctypeslib.ndpointer(np.int64, ndim=2, flags="C_CONTIGUOUS")
+    sizes, factors = [ctypes.c_int64] * 3, [ctypes.c_float] * 2
+    kernel.argtypes, kernel.restype = [places, plan, places, *sizes, *factors], None
+    return kernel
+
+
+_KERNEL = _kernel()
+
+
+def _addresses(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    return np.array([one.__array_interface__["data"][0] for one in arrays], dtype=np.uintp)
 
 
 def _place(out: np.ndarray, image: np.ndarray, flip: int, down: int, right: int) -> None:

@@ -66,6 +66,8 @@ static void image(float *out, const uint8_t *in, const struct drawn *d, int64_t 
     const float black = (0.0f - shift) * scale;
     const int64_t left = clamp(-d->right, 0, width);
     const int64_t end = clamp(width - d->right, left, width);
+    const int64_t erased = clamp(d->left, 0, width);
+    const int64_t erased_end = clamp(d->left + d->wide, erased, width);
     for (int64_t y = 0; y < height; y++, out += line) {
         const int64_t from = y + d->down;
         if (from < 0 || from >= height) {
@@ -83,7 +85,7 @@ static void image(float *out, const uint8_t *in, const struct drawn *d, int64_t 
             fill(out + end * CHANNELS, (size_t)(width - end) * CHANNELS, black);
         }
         if (y >= d->top && y < d->top + d->tall)
-            fill(out + d->left * CHANNELS, (size_t)d->wide * CHANNELS, 0.0f);
+            fill(out + erased * CHANNELS, (size_t)(erased_end - erased) * CHANNELS, 0.0f);
     }
 }
 

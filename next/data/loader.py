@@ -287,7 +287,7 @@ class _Maker:
     def _on_cpu(self, rows: np.ndarray, present: np.ndarray, drawn: Drawn | None) -> Tensor:
         stored = self.samples.stored(rows)
         shape = self.shape(len(rows))
-        images = self.workspace.lend(shape, self.device)
+        images = self.workspace.lend(shape)
         fill = partial(
             compose,
             stored,

@@ -160,7 +160,7 @@ class SampleSet:
         _, all_modalities, *shape = self.images.shape
         image = self.rows[rows][:, None] * all_modalities + np.asarray(self.columns)
         workspace = workspace or Workspace()
-        found = workspace.keep("pixels", (*image.shape, *shape), torch.uint8, torch.device("cpu"))
+        found = workspace.keep("pixels", (*image.shape, *shape), torch.uint8)
         if isinstance(self.images, PartedImages):
             for place, images in zip(found.numpy(), self.stored(rows), strict=True):
                 np.stack(images, out=place)

@@ -116,24 +116,21 @@ class Manifest:
 
         Args:
             split: name of the split.
-            rows: the only rows to give; row groups without any are not read. None: all.
+            rows: the only rows to give; shards without any are not opened, and row groups without
+                any are not read. None: all.
         """
         columns = [f"image_{modality}" for modality in self.benchmark.modalities]
-        wanted = np.ones(self.splits[self.resolve(split)].rows, dtype=bool)
+        entry = self.splits[self.resolve(split)]
+        wanted = np.ones(entry.rows, dtype=bool)
         if rows is not None:
             wanted[:] = False
             wanted[rows] = True
         row = 0
-        for file in self._parquet(split):
-            for group in range(file.num_row_groups):
-                start, row = row, row + file.metadata.row_group(group).num_rows
-                if not wanted[start:row].any():
-                    continue
-                table = file.read_row_group(group, columns=columns)
-                encoded = zip(*(table[name].to_pylist() for name in columns), strict=True)
-                for number, images in enumerate(encoded, start):
-                    if wanted[number]:
-                        yield number, list(images)
+        for shard in entry.shards:
+            start, row = row, row + shard.rows
+            if wanted[start:row].any():
+                with self.folder.opened(shard.file) as file:
+                    yield from _wanted_images(pq.ParquetFile(file), columns, start, wanted)
 
     def take(self, split: str, rows: Sequence[int]) -> list[TakenRow]:
         """Images and sentences of some rows, in that order; reads their row groups alone."""
@@ -245,6 +242,21 @@ def shard_rows(data: bytes, modalities: Sequence[str]) -> Iterator[ShardRow]:
         for sample, pid, *images in zip(*(table[c].to_pylist() for c in columns), strict=True):
             there = zip(modalities, images, strict=True)
             yield ShardRow(sample, pid, {name: image for name, image in there if image is not None})
+
+
+def _wanted_images(
+    parquet: Any, columns: Sequence[str], row: int, wanted: np.ndarray
+) -> Iterator[tuple[int, list[bytes | None]]]:
+    """The wanted ones of a shard whose first row is ``row``; see :meth:`Manifest.iter_images`."""
+    for group in range(parquet.num_row_groups):
+        start, row = row, row + parquet.metadata.row_group(group).num_rows
+        if not wanted[start:row].any():
+            continue
+        table = parquet.read_row_group(group, columns=columns)
+        encoded = zip(*(table[name].to_pylist() for name in columns), strict=True)
+        for number, images in enumerate(encoded, start):
+            if wanted[number]:
+                yield number, list(images)
 
 
 def _take(parquet: Any, rows: set[int], modalities: Sequence[str]) -> dict[int, TakenRow]:

@@ -2,7 +2,8 @@
 
 A batch of 64 samples of three 256 x 128 images is 75 MB. On a CPU the first touch of so much fresh
 memory takes several times longer than everything that is then computed in it, and the allocator
-gives memory of this size back to the system each time. GPUs have an allocator that keeps it.
+gives memory of this size back to the system each time. GPUs have an allocator that keeps it, so
+this is for a CPU only.
 """
 
 from __future__ import annotations
@@ -28,33 +29,27 @@ class _Slot:
 
 
 class Workspace:
-    """Tensors of uninitialised memory, for one iterator; on a GPU simply new ones."""
+    """Tensors of uninitialised memory, for one iterator, on the CPU."""
 
     def __init__(self) -> None:
         self._own: dict[str, np.ndarray] = {}
         self._slots: list[_Slot] = []
 
-    def keep(
-        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-    ) -> Tensor:
+    def keep(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """The tensor of this name: the same memory at each call, so it must not be given away."""
-        if device.type != "cpu":
-            return torch.empty(shape, dtype=dtype, device=device)
         size = math.prod(shape)
         memory = self._own.get(name)
         if memory is None or len(memory) < size:
             memory = self._own[name] = np.empty(size, dtype=_DTYPES[dtype])
         return torch.from_numpy(memory[:size].reshape(shape))
 
-    def lend(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    def lend(self, shape: tuple[int, ...]) -> Tensor:
         """A float32 tensor to give away: its memory is used again only when nobody holds it.
 
         "Nobody" means no tensor, view or saved tensor of a backward pass: torch keeps the NumPy
         array that a storage was made from alive as long as the storage, and a weak reference to
         that array tells when it is gone.
         """
-        if device.type != "cpu":
-            return torch.empty(shape, dtype=torch.float32, device=device)
         size = math.prod(shape)
         slot = next((s for s in self._slots if s.is_free() and len(s.memory) >= size), None)
         if slot is None:

@@ -375,7 +375,7 @@ def _draft_of(target: Folder) -> Iterator[Folder | None]:
             raise
         return
     path = Path(target.base)
-    if os.path.ismount(path):  # as which nothing can be renamed
+    if os.path.ismount(path):  # a finished draft cannot be renamed to one
         raise FileExistsError(f"{path} is a mount point; give a folder within it")
     open_folder(path.parent).require_writable()
     draft = path.with_name(f".{path.name}.partial")

@@ -107,7 +107,7 @@ def capacity(inquiry: Inquiry) -> Finding:
     """Whether there are the CPUs and GPUs that the settings ask for."""
     scaling = inquiry.config.scaling
     gpus = 1 if scaling.use_gpu else 0
-    asked = f"{scaling.num_workers} x ({scaling.cpus_per_worker:g} CPU, {gpus} GPU)"
+    asked = f"{scaling.min_workers} x ({scaling.cpus_per_worker:g} CPU, {gpus} GPU)"
     nodes = _nodes()
     if nodes is None:
         return _capacity_here(inquiry.config, asked)

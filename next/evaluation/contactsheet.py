@@ -19,11 +19,9 @@ from next.evaluation.sheets import (
     NAMES,
     TITLE,
     cell_size,
-    check_images,
-    check_present,
-    put_image,
-    put_missing,
+    check_sample,
     put_names,
+    put_stack,
     put_text,
     sheet,
 )
@@ -72,10 +70,7 @@ def contact_sheet(path: str | Path, bands: Sequence[Band], *, modalities: Sequen
         raise ValueError("there is nothing to draw: give one sample of each split at least")
     shape = bands[0].samples[0].images.shape
     for contact in (contact for band in bands for contact in band.samples):
-        check_images(contact.images, len(modalities))
-        check_present(contact.present, len(modalities))
-        if contact.images.shape != shape:
-            raise ValueError(f"images must be of one size, but got {contact.images.shape}, {shape}")
+        check_sample(contact.images, contact.present, len(modalities), shape)
     width, height = cell_size(shape, _WIDTH)
     columns = max(len(band.samples) for band in bands)
     first = MARGIN + NAMES
@@ -94,12 +89,7 @@ def contact_sheet(path: str | Path, bands: Sequence[Band], *, modalities: Sequen
         for place, contact in enumerate(band.samples):
             left = first + place * (width + GAP)
             put_text(axes, left + width / 2, row - LINE / 1.5, contact.heading, size=11)
-            for number, image in enumerate(contact.images):
-                draw = (axes, left, row + number * height, width, height)
-                if contact.present[number]:
-                    put_image(draw[0], image, *draw[1:])
-                else:
-                    put_missing(*draw)
+            put_stack(axes, contact.images, contact.present, left, row, width, height)
             put_text(axes, left + width / 2, row + stack + foot / 2, contact.footing, size=11)
         middle = row + stack + foot + LINE * (text.count("\n") + 1) / 2
         put_text(axes, first, middle, text, size=9.5, align="left")

@@ -148,7 +148,7 @@ def confusion_map(path: str | Path, found: Confusion) -> Path:
 
 
 def _spread(pids: np.ndarray, most: int) -> np.ndarray:
-    """Rows of whole identities, evenly over all of them, ``most`` rows at most."""
+    """Rows of identities spread evenly over all of them; ``most`` rows at most, the last cut."""
     if len(pids) <= most:
         return np.arange(len(pids))
     known = np.unique(pids)

@@ -32,6 +32,7 @@ def draw_evaluation(
     query: SampleSet,
     gallery: SampleSet,
     *,
+    queries: Mapping[str, Sequence[Any]],
     rule: str,
     config: RunConfig,
     device: torch.device | str,
@@ -49,6 +50,7 @@ def draw_evaluation(
         evaluation: of ``model`` on these sample sets.
         query: samples that searched.
         gallery: samples that were searched.
+        queries: what :func:`read_queries` gives of them.
         rule: rule of the evaluation.
         config: settings of the evaluation.
         device: where the model is.
@@ -80,8 +82,7 @@ def draw_evaluation(
                 gallery.labels.camera,
             )
         )
-    found = read_queries(evaluation, query, gallery, rule=rule)
-    of_nearest = confusion(query.labels.pid, np.array(found["nearest_pid"]))
+    of_nearest = confusion(query.labels.pid, np.array(queries["nearest_pid"]))
     pictures.append(confusion_map(folder / "confusion.png", of_nearest))
     if model.semantic is None and model.structure is None:
         return pictures

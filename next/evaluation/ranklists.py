@@ -18,11 +18,9 @@ from next.evaluation.sheets import (
     NAMES,
     TITLE,
     cell_size,
-    check_images,
-    check_present,
-    put_image,
-    put_missing,
+    check_sample,
     put_names,
+    put_stack,
     put_text,
     sheet,
 )
@@ -158,14 +156,7 @@ def rank_lists(path: str | Path, lists: Sequence[RankList], *, modalities: Seque
 
 def _check_list(ranked: RankList, shape: tuple[int, ...], modalities: int) -> None:
     for sample in (ranked.query, *ranked.results):
-        check_images(sample.images, modalities)
-        if sample.images.shape != shape:
-            raise ValueError(
-                f"all images of a picture must be of one size, but got {sample.images.shape} "
-                f"beside {shape}"
-            )
-        if sample.present is not None:
-            check_present(sample.present, modalities)
+        check_sample(sample.images, sample.present, modalities, shape)
     if not len(ranked.results) == len(ranked.distances) == len(ranked.right):
         raise ValueError(
             f"{ranked.title!r} must have one distance and one verdict for each result, but got "
@@ -183,11 +174,7 @@ def _stack(
     height: float,
     colour: str,
 ) -> None:
-    for row, image in enumerate(sample.images):
-        if sample.present is None or sample.present[row]:
-            put_image(axes, image, left, top + row * height, width, height)
-        else:
-            put_missing(axes, left, top + row * height, width, height)
+    put_stack(axes, sample.images, sample.present, left, top, width, height)
     whole = height * len(sample.images)
     # The frame stands around the images, not on them.
     half = _FRAME / 72 / 2

@@ -42,8 +42,8 @@ def reranked(
         settings: what to give distances for.
 
     Source: Zhong et al., "Re-ranking person re-identification with k-reciprocal encoding", CVPR
-    2017 (arXiv 1701.08398), and its public code, whose normalisation this is. It holds two
-    matrices of all rows, so it is for thousands of samples.
+    2017 (arXiv 1701.08398), and its public code, whose normalisation this is. It holds some
+    ten matrices of all rows, and k2 more while it averages, so it is for thousands of samples.
 
     Raises:
         ValueError: a number is out of range.

@@ -17,8 +17,7 @@ from next.evaluation.sheets import (
     NAMES,
     TITLE,
     cell_size,
-    check_images,
-    check_present,
+    check_sample,
     put_image,
     put_missing,
     put_names,
@@ -113,8 +112,7 @@ def _routing_branches(
     present: np.ndarray,
 ) -> list[tuple[str, np.ndarray]]:
     """Title and [M, E, N] weights over the even weight, for each branch that is given."""
-    check_images(images, modalities)
-    check_present(present, modalities)
+    check_sample(images, present, modalities)
     patches = patch_grid[0] * patch_grid[1]
     branches = []
     if semantic is not None:

@@ -91,8 +91,36 @@ def put_missing(axes: Axes, left: float, top: float, width: float, height: float
     put_text(axes, left + width / 2, top + height / 2, "none", size=10)
 
 
-def check_images(images: np.ndarray, modalities: int) -> None:
-    """Images of one sample are [M, H, W, 3] uint8.
+def put_stack(
+    axes: Axes,
+    images: np.ndarray,
+    present: np.ndarray | None,
+    left: float,
+    top: float,
+    width: float,
+    height: float,
+) -> None:
+    """Images of one sample below each other, each ``width`` x ``height`` inches."""
+    for row, image in enumerate(images):
+        if present is None or present[row]:
+            put_image(axes, image, left, top + row * height, width, height)
+        else:
+            put_missing(axes, left, top + row * height, width, height)
+
+
+def check_sample(
+    images: np.ndarray,
+    present: np.ndarray | None,
+    modalities: int,
+    shape: tuple[int, ...] | None = None,
+) -> None:
+    """Images of one sample are [M, H, W, 3] uint8, and which are there is [M] bool.
+
+    Args:
+        images: of the sample.
+        present: which modalities there are; None: all.
+        modalities: M.
+        shape: of the picture's other samples; None: there is none.
 
     Raises:
         ValueError: otherwise.
@@ -103,13 +131,9 @@ def check_images(images: np.ndarray, modalities: int) -> None:
         )
     if images.dtype != np.uint8:
         raise ValueError(f"images must be uint8 from 0 to 255, but got {images.dtype}")
-
-
-def check_present(present: np.ndarray, modalities: int) -> None:
-    """Which modalities of a sample are there is [M] bool.
-
-    Raises:
-        ValueError: otherwise.
-    """
-    if np.shape(present) != (modalities,):
+    if shape is not None and images.shape != shape:
+        raise ValueError(
+            f"images must be of one size in a picture, but got {images.shape} beside {shape}"
+        )
+    if present is not None and np.shape(present) != (modalities,):
         raise ValueError(f"present must be [{modalities}], but got shape {np.shape(present)}")

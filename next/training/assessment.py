@@ -71,12 +71,14 @@ def assess(
     network, config, (query, gallery, rule) = _open(checkpoint, manifest, device, split, cache)
     found = evaluate(network, query, gallery, rule=rule, config=config, device=device)
     held_out = split == "val" and config.selection.split == "val"
+    queries = read_queries(found, query, gallery, rule=rule)
     pictures = draw_evaluation(
         folder / "figures",
         network,
         found,
         query,
         gallery,
+        queries=queries,
         rule=rule,
         config=config,
         device=device,
@@ -102,7 +104,7 @@ def assess(
         {f"{split}/{name}": value for name, value in found.metrics.as_dict().items()},
         pictures,
         {f"{split}/mAP": (spread.low, spread.high)},
-        read_queries(found, query, gallery, rule=rule),
+        queries,
         subsets,
     )
 

@@ -135,6 +135,16 @@ def test_an_absent_image_is_zero_whatever_lies_in_its_place():
     assert (out[present] != 0).all()
 
 
+@pytest.mark.usefixtures("implementation")
+def test_what_does_not_fit_the_batch_is_refused_before_its_memory_is_read():
+    images = pictures(2).numpy()
+    out = np.full(images.shape, np.nan, dtype=np.float32)
+    for wrong in (images[:, :, :5], images[:, :2], images.astype(np.float32)):
+        with pytest.raises(ValueError, match=r"images must be uint8 and out float32 \[2, 3, 12, 8"):
+            compose(wrong, None, MEAN, STD, out)
+    assert np.isnan(out).all()
+
+
 @settings(deadline=None)
 @given(
     st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans()), min_size=1, max_size=12),

@@ -13,9 +13,9 @@ from next.evaluation.protocol import evaluate
 
 def draw(folder, model, samples, config, rule="camera", **given):
     found = evaluate(model, samples, samples, rule=rule, config=config, device="cpu")
-    return draw_evaluation(
-        folder, model, found, samples, samples, rule=rule, config=config, device="cpu", **given
-    )
+    queries = read_queries(found, samples, samples, rule=rule)
+    given |= {"queries": queries, "rule": rule, "config": config}
+    return draw_evaluation(folder, model, found, samples, samples, device="cpu", **given)
 
 
 def test_all_pictures_of_a_run(tmp_path, make_model, samples, config, drawn):
