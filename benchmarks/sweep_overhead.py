@@ -244,7 +244,7 @@ def by_documented(folder: Path, trials: int, at_a_time: int) -> list[optuna.tria
     from ray.tune.integration.ray_train import TuneReportCallback
     from ray.tune.search.optuna import OptunaSearch
 
-    start_ray(2 * at_a_time, dashboard=True)
+    start_ray(2 * at_a_time)
 
     def run_worker(settings: dict[str, Any]) -> None:
         train_once(

@@ -125,7 +125,7 @@ def _runner(workers: int) -> Iterator[Run | None]:
     from next.data.distribution import run_on_ray
     from next.training.cluster import start_ray
 
-    start_ray(workers, dashboard=False)
+    start_ray(workers)
     try:
         yield partial(run_on_ray, workers=workers)
     finally:

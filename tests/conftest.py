@@ -2,9 +2,11 @@
 
 import contextlib
 import json
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 import uuid
@@ -53,6 +55,14 @@ def pytest_collection_modifyitems(items) -> None:
         if item.get_closest_marker("ray"):
             apart = item.get_closest_marker("network") or item.path.name == "test_workers.py"
             item.add_marker(pytest.mark.xdist_group("ray-apart" if apart else "ray"))
+
+
+@pytest.fixture(scope="module")
+def short_folder() -> Iterator[Path]:
+    """A folder with a short path: Ray's sockets lie below it, and their names have a limit."""
+    folder = Path(tempfile.mkdtemp(prefix="nx", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -30,12 +30,11 @@ _NODES_SECONDS = 30.0
 _LOOK_SECONDS = 60.0
 
 
-def start_ray(cpus: float, *, dashboard: bool) -> None:
+def start_ray(cpus: float) -> None:
     """The cluster that ``RAY_ADDRESS`` names, or a Ray on this machine alone.
 
     Args:
         cpus: logical CPUs that will be asked for at once; a machine with fewer declares as many.
-        dashboard: Ray Train needs it to give back the reservation of a stopped worker group.
 
     Raises:
         ConnectionError: nothing answers at ``RAY_ADDRESS``.
@@ -51,7 +50,7 @@ def start_ray(cpus: float, *, dashboard: bool) -> None:
     ray.init(
         address="local",
         num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)),
-        include_dashboard=dashboard,
+        include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
     )

@@ -125,6 +125,13 @@ class CheckpointStore:
             )
         return found
 
+    def adopt(self, checkpoint: Path) -> Path:
+        """Copy the best checkpoint of a store elsewhere into this local one, as its best."""
+        kept = Path(self.folder.uri) / checkpoint.name
+        shutil.copytree(checkpoint, kept, dirs_exist_ok=True)
+        self._point("best", kept.name)
+        return kept
+
     def fetch(self, name: str) -> Path:
         """A checkpoint by the name of its folder, on this machine; not checked."""
         if self._fetched is None:
@@ -268,6 +275,9 @@ class BackgroundWriter:
             else:
                 if pause != _FIRST_PAUSE:
                     _log.warning("the checkpoint of step %d is written now", step)
+                elif snapshot.progress.step_in_epoch:
+                    within = snapshot.progress.step_in_epoch
+                    _log.info("checkpoint of step %d, %d in the epoch, is written", step, within)
                 return
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from next.config import RunConfig, from_toml, to_toml
 from next.data.shards import Manifest, open_manifest
@@ -34,6 +35,19 @@ _log = logging.getLogger(__name__)
 
 _ALIKE = {error.__name__: error for error in (NonFiniteLossError, RouterCollapseError)}
 """Errors of the run itself, which all ranks see at the same step and would see again."""
+
+
+class _Trainer(ray.train.torch.TorchTrainer):
+    """Without Ray's cleaner of reservations.
+
+    It asks whether the run's controller lives, and asks whichever cluster was started last on the
+    machine. Where that is another one, it takes the places of living workers away. The end of a job
+    gives them back as well, and :mod:`next.tuning.reservations` does while a sweep goes on.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        every = super()._create_default_callbacks()
+        return [one for one in every if not isinstance(one, PlacementGroupCleanerCallback)]
 
 
 def train_on_workers(
@@ -65,7 +79,7 @@ def train_on_workers(
     training_data(config, manifest)  # the node's cache and text bank, before workers ask for them
     started = not ray.is_initialized()
     if started:
-        start_ray(config.scaling.max_workers * config.scaling.cpus_per_worker, dashboard=True)
+        start_ray(config.scaling.max_workers * config.scaling.cpus_per_worker)
     try:
         require_room(config.scaling)
         require_shared(config, checkpoints)
@@ -79,7 +93,7 @@ def _fit(
     config: RunConfig, folder: Path, checkpoints: str, tracked: dict[str, Any], bell: Bell
 ) -> Outcome:
     line = Line(f"next-{uuid.uuid4().hex}")
-    trainer = ray.train.torch.TorchTrainer(
+    trainer = _Trainer(
         _work,
         train_loop_config={
             "config": to_toml(config),

@@ -60,22 +60,21 @@ def reclaiming(every_s: float = _LOOK_SECONDS) -> Iterator[None]:
     """While the block runs, give back what dead trials have left reserved, and say so.
 
     A trial that is stopped ends its workers itself. One whose process dies leaves their
-    reservation, which Ray keeps for as long as the job lives: Ray Train's own cleaner needs a
-    dashboard, and gives up where several clusters run on one machine.
+    reservation, which Ray keeps for as long as the job lives.
     """
     done = threading.Event()
 
     def look() -> None:
-        suspected: set[str] = set()
         while not done.wait(every_s):
             with suppress(Exception):  # the head may be away; the next look may find it
-                lost = {group.key: group for group in worker_groups() if group.lost}
-                for key in suspected & lost.keys():  # Ray Train had its chance
+                for group in worker_groups():
+                    if not group.lost:
+                        continue
                     _log.warning(
-                        "a trial's process died and left %s reserved; giving it back", lost[key]
+                        "a trial's process died and left %s reserved; giving it back", group
                     )
-                    remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(key))))
-                suspected = set(lost)
+                    key = ray.PlacementGroupID(bytes.fromhex(group.key))
+                    remove_placement_group(PlacementGroup(key))
 
     thread = threading.Thread(target=look, name="reclaiming", daemon=True)
     thread.start()

@@ -32,7 +32,7 @@ def check_cluster(scaling: ScalingConfig) -> None:
     """
     connects = bool(os.environ.get("RAY_ADDRESS")) and not ray.is_initialized()
     if connects:
-        start_ray(0, dashboard=False)
+        start_ray(0)
     try:
         if ray.is_initialized():
             require_room(scaling)
@@ -63,12 +63,11 @@ def run_trials(
         ValueError: the cluster can never hold the workers of a single trial.
         ConnectionError: nothing answers at ``RAY_ADDRESS``.
     """
-    several = base.scaling.max_workers > 1
     started = not ray.is_initialized()
     if started:
         progress.enter("starting Ray and its workers")
         cpus = sweep.concurrency * base.scaling.max_workers * base.scaling.cpus_per_worker
-        start_ray(cpus, dashboard=several)
+        start_ray(cpus)
     try:
         require_room(base.scaling)
         places = Places(base, sweep, *node_resources())
@@ -82,7 +81,7 @@ def run_trials(
             tracked=tracked,
             free_axes=sweep.free_axes,
         )
-        with reclaiming() if several else nullcontext():
+        with reclaiming() if base.scaling.max_workers > 1 else nullcontext():
             tune.Tuner(
                 tune.with_resources(trainable, places.resources),
                 tune_config=tune.TuneConfig(
@@ -103,7 +102,7 @@ def run_trials(
             ).fit()
         shutil.rmtree(folder / session, ignore_errors=True)  # the study is the record
     finally:
-        progress.enter("ending Ray, completing the runs in MLflow")
+        progress.enter(("ending Ray, " if started else "") + "completing the runs in MLflow")
         if started:
             ray.shutdown()
 

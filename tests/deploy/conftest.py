@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -123,14 +121,6 @@ def wait_for(what: str, condition, seconds: float, said=lambda: ""):
             pytest.fail(f"waited {seconds:.0f} s for {what}\n{said()}")
         time.sleep(0.2)
     return found
-
-
-@pytest.fixture(scope="module")
-def short_folder() -> Iterator[Path]:
-    """A folder with a short path: Ray's sockets lie below it, and their names have a limit."""
-    folder = Path(tempfile.mkdtemp(prefix="nx", dir="/tmp"))
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")

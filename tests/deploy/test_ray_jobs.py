@@ -89,7 +89,7 @@ def test_the_doctor_finds_wrong_tokens_too_many_workers_and_a_second_head(
 WHERE = """
 import sys, ray, next.config as config
 from next.training.launch import start_ray
-start_ray(2, dashboard=False)
+start_ray(2)
 @ray.remote(num_cpus=0)
 def where():
     import sys, next.config as config

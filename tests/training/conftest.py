@@ -18,10 +18,13 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+import torch
 from ray.cluster_utils import Cluster
 
 from next.config import RunConfig, override, to_toml
+from next.data.shards import open_manifest
 from next.tracking.run import read_metrics
+from next.training.inputs import resolve
 from tests.conftest import TINY
 from tests.ports import free_port
 
@@ -44,12 +47,20 @@ SETTINGS = TINY | {
 }
 
 
+@pytest.fixture
+def ready(tiny_config) -> RunConfig:
+    """The tiny run with its settings resolved."""
+    torch.set_num_threads(1)
+    return resolve(tiny_config, open_manifest(tiny_config.data.uri))
+
+
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
+def cluster(short_folder) -> Iterator[Cluster]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in QUICK.items():
             patch.setenv(name, value)
         patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("RAY_TMPDIR", str(short_folder))
         head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": free_port()}
         cluster = Cluster(initialize_head=True, head_node_args=head)
         try:

@@ -1,6 +1,5 @@
 """Drills on a real cluster: workers, drivers and nodes die, and the run ends as if none had."""
 
-import itertools
 import re
 import socket
 import subprocess
@@ -56,8 +55,7 @@ def test_an_elastic_run_goes_on_without_a_lost_node_and_takes_in_one_that_joins(
     run.until(lambda: len(workers()) == 2, "the new node is not taken in")
     assert run.ends() == 0, run.said()[-3000:]
     sizes = re.findall(r"training on (\d) worker", run.said())
-    # On a busy machine Ray may start the one that is left twice.
-    assert [size for size, _ in itertools.groupby(sizes)] == ["2", "1", "2"]
+    assert sizes == ["2", "1", "2"]
     assert run.losses() == pytest.approx(undisturbed.losses(), rel=2e-3, abs=2e-3)
     assert run.values().keys() == undisturbed.values().keys(), "no metric is lost, none doubled"
     run.gave_everything_back()
@@ -77,9 +75,12 @@ def test_a_run_whose_node_is_to_be_drained_writes_a_checkpoint_and_goes_on_elsew
     said = run.said()
     assert "a node of this run is to be drained: writing a checkpoint" in said
     assert said.count("training on 2 workers") == 2
-    resumed = re.search(r"continuing after epoch (\d+) \(step (\d+), (\d+) in the epoch\)", said)
+    kept = re.search(r"checkpoint of step (\d+), (\d+) in the epoch, is written", said)
+    assert kept is not None, "it was written when it was asked for"
+    assert int(kept[2]) > 0
+    resumed = re.search(r"continuing after epoch \d+ \(step (\d+), \d+ in the epoch\)", said)
     assert resumed is not None
-    assert int(resumed[3]) > 0, "the checkpoint was written when it was asked for"
+    assert int(resumed[1]) >= int(kept[1]), "an evaluation may have followed before the node went"
     [node] = [each for each in cluster.list_all_nodes() if each.node_id == at]
     cluster.remove_node(node)
 
@@ -96,6 +97,7 @@ def test_a_run_whose_workers_and_driver_die_ends_with_the_bits_of_an_undisturbed
     assert not set(second) & set(first), "one died, Ray starts both again"
     kill(second)
     run.trains()
+    run.until(lambda: run.said().count("training on 2 workers") == 3, "it is not told of")
     run.kill()
     run.gave_everything_back()
 
@@ -179,7 +181,7 @@ def test_an_address_where_no_cluster_answers_is_said_at_once(tiny_config, monkey
         address = f"127.0.0.1:{free.getsockname()[1]}"
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(ConnectionError, match=rf"RAY_ADDRESS is {address}, but nothing answers"):
-        start_ray(2, dashboard=False)
+        start_ray(2)
     with pytest.raises(
         ValueError, match=r"RAY_ADDRESS must be HOST:PORT \(or auto\), but got 'hea"
     ):

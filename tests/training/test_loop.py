@@ -21,12 +21,6 @@ from next.training.report import FolderReporter, TrainReporter
 from next.training.step_log import NonFiniteLossError, RouterCollapseError
 
 
-@pytest.fixture
-def ready(tiny_config) -> RunConfig:
-    torch.set_num_threads(1)
-    return resolve(tiny_config, open_manifest(tiny_config.data.uri))
-
-
 def run(config: RunConfig, folder: Path) -> Outcome:
     data = training_data(config, open_manifest(config.data.uri))
     with FolderReporter(folder) as reporter:

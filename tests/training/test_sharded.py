@@ -18,22 +18,11 @@ from next.data.shards import open_manifest
 from next.training.inputs import resolve, training_data
 from next.training.interruption import Bell
 from next.training.launch import claim_folder
-from next.training.loop import Outcome, Worker, train
-from next.training.report import FolderReporter, TrainReporter
+from next.training.loop import Worker, train
+from next.training.report import TrainReporter
+from tests.training.test_loop import run
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def ready(tiny_config) -> RunConfig:
-    torch.set_num_threads(1)
-    return resolve(tiny_config, open_manifest(tiny_config.data.uri))
-
-
-def run(config: RunConfig, folder: Path) -> Outcome:
-    data = training_data(config, open_manifest(config.data.uri))
-    with FolderReporter(folder) as reporter:
-        return train(config, data, reporter)
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ def cpus() -> Iterator[float]:
     with pytest.MonkeyPatch.context() as patch:
         # A process keeps the mode that it met first, and drills meet this one.
         patch.setenv("RAY_AUTH_MODE", "disabled")
-        start_ray(4, dashboard=False)
+        start_ray(4)
         yield ray.cluster_resources()["CPU"]
         ray.shutdown()
 
@@ -55,10 +55,10 @@ def sweep_of(config: RunConfig, space: Space, cpus_per_worker: float, trials: in
         trials=trials, concurrency=2, noise_share=0, race_share=0, grace_epochs=2, reduction=2,
         free_axes=False, pictures=0, sampler="random",
     )  # fmt: skip
-    run_sweep(config, space, sweep)
-    folder = Path(config.run.storage_path) / str(config.run.name)
-    wait_until(lambda: all(trial.state != "running" for trial in read_standing(folder).trials))
-    return read_standing(folder)
+    result = run_sweep(config, space, sweep)
+    found = read_standing(result.folder)
+    assert found.trials == result.trials, "the file says what the driver knows"
+    return found
 
 
 def wait_until(what, seconds: float = 30.0) -> None:
