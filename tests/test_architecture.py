@@ -30,7 +30,6 @@ HOMES = {
     "ray": (
         "next/training/cluster.py",
         "next/training/relay.py",  # of workers.py, what Ray's controller loads without the network
-        "next/training/report.py",
         "next/training/workers.py",
         "next/tuning/",
         "next/captioning/pipeline.py",

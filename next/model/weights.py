@@ -169,6 +169,19 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     }
 
 
+def misfits(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[str]:
+    """What of ``weights`` does not fit ``own``, a line each; empty: all does."""
+    problems = [f"missing {name} {list(own[name].shape)}" for name in own if name not in weights]
+    for name, value in weights.items():
+        if name not in own:
+            problems.append(f"unknown {name} {list(value.shape)}")
+        elif own[name].shape != value.shape:
+            problems.append(
+                f"{name} is {list(value.shape)}, the model's is {list(own[name].shape)}"
+            )
+    return problems
+
+
 def fill(module: nn.Module, weights: Mapping[str, Tensor], what: str, path: Path) -> None:
     """Fill ``module`` with ``weights``, all of them or none.
 
@@ -181,13 +194,7 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor], what: str, path: Path
     Raises:
         ValueError: names or shapes differ; all of them are listed.
     """
-    own = module.state_dict()
-    problems = [f"missing {name} {list(own[name].shape)}" for name in own if name not in weights]
-    for name, value in weights.items():
-        if name not in own:
-            problems.append(f"unknown {name} {list(value.shape)}")
-        elif own[name].shape != value.shape:
-            problems.append(f"{name} is {list(value.shape)}, not {list(own[name].shape)}")
+    problems = misfits(module.state_dict(), weights)
     if problems:
         raise ValueError(
             f"model.backbone.pretrained: the weights in {path} must be those of {what}, but do not "

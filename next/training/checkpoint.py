@@ -32,6 +32,7 @@ import torch
 
 from next.config import RunConfig, from_toml, to_toml
 from next.model.network import NEXT
+from next.model.weights import misfits
 from next.training.optimizer import WeightAverage
 
 DRAFT = ".draft-"
@@ -66,11 +67,6 @@ class Progress:
     rows: tuple[Row, ...] = ()
     """What was logged since the checkpoint before. It is logged again on resuming, because a
     process that dies may have written its checkpoint and not have handed over its metrics."""
-
-    @property
-    def score(self) -> float | None:
-        """The selection metric of the checkpoint's own weights; None within an epoch."""
-        return self.metrics.get("val/mAP") if self.evaluated else None
 
     @property
     def evaluated(self) -> bool:
@@ -197,6 +193,19 @@ def read_progress(folder: Path) -> Progress:
     return Progress(**state["progress"], rows=rows)
 
 
+def require_data(progress: Progress, digest: str) -> None:
+    """Refuse to continue on other data.
+
+    Raises:
+        ValueError: with both digests.
+    """
+    if progress.data_digest != digest:
+        raise ValueError(
+            f"the run's checkpoint was trained on data {progress.data_digest}, but data.uri holds "
+            f"{digest}; use the same shards, or start a new run"
+        )
+
+
 def read_config(folder: Path) -> RunConfig:
     """The resolved configuration of a checkpoint's run."""
     return from_toml((Path(folder) / "config.toml").read_text())
@@ -209,15 +218,7 @@ def load_weights(folder: Path, network: NEXT, file: str = "model.safetensors") -
         ValueError: names or shapes do not fit; all of them are listed.
     """
     weights = safetensors.torch.load_file(Path(folder) / file)
-    own = network.state_dict()
-    problems = [f"missing {name} {_shape(own[name])}" for name in own if name not in weights]
-    problems += [
-        f"unknown {name} {_shape(weights[name])}"
-        if name not in own
-        else f"{name} is {_shape(weights[name])}, the model's is {_shape(own[name])}"
-        for name in weights
-        if name not in own or weights[name].shape != own[name].shape
-    ]
+    problems = misfits(network.state_dict(), weights)
     if problems:
         raise ValueError(
             f"{folder} is a checkpoint of another model; use the configuration it was trained "
@@ -319,7 +320,3 @@ def _fingerprint(path: Path) -> str:
         return (
             f"{path.stat().st_size} bytes, sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}"
         )
-
-
-def _shape(tensor: torch.Tensor) -> str:
-    return str(list(tensor.shape))

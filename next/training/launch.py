@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from next.data.shards import Manifest, open_manifest
 from next.tracking.provenance import provenance_tags
 from next.tracking.run import check_server, open_run, read_metrics, start_server, view_command
 from next.training.assessment import Assessment, assess
-from next.training.checkpoint import read_config, read_progress
+from next.training.checkpoint import read_config, read_progress, require_data
 from next.training.cluster import start_ray
 from next.training.inputs import resolve, training_data
 from next.training.interruption import Bell, listening
@@ -25,7 +24,7 @@ from next.training.loop import Outcome, Worker, train
 from next.training.process import assessing_device, configure_torch, device
 from next.training.record import data_tags, record_assessment, record_inputs, seed_tags
 from next.training.registration import register_best, write_card
-from next.training.report import FolderReporter, Metrics
+from next.training.report import FolderReporter
 from next.training.store import CheckpointStore
 
 __all__ = [
@@ -67,7 +66,7 @@ class RunResult(NamedTuple):
     """Shell command that serves that address again; None where a server of its own does."""
 
 
-def launch(config: RunConfig, *, on_report: Callable[[Metrics], None] | None = None) -> RunResult:
+def launch(config: RunConfig) -> RunResult:
     """Train a run to its end, assess its best checkpoint on the test split, log everything.
 
     A run of the same name continues from its last checkpoint.
@@ -101,13 +100,12 @@ def launch(config: RunConfig, *, on_report: Callable[[Metrics], None] | None = N
         }
         outcome = _finished(store, config, manifest.digest)
         if outcome is None and config.scaling.num_workers == 1:
-            outcome = _train_here(config, manifest, store.uri, tracked, on_report)
+            outcome = _train_here(config, manifest, store.uri, tracked)
         elif outcome is None:
-            outcome = _train_on_ray(config, manifest, folder, store.uri, tracked, on_report)
+            outcome = _train_on_ray(config, manifest, folder, store.uri, tracked)
         checkpoint = store.best()
-        if not store.folder.is_local:
-            kept = folder / "checkpoints" / checkpoint.name
-            checkpoint = Path(shutil.copytree(checkpoint, kept, dirs_exist_ok=True))
+        if config.checkpoint.storage_path:  # who registers a run looks in its own folder
+            checkpoint = CheckpointStore(folder / "checkpoints").adopt(checkpoint)
         with open_run(**tracked) as run:
             assessment = assess(
                 checkpoint,
@@ -244,11 +242,7 @@ def _finished(store: CheckpointStore, config: RunConfig, digest: str) -> Outcome
     if checkpoint is None:
         return None
     progress, trained = read_progress(checkpoint), read_config(checkpoint)
-    if progress.data_digest != digest:
-        raise ValueError(
-            f"the run's checkpoint was trained on data {progress.data_digest}, but data.uri holds "
-            f"{digest}; use the same shards, or start a new run"
-        )
+    require_data(progress, digest)
     changed = _changed(trained, config)
     if changed:
         raise ValueError(
@@ -271,13 +265,12 @@ def _train_here(
     manifest: Manifest,
     checkpoints: str,
     tracked: dict[str, Any],
-    on_report: Callable[[Metrics], None] | None,
 ) -> Outcome:
     bell = Bell()
     with (
         open_run(**tracked) as run,
         listening(bell),
-        FolderReporter(checkpoints, on_report, checkpoint=config.checkpoint, bell=bell) as reporter,
+        FolderReporter(checkpoints, checkpoint=config.checkpoint, bell=bell) as reporter,
     ):
         record_inputs(run, config, manifest)
         return train(
@@ -295,17 +288,13 @@ def _train_on_ray(
     folder: Path,
     checkpoints: str,
     tracked: dict[str, Any],
-    on_report: Callable[[Metrics], None] | None,
 ) -> Outcome:
     from next.training.workers import train_on_workers
 
     with open_run(**tracked) as run:
         record_inputs(run, config, manifest)
     try:
-        outcome = train_on_workers(config, manifest, folder, checkpoints, tracked)
+        return train_on_workers(config, manifest, folder, checkpoints, tracked)
     except BaseException:
         with open_run(**tracked):  # which takes down how it ended
             raise
-    if on_report is not None:
-        on_report(outcome.metrics)
-    return outcome

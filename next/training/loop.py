@@ -27,7 +27,13 @@ from next.data.plan import occurrences, plan_hash, training_plan, worker_slice
 from next.evaluation.protocol import evaluate
 from next.model.losses import Losses, objective
 from next.model.network import NEXT
-from next.training.checkpoint import Progress, Snapshot, load_training_state, take_snapshot
+from next.training.checkpoint import (
+    Progress,
+    Snapshot,
+    load_training_state,
+    require_data,
+    take_snapshot,
+)
 from next.training.cost import explain_shortage, is_shortage
 from next.training.interruption import Ask, Interrupted
 from next.training.optimizer import WeightAverage, build_optimizer, set_learning_rates
@@ -339,11 +345,7 @@ def _restore(
     if folder is None:
         return Progress(data_digest=digest)
     progress = load_training_state(folder, network, optimizer, average)
-    if progress.data_digest != digest:
-        raise ValueError(
-            f"the run's checkpoint was trained on data {progress.data_digest}, but data.uri holds "
-            f"{digest}; use the same shards, or start a new run"
-        )
+    require_data(progress, digest)
     _log.info(
         "continuing after epoch %d (step %d, %d in the epoch)",
         *(progress.epoch, progress.step, progress.step_in_epoch),

@@ -119,8 +119,9 @@ def on_the_line(line: Line, bell: Bell, *, speaks: bool) -> Iterator[None]:
         ended.set()
         thread.join(LISTEN_SECONDS)
         ours.removeHandler(memory)
-        with suppress(Exception):
-            speak()
+        if not thread.is_alive():  # else it is speaking, and both would say the same line
+            with suppress(Exception):
+                speak()
 
 
 class JournalWriter(ray.train.UserCallback):

@@ -1,11 +1,10 @@
-"""The one place that knows whether a run speaks to Ray Train, to Ray Tune or to nobody."""
+"""Where a run's results go: to its folder, and to Ray Train or Ray Tune if somebody listens."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol
 
 import torch.distributed as dist
@@ -40,10 +39,15 @@ class Reporter(Protocol):
 
 
 class FolderReporter:
-    """One process, nobody to speak to: keeps the checkpoints in the run's folder.
+    """One process: keeps the checkpoints in the run's folder.
 
     They are written in a thread. Leaving the ``with`` block waits for the last one, so that the
     process may end.
+
+    Who is told of an evaluation (Tune) hears first, and the checkpoint is written then, also when
+    Tune ends the trial. Tune returns once the driver has recorded the evaluation, so a driver that
+    dies in between has the evaluation and an earlier checkpoint: the epoch is trained again and is
+    known already. The other way round the evaluation would be missing for ever.
     """
 
     def __init__(
@@ -64,9 +68,11 @@ class FolderReporter:
         return nullcontext(self._store.latest())
 
     def report(self, metrics: Metrics, take: TakeSnapshot) -> None:
-        self._writer.submit(take)
-        if self._on_report is not None:
-            self._on_report(metrics)
+        try:
+            if self._on_report is not None:
+                self._on_report(metrics)
+        finally:
+            self._writer.submit(take)
 
     def keep(self, take: TakeSnapshot) -> None:
         self._writer.submit(take)
@@ -86,62 +92,8 @@ class FolderReporter:
     def __enter__(self) -> FolderReporter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._writer.close(error)
-
-
-class TuneReporter:
-    """A trial that trains in Tune's own actor; its checkpoints are in the trial's folder.
-
-    Tune hears first, and the checkpoint is written then, also when Tune ends the trial. Tune
-    returns once the driver has recorded the evaluation, so a driver that dies in between has the
-    evaluation and an earlier checkpoint: the epoch is trained again and is known already. The
-    other way round the evaluation would be missing for ever.
-
-    Args:
-        folder: of the checkpoints.
-        measured: what is reported beside the metrics (the peak memory).
-        checkpoint: how many are kept, and how long one is tried.
-    """
-
-    def __init__(
-        self, folder: Path, measured: Callable[[], Metrics], *, checkpoint: CheckpointConfig
-    ) -> None:
-        self._kept = FolderReporter(folder, checkpoint=checkpoint)
-        self._measured = measured
-
-    def latest(self) -> AbstractContextManager[Path | None]:
-        return self._kept.latest()
-
-    def report(self, metrics: Metrics, take: TakeSnapshot) -> None:
-        from ray import tune
-
-        try:
-            tune.report(metrics | self._measured())
-        finally:
-            self._kept.report(metrics, take)
-
-    def keep(self, take: TakeSnapshot) -> None:
-        self._kept.keep(take)
-
-    def asked(self) -> Ask:
-        return self._kept.asked()
-
-    def __enter__(self) -> TuneReporter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._kept.__exit__(kind, error, trace)
 
 
 class TrainReporter:
@@ -206,12 +158,7 @@ class TrainReporter:
     def __enter__(self) -> TrainReporter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._writer.close(error)
         if error is None or isinstance(error, _ALIKE_ON_ALL_RANKS):
             self._hand_over(last=True)

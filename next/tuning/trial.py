@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from ray import tune
 
 from next.config import RunConfig, from_toml, override, to_toml
@@ -24,7 +24,7 @@ from next.training.inputs import training_data
 from next.training.loop import Worker, train
 from next.training.process import configure_torch, device
 from next.training.record import data_tags, record_data, seed_tags
-from next.training.report import TuneReporter
+from next.training.report import FolderReporter
 from next.training.store import CheckpointStore
 from next.tuning import workers
 from next.tuning.axes import measure_axes
@@ -102,7 +102,7 @@ def best_checkpoint(folder: Path) -> Path | None:
         return None
 
 
-def _alone_in(folder: Path) -> FileLock:
+def _alone_in(folder: Path) -> AcquireReturnProxy[FileLock]:
     """The trial's folder, once an actor that outlives its killed driver has left it.
 
     Raises:
@@ -110,13 +110,12 @@ def _alone_in(folder: Path) -> FileLock:
     """
     lock = FileLock(folder / ".trial.lock", timeout=_PREDECESSOR_SECONDS)
     try:
-        lock.acquire()
+        return lock.acquire()
     except Timeout:
         raise RuntimeError(
             f"{folder} is still written by the process of an earlier driver after "
             f"{_PREDECESSOR_SECONDS:.0f} s; end that process and resume the sweep"
         ) from None
-    return lock
 
 
 def _report_failure(text: str) -> bool:
@@ -161,8 +160,10 @@ def _train_here(config: RunConfig, manifest: Manifest, folder: Path, run: Run) -
     if where.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
-    reporter = TuneReporter(
-        folder / "checkpoints", lambda: _memory(where), checkpoint=config.checkpoint
+    reporter = FolderReporter(
+        folder / "checkpoints",
+        lambda metrics: tune.report(metrics | _memory(where)),
+        checkpoint=config.checkpoint,
     )
     try:
         with reporter:

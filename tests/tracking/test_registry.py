@@ -40,6 +40,8 @@ def trained(server, demo_shards, cache_folder, tmp_path_factory):
         "tracking.uri": server.uri,
         "tracking.model": NAME,
         "captions.evaluation": "all",
+        # A place of its own for checkpoints: what is registered is found there too.
+        "checkpoint.storage_path": str(tmp_path_factory.mktemp("kept")),
     }
     return launch(override(RunConfig(), TINY | place))
 
