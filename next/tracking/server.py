@@ -28,7 +28,6 @@ import urllib.request
 import zlib
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 
 import psutil
 from filelock import FileLock
@@ -113,12 +112,7 @@ class TrackingServer:
     def __enter__(self) -> TrackingServer:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def _log_tail(self) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from next.tuning.results import Trial, next_way
+from next.tuning.results import Trial, first_way
 
 
 class Carried(NamedTuple):
@@ -53,7 +53,7 @@ def carry_on(trials: Sequence[Trial], objectives: Mapping[str, str]) -> Carried:
         trials: that the sampler drew, all of one seed.
         objectives: metric -> ``max`` or ``min``.
     """
-    best = max if next_way(objectives) == "max" else min
+    best = max if first_way(objectives) == "max" else min
     scored = [t for t in trials if t.score is not None and t.state != "failed"]
     finished = [t for t in scored if t.state == "finished"]
     gains: dict[int, float] = {}

@@ -119,7 +119,7 @@ def contour(
     axes = figure.subplots()
     log_x, log_y = (_spans_decades(values) for values in (xs, ys))
     flat_x, flat_y = (np.log(xs) if log_x else xs), (np.log(ys) if log_y else ys)
-    norm = Normalize(scores.min(), max(scores.max(), scores.min() + 1e-6))
+    norm = _norm(scores)
     if len(shown) >= 4 and _spread_out(flat_x, flat_y):
         grid_x, grid_y = np.meshgrid(
             np.linspace(flat_x.min(), flat_x.max(), 60), np.linspace(flat_y.min(), flat_y.max(), 60)

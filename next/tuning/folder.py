@@ -75,6 +75,10 @@ def read_standing(folder: Path) -> Standing:
     )
 
 
+def _driven(folder: Path) -> str:
+    return f"sweep {folder.name} is being driven by another process; wait for it, or end it first"
+
+
 def is_driven(folder: Path) -> bool:
     """Whether a driver is at work on a sweep."""
     try:
@@ -123,7 +127,7 @@ def new_folder(base: RunConfig, space: Space) -> Path:
     """The folder of a new sweep, named by ``run.name`` or after its space and the time.
 
     Raises:
-        ValueError: a sweep or a run of this name exists.
+        ValueError: a sweep or a run of this name exists, or another process is at work on it.
     """
     storage = Path(base.run.storage_path)
     if base.run.name is None:
@@ -137,6 +141,8 @@ def new_folder(base: RunConfig, space: Space) -> Path:
             + ("go on with it by `jobs/sweep.py resume`, " if what == "sweep" else "")
             + "choose another run.name, or set run.fresh"
         )
+    if (folder / "sweep.toml").exists() and is_driven(folder):  # fresh would move it away
+        raise ValueError(_driven(folder))
     return claim_folder(base)
 
 
@@ -169,13 +175,11 @@ def driving(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: another one is at work.
     """
-    lock = FileLock(folder / _LOCK, timeout=0)
+    lock = FileLock(folder / _LOCK, timeout=1.0)  # who asks holds it for an instant
     try:
         lock.acquire()
     except Timeout:
-        raise ValueError(
-            f"sweep {folder.name} is being driven by another process; wait for it, or end it first"
-        ) from None
+        raise ValueError(_driven(folder)) from None
     try:
         yield
     finally:

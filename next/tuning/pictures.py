@@ -34,7 +34,7 @@ from next.tuning.folder import Standing
 from next.tuning.page import Picture
 from next.tuning.results import Trial
 from next.tuning.search import DEFAULT
-from next.tuning.seeds import next_metric
+from next.tuning.seeds import first_metric
 from next.tuning.study import as_completed
 from next.tuning.summary import Summary
 
@@ -92,7 +92,7 @@ def draw_overview(folder: Path, trials: list[Trial], objectives: Mapping[str, st
     """The objective against each swept setting; pruned trials are carried on to the last epoch."""
     carried = carry_on([trial for trial in trials if trial.of is None], objectives)
     points = [TrialPoint(t.settings, t.score, pruned=t.state == "pruned") for t in carried.trials]
-    objective, note = next_metric(objectives), carried.note()
+    objective, note = first_metric(objectives), carried.note()
     return sweep_overview(folder / "sweep.png", points, objective=objective, note=note)
 
 

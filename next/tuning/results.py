@@ -122,7 +122,7 @@ def read_trials(
         objectives: metric -> ``max`` or ``min``.
         seed: of the runs that the sampler drew.
     """
-    way = next_way(objectives)
+    way = first_way(objectives)
     trials = []
     for frozen in studies.search.get_trials(deepcopy=False):
         if "settings" in frozen.user_attrs:
@@ -148,7 +148,7 @@ def starting_point(base: RunConfig, varied: Sequence[str]) -> dict[str, Any]:
     return {name: values[name] for name in varied}
 
 
-def next_way(objectives: Mapping[str, str]) -> str:
+def first_way(objectives: Mapping[str, str]) -> str:
     """``max`` or ``min`` of the first objective, which ranks."""
     return next(iter(objectives.values()))
 
@@ -173,7 +173,7 @@ def group(
         own = dict(start) if name == DEFAULT else trial.settings
         setting = settings.setdefault(name, Setting(name, own))
         setting.runs.append(trial)
-    sign = -1.0 if next_way(objectives) == "max" else 1.0
+    sign = -1.0 if first_way(objectives) == "max" else 1.0
     order = {"finished": 1, "pruned": 2, "running": 2, "failed": 3}
     fit = fit_seeds(list(settings.values()))
 

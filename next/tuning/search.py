@@ -335,11 +335,11 @@ def how_it_died(error: Any) -> str:
     """One line on why a trial's process ended, from Tune's error."""
     text = str(error or "")
     memory = any(word in text for word in ("OutOfMemory", "running low on memory", "OOM"))
-    last = next_line(text, "OutOfMemory" if memory else "Error")
+    last = first_line(text, "OutOfMemory" if memory else "Error")
     return f"{'out of memory' if memory else 'killed'}: {last or 'its process ended'}"
 
 
-def next_line(text: str, word: str) -> str:
+def first_line(text: str, word: str) -> str:
     """The first line of ``text`` that holds ``word``, at most 300 characters of it."""
     return [*[line.strip() for line in text.splitlines() if word in line], ""][0][:300]
 

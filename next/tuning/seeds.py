@@ -146,7 +146,7 @@ def compare(ours: Setting, theirs: Setting, floor: Floor, objectives: Mapping[st
             f"only settings with a finished run can be compared, but "
             f"{(theirs if ours.fair else ours).name} has none"
         )
-    metric = next_metric(objectives)
+    metric = first_metric(objectives)
     sign = 1.0 if objectives[metric] == "max" else -1.0
     one, other = ours.fair, theirs.fair
     shared = {run.seed for run in one} & {run.seed for run in other}
@@ -170,7 +170,7 @@ def compare(ours: Setting, theirs: Setting, floor: Floor, objectives: Mapping[st
     )
 
 
-def next_metric(objectives: Mapping[str, str]) -> str:
+def first_metric(objectives: Mapping[str, str]) -> str:
     """The first objective, which ranks."""
     return next(iter(objectives))
 
@@ -196,7 +196,7 @@ def tied_top(
     leaders = sorted(drawn, key=lambda setting: -setting.runs[0].rank)[:most]
     if not leaders:
         return []
-    sign = -1.0 if objectives[next_metric(objectives)] == "max" else 1.0
+    sign = -1.0 if objectives[first_metric(objectives)] == "max" else 1.0
     best, *others = sorted(leaders, key=lambda setting: sign * (floor.level(setting) or 0.0))
     return [best, *(s for s in others if not compare(best, s, floor, objectives).separated)]
 

@@ -54,7 +54,7 @@ def load_space(path: str | Path) -> Space:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it cannot be imported, or defines no function ``suggest``.
+        ValueError: it is no Python file, cannot be imported, or defines no function ``suggest``.
     """
     path = Path(path)
     if not path.is_file():
@@ -63,6 +63,8 @@ def load_space(path: str | Path) -> Space:
             f"there is no search space {path}"
             + (f"; {path.parent} has {', '.join(near)}" if near else "")
         )
+    if path.suffix != ".py":
+        raise ValueError(f"a search space must be a .py file, but is {path}; rename it")
     name = f"tune_space_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None

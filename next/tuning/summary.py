@@ -17,7 +17,7 @@ from next.evaluation.noise import pooled_spread
 from next.tuning.folder import Standing
 from next.tuning.results import Setting, plain, write_json
 from next.tuning.search import DEFAULT
-from next.tuning.seeds import Floor, Verdict, compare, interval_reach, next_metric, noise_floor
+from next.tuning.seeds import Floor, Verdict, compare, first_metric, interval_reach, noise_floor
 
 _COMPARED = 5
 """Settings that the winner is compared with, beside the default; as well known as it is, since a
@@ -99,7 +99,7 @@ def summarise(settings: Sequence[Setting], objectives: Mapping[str, str]) -> Sum
         if other.finished and winner.finished and other is not winner
     ]
     return Summary(
-        next_metric(objectives),
+        first_metric(objectives),
         tuple(objectives)[1:],
         winner.name,
         winner.best_run.name,

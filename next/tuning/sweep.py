@@ -36,7 +36,7 @@ from next.tuning.progress import Progress
 from next.tuning.report import report_sweep
 from next.tuning.results import Setting, Trial, group, read_trials, starting_point
 from next.tuning.search import DEFAULT, Repeat, Search
-from next.tuning.seeds import next_metric, next_racer
+from next.tuning.seeds import first_metric, next_racer
 from next.tuning.settings import SweepConfig
 from next.tuning.space import Space, describe_space, load_space, space_difference
 from next.tuning.study import FILE, Studies, create_studies, inherit, open_studies
@@ -221,7 +221,9 @@ def _fork(
 ) -> SweepResult:
     """A new sweep that begins with the trials of ``old`` that its space could have drawn."""
     source = open_studies(old / FILE, old.name, sweep)
-    base = override(base, {"run.name": name, "run.storage_path": str(old.parent)})
+    # Not fresh, whatever the old one was: that would set a sweep of the new name aside.
+    own = {"run.name": name, "run.storage_path": str(old.parent), "run.fresh": False}
+    base = override(base, own)
     folder = new_folder(base, space)
 
     def resolved(settings: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -253,7 +255,7 @@ def _drive(it: _Sweep) -> SweepResult:
     """Search, race, assess, report."""
     base, folder = it.base, it.folder
     experiment = base.tracking.experiment or it.manifest.benchmark.name
-    metric = next_metric(it.objectives)
+    metric = first_metric(it.objectives)
     progress = Progress(it.sweep, metric, it.standing, it.say)
     with (
         progress.ticking(),

@@ -88,6 +88,13 @@ def test_a_missing_file_lists_what_is_there():
         load_space(SPACES / "expert.py")
 
 
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text("")
+    with pytest.raises(ValueError, match=r"must be a .py file, but is .*mine.toml; rename it"):
+        load_space(path)
+
+
 def test_the_axes_of_a_comparison_are_settings_that_every_trial_has():
     drawn = drawn_settings(load_space(SPACES / "quick.py"))
     assert drawn.numeric - drawn.always == {"captions.keep"}
