@@ -22,6 +22,8 @@ from next.data.plan import epoch_plan, occurrences
 from next.data.shards import open_manifest
 
 CARD = Path(__file__).resolve().parents[1] / "datasets" / "demo.toml"
+EPOCH = 3951
+"""Samples of an epoch, as many as RGBNT201 has: a GPU waits for the first batch of each."""
 
 
 def real_batches(
@@ -55,15 +57,21 @@ def real_batches(
         encode=lambda texts: _unit_vectors(len(texts), width),
         width=width,
     )
+    pid = read.labels.pid
+    rounds = -(-EPOCH // len(pid))
     for epoch in itertools.count():
-        plan = epoch_plan(read.labels.pid, seed=0, epoch=epoch, p=samples // 4, k=4)
+        drawn_plans = [
+            epoch_plan(pid, seed=0, epoch=epoch * rounds + n, p=samples // 4, k=4)
+            for n in range(rounds)
+        ]
+        plan = np.concatenate(drawn_plans)
         yield from train_batches(
             read,
             plan,
             occurrences(plan),
             config=config,
             epoch=epoch,
-            classes=np.unique(read.labels.pid),
+            classes=np.unique(pid),
             device=device,
         )
 

@@ -4,14 +4,17 @@
     python benchmarks/step.py --device cuda --samples 64        # a GPU
     python benchmarks/step.py --parts growth experts            # some of the parts
 
-ViT-B/16 at 256x128 with three modalities, random weights: forward, backward and optimizer. Each
-row is a process of its own, so that its peak memory is its own. Ratios are of one run; a part is
-measured whole or not at all. Needs neither Ray nor MLflow.
+ViT-B/16 at 256x128 with three modalities, random weights: forward, backward and optimizer. On a
+CPU each row is a process of its own, so that its peak memory is its own; on a GPU, whose allocator
+counts, all rows share one. On a GPU steps are timed ten at a time, without a wait between them, as
+training takes them. Ratios are of one run; a part is measured whole or not at all. Needs neither
+Ray nor MLflow.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import platform
@@ -48,12 +51,21 @@ SHAPES = {
 DENSE_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40": 181e12}
 """bfloat16 operations a second by the makers' data sheets, without sparsity."""
 
+STEPS = {"cpu": 2, "cuda": 50}
+"""Timed steps of a row."""
+WARMING = {"cpu": 1, "cuda": 5}
+"""Steps before them."""
+TURN = {"cpu": 1, "cuda": 10}
+"""Steps between two waits for the device."""
+GROWTH = {"cpu": (4, 8, 16, 32), "cuda": (4, 8, 16, 32, 64, 128, 256)}
+"""Samples of a batch."""
+
 Row = dict[str, Any]
-"""What one process measures: its settings and its results."""
+"""What is measured at a time: its settings and its results."""
 
 
-def rows(parts: Sequence[str], samples: int) -> list[Row]:
-    """Settings of all processes of the parts, in order."""
+def rows(parts: Sequence[str], samples: int, device: str) -> list[Row]:
+    """Settings of all rows of the parts, in order."""
     found: list[Row] = []
     if "step" in parts:
         for half in (False, True):
@@ -71,7 +83,7 @@ def rows(parts: Sequence[str], samples: int) -> list[Row]:
     if "growth" in parts:
         found += [
             {"name": f"ours, B = {size}", "samples": size, "bfloat16": True}
-            for size in (4, 8, 16, 32)
+            for size in GROWTH[device]
         ]
     if "experts" in parts:
         found += [
@@ -88,6 +100,10 @@ def rows(parts: Sequence[str], samples: int) -> list[Row]:
         found.append({"name": "ours, with its data", "kind": "loop", "bfloat16": True})
     if "profile" in parts:
         found.append({"name": "ours, profile", "kind": "profile", "bfloat16": True})
+    if "profile" in parts and device == "cuda":
+        found.append(
+            {"name": "compiled, profile", "kind": "profile", "compile": True, "bfloat16": True}
+        )
     return [{"kind": "ours", "samples": samples, "experts": 8} | row for row in found]
 
 
@@ -104,7 +120,7 @@ def main(argv: Sequence[str]) -> int:
         "--clock", default="wall", choices=("wall", "cpu"),
         help="cpu: the process' own seconds, with one thread, where others use the machine too",
     )  # fmt: skip
-    parser.add_argument("--steps", type=int, default=2, help="timed steps, after one to warm up")
+    parser.add_argument("--steps", type=int, help="timed steps; 2 on a CPU, 50 on a GPU")
     parser.add_argument("--out", type=Path, default=Path("runs/step.json"))
     parser.add_argument("--row", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -115,32 +131,42 @@ def main(argv: Sequence[str]) -> int:
     if options.row is not None:
         print(json.dumps(measure(json.loads(options.row))))
         return 0
-    shared = {
-        name: getattr(options, name) for name in ("backbone", "device", "threads", "steps", "clock")
-    }
+    shared = {name: getattr(options, name) for name in ("backbone", "device", "threads", "clock")}
+    shared["steps"] = options.steps or STEPS[options.device]
+    alone = measure if options.device == "cuda" else in_a_process
     results = []
-    for row in rows(options.parts, options.samples):
-        child = subprocess.run(
-            [sys.executable, __file__, "--row", json.dumps(row | shared)],
-            stdout=subprocess.PIPE, text=True, check=True,
-        )  # fmt: skip
-        results.append(json.loads(child.stdout.splitlines()[-1]))
+    for row in rows(options.parts, options.samples, options.device):
+        results.append(alone(row | shared))
         print(line(results[-1], results), flush=True)
         for operator in results[-1].get("operators", ()):
             print(operator)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     machine = f"{platform.processor() or platform.machine()}, torch {torch.__version__}"
+    if options.device == "cuda":
+        machine = f"{torch.cuda.get_device_name()}, {machine}"
     options.out.write_text(json.dumps({"machine": machine, "rows": results}, indent=2))
     return 0
+
+
+def in_a_process(row: Row) -> Row:
+    """A row that a process of its own measures."""
+    child = subprocess.run(
+        [sys.executable, __file__, "--row", json.dumps(row)],
+        stdout=subprocess.PIPE, text=True, check=True,
+    )  # fmt: skip
+    found: Row = json.loads(child.stdout.splitlines()[-1])
+    return found
 
 
 def line(row: Row, results: list[Row]) -> str:
     """A row of the table (Markdown)."""
     precision = "bfloat16" if row["bfloat16"] else "float32"
     if row["kind"] == "products":
-        return f"| {row['name']} | {precision} | {row['rate'] / 1e9:.0f} GFLOP/s | | | |"
+        return f"| {row['name']} | {precision} | {row['rate'] / 1e9:,.0f} GFLOP/s | | | |"
     if not row["seconds"]:
-        return f"| {row['name']} | {precision} | | | | |"
+        return f"| {row['name']} | {precision} | {row.get('error', '')} | | | |"
+    unit, scale = ("ms", 1000) if row["device"] == "cuda" else ("s", 1)
+    times = [f"{scale * f(row['seconds']):.2f}" for f in (statistics.median, min, max)]
     seconds = statistics.median(row["seconds"])
     rates = [
         other["rate"]
@@ -153,8 +179,8 @@ def line(row: Row, results: list[Row]) -> str:
     if "data_wait" in row:
         used += f" waits for data {row['data_wait']:.1%}"
     return (
-        f"| {row['name']} | {precision} | {seconds:.2f} s ({min(row['seconds']):.2f}-"
-        f"{max(row['seconds']):.2f}) | {row['samples'] / seconds:.2f} samples/s | {used} | "
+        f"| {row['name']} | {precision} | {times[0]} {unit} ({times[1]}-{times[2]}) | "
+        f"{row['samples'] / seconds:.2f} samples/s | {used} | "
         f"{row['peak_bytes'] / 2**30:.1f} GiB |"
     )
 
@@ -174,16 +200,26 @@ def measure(row: Row) -> Row:
     torch.set_num_threads(row["threads"])
     torch.manual_seed(0)
     device, shape = torch.device(row["device"]), SHAPES[row["backbone"]]
+    if device.type == "cuda":
+        _forget()
     if row["kind"] == "products":
         dtype = torch.bfloat16 if row["bfloat16"] else torch.float32
         return row | {"rate": product_rate(shape, row["samples"], dtype, device, row["clock"])}
     if row["kind"] == "loop":
         return row | measure_the_loop(row, device)
     step = build(row, device)
-    step()
-    if row["kind"] == "profile":
-        return row | {"seconds": [], "operators": profile(step)}
-    seconds = [timed(step, device, row["clock"]) for _ in range(row["steps"])]
+    try:
+        for _ in range(WARMING[device.type]):
+            step()
+        if row["kind"] == "profile":
+            return row | {"seconds": [], "operators": profile(step, device)}
+        turn = min(row["steps"], TURN[device.type])
+        seconds = [
+            timed(lambda: [step() for _ in range(turn)], device, row["clock"]) / turn
+            for _ in range(row["steps"] // turn)
+        ]
+    except (MemoryError, torch.OutOfMemoryError):
+        return row | {"seconds": [], "error": "does not fit"}
     return row | outcome(row, seconds, device)
 
 
@@ -246,8 +282,9 @@ def product_rate(
 ) -> float:
     """Operations a second of the bare matrix products of a block, forward and backward.
 
-    The three products of each linear layer as PyTorch runs them, best of three.
+    The three products of each linear layer as PyTorch runs them, best of three turns.
     """
+    turn = TURN[device.type]
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, device=device).to(dtype)
@@ -262,7 +299,8 @@ def product_rate(
             lambda gradient=gradient, x=x: gradient.T @ x,
         ):
             product()
-            total += min(timed(product, device, clock) for _ in range(3))
+            turns = (lambda product=product: [product() for _ in range(turn)],) * 3
+            total += min(timed(one, device, clock) for one in turns) / turn
             operations += 2 * tokens * inner * out
     return operations / total
 
@@ -326,26 +364,35 @@ def noise(samples: int, shape: Shape, device: torch.device) -> tuple[Tensor, Ten
     return images, torch.arange(samples, device=device) // 4
 
 
-def profile(step: Callable[[], object]) -> list[str]:
-    """The ten operators with the most time of their own, as rows of a table."""
+def profile(step: Callable[[], object], device: torch.device) -> list[str]:
+    """The ten operators with the most time of their own, and all, as rows of a table.
+
+    On a GPU it is the time of the kernels that an operator started, so that what all take beside
+    the time of a step says how busy the GPU was.
+    """
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
-    activities = [ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(ProfilerActivity.CUDA)
+    on_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with record(activities=activities) as found:
         step()
-    device = "device" if torch.cuda.is_available() else "cpu"
+        _wait(device)
 
     def own(event: Any) -> float:
-        return float(getattr(event, f"self_{device}_time_total"))
+        return float(getattr(event, f"self_{'device' if on_gpu else 'cpu'}_time_total"))
 
-    events = sorted(found.key_averages(), key=own, reverse=True)
-    total = sum(map(own, events))
+    # A GPU's kernels stand in the list once more by their own names.
+    events = [event for event in found.key_averages() if event.device_type == DeviceType.CPU]
+    events = sorted((event for event in events if own(event) > 0), key=own, reverse=True)
+    total, calls = sum(map(own, events)), sum(event.count for event in events)
     return [
-        f"| {event.key} | {event.count} | {own(event) / 1e6:.3f} s | {own(event) / total:.1%} |"
-        for event in events[:10]
+        f"| {name} | {count} | {time / 1e6:.4f} s | {time / total:.1%} |"
+        for name, count, time in [
+            *((event.key, event.count, own(event)) for event in events[:10]),
+            ("all", calls, total),
+        ]
     ]
 
 
@@ -355,6 +402,14 @@ def card_peak(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name()
     return max((rate for card, rate in DENSE_PEAK.items() if card in name), default=None)
+
+
+def _forget() -> None:
+    """Give back what earlier rows left on the GPU, and count its memory anew."""
+    torch.compiler.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
 
 
 def _wait(device: torch.device) -> None:

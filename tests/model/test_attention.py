@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -53,3 +54,18 @@ def test_half_precision_weights_are_computed_in_float32():
         mixed = attend(query, key, value)
     assert mixed.dtype == torch.bfloat16
     torch.testing.assert_close(mixed.float(), attend(query, key, value), atol=0.03, rtol=0.03)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+def test_a_gpu_gives_what_the_cpu_gives(dtype, tolerance):
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 3, t, 64).to(dtype).float().requires_grad_() for t in (33, 40, 40)]
+    there = [value.detach().to("cuda", dtype).requires_grad_() for value in inputs]
+    here, far = attend(*inputs), attend(*there)
+    assert far.dtype == dtype
+    weights = torch.randn_like(here)
+    wanted = torch.autograd.grad(here, inputs, weights)
+    found = torch.autograd.grad(far, there, weights.to(far))
+    for one, other in zip((far, *found), (here, *wanted), strict=True):
+        torch.testing.assert_close(one.cpu().float(), other, rtol=tolerance, atol=tolerance)

@@ -19,6 +19,7 @@ from next.training.optimizer import build_optimizer
 from tests.training.test_cost import batch, network
 
 ROOT = Path(__file__).resolve().parents[2]
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 OPTIM = OptimConfig(name="adamw", lr=1e-3, tower_lr=1e-4)
 
 
@@ -26,7 +27,8 @@ def steps(model: torch.nn.Module, config: OptimConfig, count: int) -> list[float
     optimizer = build_optimizer(model, config)
     loss = GlobalLoss(model, LossConfig(), 1)
     torch.manual_seed(1)
-    batches = [batch(6) for _ in range(2)]
+    device = model.get_parameter("structure.phi").device
+    batches = [batch(6).to(device) for _ in range(2)]
     return [
         training_step(loss, optimizer, batches[step % 2], config).total.item()
         for step in range(count)
@@ -59,6 +61,36 @@ def test_the_step_reads_nothing_back_from_the_device():
     assert all(value.grad is not None for value in model.parameters() if value.requires_grad)
     with pytest.raises(RuntimeError, match="meta"):
         losses.total.item()
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_gpu_steps_as_the_cpu_does(precision):
+    config = OPTIM.model_copy(update={"precision": precision})
+    model = network()
+    on_gpu = steps(copy.deepcopy(model).cuda(), config, 3)
+    tolerance = {"float32": 1e-3, "bfloat16": 0.03}[precision]
+    torch.testing.assert_close(
+        torch.tensor(on_gpu), torch.tensor(steps(model, OPTIM, 3)), rtol=tolerance, atol=0
+    )
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("saving", [{}, {"accumulate": 2, "clip_norm": 1.0}])
+def test_a_step_on_a_gpu_is_not_waited_for(precision, saving):
+    model = network(model__backbone__checkpointing=bool(saving)).cuda()
+    config = OPTIM.model_copy(update={"precision": precision, **saving})
+    optimizer = build_optimizer(model, config)
+    loss = GlobalLoss(model, LossConfig(), 1, config.accumulate)
+    given = batch(6).to("cuda")
+    training_step(loss, optimizer, given, config)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        losses = training_step(loss, optimizer, given, config)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert losses.total.isfinite()
 
 
 @pytest.mark.slow

@@ -32,12 +32,9 @@ EPOCHS = 4
 @pytest.fixture(scope="module")
 def cpus() -> Iterator[float]:
     """A cluster that is there before the sweeps are; how many CPUs it has."""
-    with pytest.MonkeyPatch.context() as patch:
-        # A process keeps the mode that it met first, and drills meet this one.
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        start_ray(4)
-        yield ray.cluster_resources()["CPU"]
-        ray.shutdown()
+    start_ray(4)
+    yield ray.cluster_resources()["CPU"]
+    ray.shutdown()
 
 
 @pytest.fixture
