@@ -10,7 +10,7 @@ help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 $(VENV)/.ready: requirements.txt pyproject.toml next/data/compose.c
-	@echo "setting up $(VENV) (about two minutes and 7 GB the first time)"
+	@echo "setting up $(VENV) (about three minutes and 7 GB the first time)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
@@ -57,6 +57,8 @@ bench: $(VENV)/.ready ## every measurement in benchmarks/
 	$(BIN)/python benchmarks/prepare.py --ray 2 --s3
 	$(BIN)/python benchmarks/loading.py
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/sweep.py overhead
+	$(BIN)/python benchmarks/sweep.py asha
 	$(BIN)/python benchmarks/sweep.py simulated
 	$(BIN)/python benchmarks/sweep.py experts
 	$(BIN)/python benchmarks/tracking.py

@@ -1,10 +1,11 @@
 """Sweeps: what a trial costs, how the search's own time grows, what ASHA saves, what is found.
 
     python benchmarks/sweep.py overhead [sweep] [documented] [processes]   # seconds, memory a trial
-    python benchmarks/sweep.py simulated [TRIALS]   # 1,000 recorded curves; ASHA against no pruning
+    python benchmarks/sweep.py simulated [TRIALS]   # 1,000 trials of recorded curves
+    python benchmarks/sweep.py asha        # the same curves, ASHA against no pruning
     python benchmarks/sweep.py experts     # 40 trials of the experts' space on the demo benchmark
 
-The first two write their figures to ``runs/benchmark-sweep/``.
+The first three write their figures to ``runs/benchmark-sweep/``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 from typing import Any
 
 from sweep_overhead import OUT, ROOT, WAYS, bare, demo_settings, overhead, trial, way
-from sweep_simulated import simulated
+from sweep_simulated import asha_against_none, simulated
 
 from next.tuning.space import load_space
 from next.tuning.sweep import SweepConfig, run_sweep
@@ -50,6 +51,8 @@ def main(argv: list[str]) -> int:
         write("overhead", overhead(rest))
     elif part == "simulated" and len(rest) <= 1:
         write("simulated", simulated(*map(int, rest)))
+    elif part == "asha" and not rest:
+        write("asha", asha_against_none())
     elif part == "experts" and not rest:
         experts()
     else:

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
 
 from next.cli import REQUIRED, Settings, parse, run_defaults, run_job
 from next.config import RunConfig, override
@@ -33,6 +35,8 @@ _USAGE = """usage: sweep.py {start,resume,report,list} ...
 
 Each takes --help. Optuna's dashboard shows a sweep's study: optuna-dashboard sqlite:///FOLDER/study.db
 """
+
+_Name = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class StartJob:
 class ResumeJob:
     """Go on with a sweep: what ended is kept, what was running continues from its checkpoint."""
 
-    name: str
+    name: _Name
     """Name of the sweep below the storage path, or its folder."""
     storage_path: Path = Path("runs")
     """Folder of all runs."""
@@ -84,7 +88,7 @@ class ResumeJob:
 class ReportJob:
     """Write report.html and sweep.json of a sweep as it stands; it may be running."""
 
-    name: str
+    name: _Name
     """Name of the sweep below the storage path, or its folder."""
     storage_path: Path = Path("runs")
     """Folder of all runs."""
@@ -145,7 +149,7 @@ def _start(argv: Sequence[str]) -> int:
 
 
 def _resume(argv: Sequence[str]) -> int:
-    job = parse(ResumeJob, _named(argv))
+    job = parse(ResumeJob, argv)
     given = {
         "trials": job.trials,
         "hours": job.hours,
@@ -163,7 +167,7 @@ def _resume(argv: Sequence[str]) -> int:
 
 
 def _report(argv: Sequence[str]) -> int:
-    job = parse(ReportJob, _named(argv))
+    job = parse(ReportJob, argv)
     folder = find_sweep(job.storage_path, job.name)
     written = report_sweep(folder)
     if job.json:
@@ -209,11 +213,6 @@ def _row(folder: Path) -> dict[str, Any]:
         score = f"{summary.score:.4g} ± {spread_text(winner, summary.floor)}"
         row |= {"best": winner.name, "score": score}
     return row
-
-
-def _named(argv: Sequence[str]) -> list[str]:
-    """``resume NAME`` is short for ``resume --name NAME``."""
-    return ["--name", *argv] if argv and not argv[0].startswith("-") else list(argv)
 
 
 def _tell(result: SweepResult, *, as_json: bool) -> int:

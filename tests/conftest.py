@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import pwd
 import shutil
 import socket
 import subprocess
@@ -184,3 +186,37 @@ def s3(s3_server, monkeypatch) -> str:
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
     return s3_server.new_bucket()
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[str]:
+    """URI of a PostgreSQL on loopback, of Debian's package; it never runs as root."""
+    folders = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if not folders:
+        pytest.skip("no PostgreSQL is installed (`make services` does it)")
+    programs = folders[-1].parent
+    user = None
+    if os.geteuid() == 0:
+        with contextlib.suppress(KeyError):
+            user = pwd.getpwnam("postgres").pw_name
+        if user is None:
+            pytest.skip("PostgreSQL does not run as root, and there is no user postgres")
+    # pytest's own folders are closed to other users.
+    folder = Path(tempfile.mkdtemp(prefix="next-postgresql-"))
+    port = free_port()
+    try:
+        if user is not None:
+            shutil.chown(folder, user, user)
+        run = {"user": user, "cwd": folder, "capture_output": True, "check": True, "text": True}
+        data = str(folder / "data")
+        initdb = [str(programs / "initdb"), "-D", data, "-U", "next", "-A", "trust", "-N"]
+        subprocess.run(initdb, **run)
+        settings = f"-p {port} -c listen_addresses=127.0.0.1 -c fsync=off -k {folder}"
+        control = [str(programs / "pg_ctl"), "-D", data, "-l", str(folder / "log"), "-w"]
+        subprocess.run([*control, "-o", settings, "start"], **run)
+        try:
+            yield f"postgresql+psycopg2://next@127.0.0.1:{port}/postgres"
+        finally:
+            subprocess.run([*control, "-m", "immediate", "stop"], **run)
+    finally:
+        shutil.rmtree(folder)

@@ -52,7 +52,7 @@ def add_image(folder: Path, picture: Path, key: str, step: int) -> list[Path]:
         )
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{key.replace('/', '~')}+step+{step}+timestamp+"
-    known = sorted(folder.glob(f"{_literal(name)}*.png"))
+    known = sorted(folder.glob(f"{name}*.png"))
     fresh = folder / f"{name}{time.time_ns() // 1_000_000}+{uuid.uuid4()}.png"
     whole = known[0] if known else fresh
     small = whole.with_name(f"{whole.stem}+compressed.webp")
@@ -94,8 +94,3 @@ def _plain(value: Any) -> Any:
     """A value that JSON holds; numpy's numbers become Python's."""
     value = value.item() if hasattr(value, "item") else value
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _literal(name: str) -> str:
-    """``name`` as a glob pattern that matches nothing else."""
-    return re.sub(r"([\[\]*?])", r"[\1]", name)

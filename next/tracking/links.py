@@ -53,25 +53,6 @@ def compare_url(uri: str, experiment_id: str, run_ids: Sequence[str]) -> str:
     )
 
 
-def children_url(uri: str, experiment_id: str, parent_id: str, best_by: str | None = None) -> str:
-    """The children of a run with a chart of each metric over the steps, also while they run.
-
-    Args:
-        uri: the server.
-        experiment_id: MLflow's id.
-        parent_id: MLflow's id.
-        best_by: a metric whose largest value comes first.
-    """
-    order = {"orderByKey": f"metrics.`{best_by}`", "orderByAsc": "false"} if best_by else {}
-    return _page(
-        uri,
-        f"experiments/{experiment_id}/runs",
-        compareRunsMode="CHART",
-        searchFilter=f"tags.`mlflow.parentRunId` = '{parent_id}'",
-        **order,
-    )
-
-
 def view_url(uri: str, experiment_id: str, key: str) -> str:
     """A saved view of :mod:`next.tracking.views`: its runs, columns, charts and pictures.
 

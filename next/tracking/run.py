@@ -37,7 +37,7 @@ from next.tracking.journal import (
     read_status,
     text_values,
 )
-from next.tracking.links import check_uri, children_url, compare_url, experiment_url, run_url
+from next.tracking.links import check_uri, compare_url, experiment_url, run_url
 from next.tracking.replay import Replay, replay
 from next.tracking.sender import Sender
 from next.tracking.server import TrackingServer, start_server, view_command
@@ -49,7 +49,6 @@ __all__ = [
     "TrackingServer",
     "check_server",
     "child_run_ids",
-    "children_url",
     "compare_url",
     "experiment_url",
     "open_run",

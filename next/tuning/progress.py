@@ -98,10 +98,12 @@ class Progress:
         counts = {state: sum(t.state == state for t in trials) for state in _COUNTED}
         spent = 0.0 if self.search is None else self.search.spent_seconds()
         left = self.seconds_left()
-        worked = sum(trial.seconds for trial in trials) / 3600
+        live = [] if self.search is None else list(self.search.live.values())
+        now = time.monotonic()
+        worked = sum(trial.seconds for trial in trials) + sum(now - run.began for run in live)
         rows = [
             f"+- {', '.join(f'{count} {state}' for state, count in counts.items())} "
-            f"of {self.sweep.trials} | spent {_span(spent)}, {worked:.2f} trial hours | "
+            f"of {self.sweep.trials} | spent {_span(spent)}, {worked / 3600:.2f} trial hours | "
             + ("left: not known yet" if left is None else f"about {_span(left)} left")
         ]
         scored = [setting for setting in settings if setting.score is not None][:5]
@@ -110,7 +112,6 @@ class Progress:
             f"  {setting.name}  {_brief(setting)}"
             for place, setting in enumerate(scored, 1)
         ]
-        live = [] if self.search is None else list(self.search.live.values())
         rows.append(f"+- running: {'  '.join(_running(run) for run in live) or 'none'}")
         return rows
 

@@ -1,17 +1,16 @@
 """The command of ``deploy/mlflow`` as it stands there, on a real PostgreSQL, with its own rules."""
 
 import base64
-import glob
+import contextlib
 import os
-import pwd
 import secrets
 import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
+import psycopg2
 import pytest
 import yaml
 
@@ -23,35 +22,15 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def postgres(short_folder) -> Iterator[str]:
-    """Address of an empty database of a server that runs for these tests."""
-    found = sorted(glob.glob("/usr/lib/postgresql/*/bin/initdb"))
-    if not found:
-        pytest.skip("PostgreSQL's server is not installed (Debian's package postgresql)")
-    programs, store = Path(found[-1]).parent, short_folder / "pg"
-    port = free_port()
-    account = {}
-    if os.geteuid() == 0:  # PostgreSQL refuses to run as root
-        user = pwd.getpwnam("postgres")
-        account = {"user": user.pw_uid, "group": user.pw_gid}
-        short_folder.chmod(0o755)
-        store.mkdir()
-        os.chown(store, user.pw_uid, user.pw_gid)
-    make = [programs / "initdb", "--pgdata", store, "--username=mlflow", "--auth=trust"]
-    subprocess.run(make, check=True, capture_output=True, timeout=60, cwd="/", **account)
-    serve = [programs / "postgres", "-D", store, "-h", "127.0.0.1", "-p", str(port), "-k", store]
-    server = subprocess.Popen(serve, stderr=subprocess.DEVNULL, cwd="/", **account)
-    new = [programs / "createdb", "-h", "127.0.0.1", "-p", str(port), "-U", "mlflow", "mlflow"]
-    ready = [programs / "pg_isready", "-h", "127.0.0.1", "-p", str(port)]
-    try:
-        wait_for(
-            "PostgreSQL", lambda: not subprocess.run(ready, capture_output=True).returncode, 30
-        )
-        subprocess.run(new, check=True, capture_output=True, timeout=30)
-        yield f"127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait(20)
+def postgres(postgresql) -> str:
+    """Address of a server with a user and an empty database of the names in the page."""
+    where = postgresql.rpartition("@")[2].partition("/")[0]
+    connection = psycopg2.connect(f"postgresql://next@{where}/postgres")
+    connection.autocommit = True  # no transaction may create a database
+    with contextlib.closing(connection), connection.cursor() as cursor:
+        cursor.execute("CREATE USER mlflow")
+        cursor.execute("CREATE DATABASE mlflow OWNER mlflow")
+    return where
 
 
 def status(port: int, host: str, password: str | None) -> int:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
-import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.deploy.conftest import ROOT, end_tree
+from tests.deploy.conftest import ROOT, Finished, end_tree, run
 
 HEAD, WORKER = "10.77.0.1", "10.77.0.2"
 
@@ -49,18 +47,9 @@ class Hosts:
 
     def run(
         self, host: str, command: Sequence[str], environment: Mapping[str, str], timeout: float = 60
-    ) -> subprocess.CompletedProcess:
+    ) -> Finished:
         """A finished command on a host, both streams in ``stdout``."""
-        return subprocess.run(
-            ["ip", "netns", "exec", self.names[host], *command],
-            cwd=ROOT,
-            env=dict(environment),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
+        return run(["ip", "netns", "exec", self.names[host], *command], environment, timeout)
 
     def cable(self, state: str) -> None:
         """Pull the cable at the worker's end (``down``), or put it back (``up``)."""
@@ -77,11 +66,10 @@ def ip(*words: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def hosts() -> Iterator[Hosts]:
+def hosts(short_folder) -> Iterator[Hosts]:
     tag = uuid.uuid4().hex[:6]
     names = {HEAD: f"nx-head-{tag}", WORKER: f"nx-work-{tag}"}
-    folder = Path(tempfile.mkdtemp(prefix="nx", dir="/tmp"))
-    both = Hosts(names, folder)
+    both = Hosts(names, short_folder)
     try:
         try:
             for name in names.values():
@@ -107,4 +95,3 @@ def hosts() -> Iterator[Hosts]:
             process.wait(10)
         for name in names.values():
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
-        shutil.rmtree(folder, ignore_errors=True)

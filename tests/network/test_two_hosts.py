@@ -81,7 +81,7 @@ def commands(name: str) -> str:
 
 
 def prepare_shells(hosts: Hosts, runs: Path) -> dict[str, dict[str, str]]:
-    """The environment of a login on each host, as the page's table of variables says."""
+    """The environment of a login on each host, with what the page's lines set."""
     token, shells = secrets.token_hex(32), {}
     for host in (HEAD, WORKER):
         home = hosts.folder / host.rpartition(".")[2]

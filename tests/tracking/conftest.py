@@ -1,12 +1,9 @@
 """Real MLflow servers: the local one for most tests of this folder, and MLflow's own command."""
 
 import os
-import pwd
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
 from contextlib import contextmanager, suppress
@@ -28,40 +25,6 @@ def server(tmp_path_factory):
 @pytest.fixture(scope="session")
 def client(server):
     return connect(server.uri)
-
-
-@pytest.fixture(scope="session")
-def postgresql():
-    """URI of a PostgreSQL on loopback, of Debian's package; it never runs as root."""
-    folders = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    if not folders:
-        pytest.skip("no PostgreSQL is installed (`make services` does it)")
-    programs = folders[-1].parent
-    user = None
-    if os.geteuid() == 0:
-        with suppress(KeyError):
-            user = pwd.getpwnam("postgres").pw_name
-        if user is None:
-            pytest.skip("PostgreSQL does not run as root, and there is no user postgres")
-    # pytest's own folders are closed to other users.
-    folder = Path(tempfile.mkdtemp(prefix="next-postgresql-"))
-    port = free_port()
-    try:
-        if user is not None:
-            shutil.chown(folder, user, user)
-        run = {"user": user, "cwd": folder, "capture_output": True, "check": True, "text": True}
-        data = str(folder / "data")
-        initdb = [str(programs / "initdb"), "-D", data, "-U", "next", "-A", "trust", "-N"]
-        subprocess.run(initdb, **run)
-        settings = f"-p {port} -c listen_addresses=127.0.0.1 -c fsync=off -k {folder}"
-        control = [str(programs / "pg_ctl"), "-D", data, "-l", str(folder / "log"), "-w"]
-        subprocess.run([*control, "-o", settings, "start"], **run)
-        try:
-            yield f"postgresql+psycopg2://next@127.0.0.1:{port}/postgres"
-        finally:
-            subprocess.run([*control, "-m", "immediate", "stop"], **run)
-    finally:
-        shutil.rmtree(folder)
 
 
 @contextmanager

@@ -3,7 +3,7 @@ from urllib.parse import parse_qs
 
 import pytest
 
-from next.tracking.links import check_uri, children_url, compare_url, experiment_url, run_url
+from next.tracking.links import check_uri, compare_url, experiment_url, run_url
 
 
 @pytest.mark.parametrize(
@@ -42,9 +42,3 @@ def test_the_comparison_names_all_runs():
 def test_a_comparison_needs_two_runs():
     with pytest.raises(ValueError, match="two runs or more, but got 1"):
         compare_url("http://h:1", "7", ["a"])
-
-
-def test_children_are_filtered_and_ordered():
-    words = parse_qs(children_url("http://h:1", "7", "ab", "val/mAP").partition("?")[2])
-    assert words["searchFilter"] == ["tags.`mlflow.parentRunId` = 'ab'"]
-    assert words["orderByKey"] == ["metrics.`val/mAP`"]
