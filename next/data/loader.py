@@ -312,19 +312,31 @@ class _Maker:
         """Batches in order.
 
         On a GPU a thread prepares the next one while one is used, and its error is raised where its
-        batch would have come. On a CPU that would only take time from the training: a batch is
-        prepared when it is asked for, and one that is let go of first lends its memory to it.
+        batch would have come. It works on a stream of its own: on the training's, its copies would
+        wait for the kernels of the step before them. On a CPU a thread would only take time from
+        the training: a batch is prepared when it is asked for, and one that is let go of first
+        lends its memory to it.
         """
         with self.pool, ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
-            if self.device.type == "cpu":
+            if self.device.type != "cuda":
                 for step in range(steps):
                     yield prepare(step)
                 return
-            ahead = thread.submit(prepare, 0) if steps else None
+            stream = torch.cuda.Stream(self.device)
+
+            def prepare_aside(step: int) -> Batch:
+                with torch.cuda.stream(stream):
+                    batch = prepare(step)
+                stream.synchronize()
+                return batch
+
+            ahead = thread.submit(prepare_aside, 0) if steps else None
             for step in range(steps):
                 assert ahead is not None
                 batch = ahead.result()
-                ahead = thread.submit(prepare, step + 1) if step + 1 < steps else None
+                for tensor in batch:  # its memory is not given away before it was used
+                    tensor.record_stream(torch.cuda.current_stream(self.device))
+                ahead = thread.submit(prepare_aside, step + 1) if step + 1 < steps else None
                 yield batch
                 del batch
 

@@ -60,7 +60,9 @@ def sample_set(rows: int = 24, modalities: tuple[str, ...] = ("RGB", "NI", "TI")
     )
 
 
-def epoch_of(samples: SampleSet, rank: int = 0, world: int = 1, epoch: int = 2) -> Iterator[Batch]:
+def epoch_of(
+    samples: SampleSet, rank: int = 0, world: int = 1, epoch: int = 2, device: str = "cpu"
+) -> Iterator[Batch]:
     plan = epoch_plan(samples.labels.pid, seed=4, epoch=epoch, p=3, k=4)
     return train_batches(
         samples,
@@ -69,7 +71,7 @@ def epoch_of(samples: SampleSet, rank: int = 0, world: int = 1, epoch: int = 2) 
         config=CONFIG,
         epoch=epoch,
         classes=np.unique(samples.labels.pid),
-        device="cpu",
+        device=device,
     )
 
 
@@ -407,3 +409,18 @@ def test_joint_encoding_tells_how_many_captions_are_cut(manifest, config, caplog
     caplog.clear()
     opened(manifest, "gallery", config, Tower(), overflow=lambda texts: 0.0)
     assert not caplog.text
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_that_is_behind_gets_the_same_batches():
+    samples = sample_set()
+    expected, found = [], []
+    for epoch in range(8):
+        expected += list(epoch_of(samples, epoch=epoch))
+        for batch in epoch_of(samples, epoch=epoch, device="cuda"):
+            torch.cuda._sleep(20_000_000)  # some ten milliseconds, in which the next one is made
+            found.append(Batch(*(tensor.clone() for tensor in batch)))
+            del batch
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert_equal(one.to("cpu"), other)
