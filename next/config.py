@@ -278,6 +278,10 @@ class OptimConfig(Section):
     of the trained weights; None: no average."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Autocast of the forward pass; losses and distances are always float32."""
+    cuda_graph: bool = False
+    """On one GPU, record forward and backward of a batch once and replay them: otherwise the host
+    starts some fifteen hundred kernels a step, which limits small batches and small towers. The
+    graph keeps its activations' memory during evaluation too."""
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> OptimConfig:
@@ -451,6 +455,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"optim.accumulate must not exceed the {share} samples of a worker's share of the "
                 f"batch, but got {self.optim.accumulate}; lower it"
+            )
+        if self.optim.cuda_graph and not (self.scaling.use_gpu and self.scaling.max_workers == 1):
+            raise ValueError(
+                f"optim.cuda_graph needs scaling.use_gpu = true and scaling.num_workers = 1, but "
+                f"got {self.scaling.use_gpu} and {self.scaling.num_workers}; leave it off"
             )
         if self.data.placement == "sharded" and not isinstance(self.scaling.num_workers, int):
             raise ValueError(

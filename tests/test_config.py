@@ -33,6 +33,7 @@ def test_override_replaces_and_leaves_the_original_alone():
         ({"captions.sampling": "some"}, r"captions.sampling: .*'all', 'subset'"),
         ({"augment.erase_area": (0.5, 0.1)}, r"0 < low <= high <= 1, but got \(0.5, 0.1\)"),
         ({"optim.warmup_epochs": 99}, r"must not exceed optim.epochs, but got 99"),
+        ({"optim.cuda_graph": True}, r"cuda_graph needs scaling.use_gpu = true .* got False and 1"),
         ({"scaling.num_workers": 3}, r"multiple of scaling.num_workers.* 64 over 3"),
         ({"scaling.num_workers": (1, 4)}, r"multiple of scaling.num_workers.* 64 over 3; 12 and"),
         ({"scaling.num_workers": (4, 2)}, r"1 <= least <= most, but got \(4, 2\)"),

@@ -37,6 +37,7 @@ from next.training.checkpoint import (
 from next.training.cost import explain_shortage, is_shortage
 from next.training.interruption import Ask, Interrupted
 from next.training.optimizer import WeightAverage, build_optimizer, set_learning_rates
+from next.training.recording import Recording
 from next.training.report import Reporter
 from next.training.step_log import StepLog
 
@@ -130,6 +131,7 @@ def train(
     batch_loss: nn.Module = GlobalLoss(network, config.loss, worker.world, config.optim.accumulate)
     if worker.world > 1:
         batch_loss = DistributedDataParallel(batch_loss, forward_sync_buffers=False)
+    recording = record(batch_loss, config.optim) if config.optim.cuda_graph else None
     classes = np.unique(data.train.labels.pid)
 
     for epoch in range(progress.epoch, config.optim.epochs):
@@ -156,7 +158,7 @@ def train(
         for batch in batches:
             index += 1
             rates = set_learning_rates(optimizer, epoch + index / len(plan), config.optim)
-            losses.append(training_step(batch_loss, optimizer, batch, config.optim))
+            losses.append(training_step(batch_loss, optimizer, batch, config.optim, recording))
             del batch  # before the next one is made, which takes over its memory
             if average is not None:
                 average.update(network, progress.step + len(losses))
@@ -213,6 +215,7 @@ def training_step(
     optimizer: torch.optim.Optimizer,
     batch: Batch,
     config: OptimConfig,
+    recording: Recording | None = None,
 ) -> Losses:
     """Forward, backward and update on one batch; nothing is read back from the device.
 
@@ -221,16 +224,17 @@ def training_step(
         optimizer: over its parameters.
         batch: this worker's share.
         config: precision and clipping.
+        recording: what :func:`record` made of the same loss; runs forward and backward.
 
     Raises:
         MemoryError: the device's memory does not hold the step.
     """
-    device = batch.images.device
     try:
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-            losses: Losses = batch_loss(batch)
-        losses.total.backward()
+        if recording is not None:
+            losses = recording(batch)
+        else:
+            optimizer.zero_grad(set_to_none=True)
+            losses = forward_and_backward(batch_loss, batch, config)
         if config.clip_norm is not None:
             nn.utils.clip_grad_norm_(batch_loss.parameters(), config.clip_norm)
         optimizer.step()
@@ -241,6 +245,22 @@ def training_step(
         came = str(error).splitlines()[0]
     # Outside of the except clause, where the failed step is no longer referred to.
     raise MemoryError(explain_shortage(batch_loss, optimizer, batch, config, came))
+
+
+def forward_and_backward(batch_loss: nn.Module, batch: Batch, config: OptimConfig) -> Losses:
+    """Losses of a batch; their gradient is added to that of the parameters."""
+    device = batch.images.device
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+        losses: Losses = batch_loss(batch)
+    losses.total.backward()
+    return losses
+
+
+def record(batch_loss: nn.Module, config: OptimConfig) -> Recording:
+    """Forward and backward of ``batch_loss`` as a CUDA graph, from its fourth batch on."""
+    return Recording(
+        lambda batch: forward_and_backward(batch_loss, batch, config), list(batch_loss.parameters())
+    )
 
 
 def is_due(step: int, every: int | None) -> bool:

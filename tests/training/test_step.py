@@ -14,7 +14,7 @@ import torch
 from next.config import LossConfig, OptimConfig
 from next.data.loader import Batch
 from next.model.losses import objective
-from next.training.loop import GlobalLoss, training_step
+from next.training.loop import GlobalLoss, record, training_step
 from next.training.optimizer import build_optimizer
 from tests.training.test_cost import batch, network
 
@@ -25,14 +25,16 @@ OPTIM = OptimConfig(name="adamw", lr=1e-3, tower_lr=1e-4)
 
 def steps(model: torch.nn.Module, config: OptimConfig, count: int) -> list[float]:
     optimizer = build_optimizer(model, config)
-    loss = GlobalLoss(model, LossConfig(), 1)
+    loss = GlobalLoss(model, LossConfig(), 1, config.accumulate)
+    recording = record(loss, config) if config.cuda_graph else None
     torch.manual_seed(1)
     device = model.get_parameter("structure.phi").device
     batches = [batch(6).to(device) for _ in range(2)]
-    return [
-        training_step(loss, optimizer, batches[step % 2], config).total.item()
+    losses = [
+        training_step(loss, optimizer, batches[step % 2], config, recording)
         for step in range(count)
     ]
+    return [loss.total.item() for loss in losses]
 
 
 def test_steps_in_bfloat16_stay_near_those_in_float32():
@@ -76,6 +78,22 @@ def test_a_gpu_steps_as_the_cpu_does(precision):
 
 
 @needs_gpu
+@pytest.mark.parametrize("saving", [{}, {"accumulate": 2, "clip_norm": 1.0}])
+def test_a_gpu_that_replays_a_recorded_step_learns_the_same(saving):
+    plain = network(model__backbone__checkpointing=bool(saving)).cuda()
+    recorded = copy.deepcopy(plain)
+    config = OPTIM.model_copy(update=saving)
+    expected = steps(plain, config, 8)
+    found = steps(recorded, config.model_copy(update={"cuda_graph": True}), 8)
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-4, atol=0)
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(
+            recorded.state_dict()[name], value, rtol=1e-3, atol=1e-4, msg=name
+        )
+
+
+@needs_gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("saving", [{}, {"accumulate": 2, "clip_norm": 1.0}])
 def test_a_step_on_a_gpu_is_not_waited_for(precision, saving):
