@@ -161,7 +161,9 @@ class BackboneConfig(Section):
     """Keep only the input of each block of the tower and compute the rest again in the backward
     pass: much less memory for about a third more time, with the same result."""
     compile: bool = False
-    """Compile the blocks of the tower with ``torch.compile`` (training only)."""
+    """Compile the blocks of the tower with ``torch.compile`` (training only). Worth it on a GPU: a
+    step of 64 samples in bfloat16 took 14 % less on an H200 with ``optim.cuda_graph``, 12 to 17 %
+    without."""
 
 
 class SemanticConfig(Section):
@@ -280,8 +282,9 @@ class OptimConfig(Section):
     """Autocast of the forward pass; losses and distances are always float32."""
     cuda_graph: bool = False
     """On one GPU, record forward and backward of a batch once and replay them: otherwise the host
-    starts some fifteen hundred kernels a step, which limits small batches and small towers. The
-    graph keeps its activations' memory during evaluation too."""
+    starts some fifteen hundred kernels a step, which limits small batches and small towers. In
+    bfloat16 on an H200 a step of 64 samples took 7 % less, one of 16 less than half. The graph
+    keeps its activations' memory during evaluation too."""
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> OptimConfig:
