@@ -69,7 +69,7 @@ class ResumeJob:
     storage_path: Path = Path("runs")
     """Folder of all runs."""
     trials: int | None = None
-    """Trials in all; None: as the sweep was started."""
+    """Trials in all, of a fork beside those that it takes over; None: as the sweep was started."""
     hours: float | None = None
     """Hours in all; None: as the sweep was started."""
     target: float | None = None

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pwd
+import secrets
 import shutil
 import socket
 import subprocess
@@ -28,6 +29,11 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("default")
 
+# A process keeps the mode that it met first, and a head of another mode does not get along with
+# it. So all clusters that tests start ask for tokens, as Ray's local ones do by themselves.
+os.environ["RAY_AUTH_MODE"] = "token"
+os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
 TINY = {
     "model.backbone.name": "next-tiny",
     "model.backbone.pretrained": None,
@@ -48,15 +54,12 @@ TINY = {
 """Settings that train in a second."""
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own hook
 def pytest_collection_modifyitems(items) -> None:
-    """Keep tests that start Ray in one process: clusters on a machine disturb each other.
-
-    Those that mostly wait, or have hosts of their own, go to the other process meanwhile.
-    """
+    """Keep the tests of a module that start Ray in one process: they share a cluster."""
     for item in items:
         if item.get_closest_marker("ray"):
-            apart = item.get_closest_marker("network") or item.path.name == "test_workers.py"
-            item.add_marker(pytest.mark.xdist_group("ray-apart" if apart else "ray"))
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.parent.name}-{item.path.stem}"))
 
 
 @pytest.fixture(scope="module")

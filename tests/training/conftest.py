@@ -30,7 +30,6 @@ from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = {
-    "RAY_AUTH_MODE": "disabled",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.2",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "4",

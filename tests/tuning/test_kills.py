@@ -1,0 +1,128 @@
+"""Sweeps whose driver is killed again and again, at drawn moments, and forked when they ended."""
+
+import random
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from next.config import RunConfig, override, to_toml
+from next.tuning.folder import find_sweep, read_standing
+from tests.tuning.test_sweep import rows, sweep_job, wait_for
+
+SPACE = """
+def suggest(trial):
+    return {"optim.lr": trial.suggest_float("optim.lr", 1e-4, MOST, log=True)}
+"""
+EPOCHS = 4
+
+
+class Sweep:
+    """A sweep by the command line; whatever its study has said must stay true."""
+
+    def __init__(self, config: RunConfig, folder: Path, trials: int) -> None:
+        self.storage = Path(config.run.storage_path)
+        self.folder = self.storage / str(config.run.name)
+        self._home, self._log = folder, folder / "log.txt"
+        settings, space = folder / "settings.toml", folder / "rates.py"
+        settings.write_text(to_toml(config))
+        space.write_text(SPACE.replace("MOST", "1e-2"))
+        self._start = [
+            *("--space", str(space), "--data", str(config.data.uri), "--recipe", str(settings)),
+            *("--trials", str(trials), "--sweep.no_free_axes", "--sweep.pictures", "0"),
+            *("--sweep.noise_share", "0", "--sweep.race_share", "0", "--sweep.pruner", "none"),
+        ]
+        self._resume = ["resume", self.folder.name, "--storage_path", str(self.storage)]
+        self._ended: list[tuple[int, int, str]] = []
+        self._drawn: dict[str, dict] = {}
+
+    def start(self) -> subprocess.Popen:
+        """As a user would after whatever happened."""
+        known = (self.folder / "sweep.toml").exists()
+        flags = self._resume if known else self._start
+        return sweep_job(*flags, home=self._home, log=self._log)
+
+    def lives(self, seconds: float) -> None:
+        """Its driver starts, and is killed after so many seconds."""
+        driver = self.start()
+        with suppress(subprocess.TimeoutExpired):
+            driver.wait(seconds)
+        assert driver.returncode in (None, 0), self.said()
+        driver.kill()
+        driver.wait()
+        self.check()
+
+    def ends(self, *flags: str) -> None:
+        driver = sweep_job(*flags, home=self._home, log=self._log) if flags else self.start()
+        try:
+            assert driver.wait(300) == 0, self.said()
+        finally:
+            driver.kill()
+        self.check()
+
+    def said(self) -> str:
+        return self._log.read_text()[-3000:]
+
+    def check(self) -> None:
+        """Nothing that had ended is another or gone, no trial draws again what it had drawn."""
+        if not (self.folder / "sweep.toml").exists():
+            return
+        found = rows(self.folder)
+        assert [row for row in found if row in self._ended] == self._ended
+        self._ended = [row for row in found if row[2] == "COMPLETE"]
+        drawn = {trial.name: trial.settings for trial in read_standing(self.folder).trials}
+        assert {name: drawn[name] for name in self._drawn} == self._drawn
+        self._drawn = drawn
+
+    def holds(self, trials: int) -> None:
+        """So many trials, each with each of its evaluations, once."""
+        found = read_standing(self.folder).trials
+        assert [trial.state for trial in found] == ["finished"] * trials
+        assert len({trial.name for trial in found}) == trials
+        for trial in found:
+            assert [epoch for epoch, _ in trial.curve] == list(range(1, EPOCHS + 1))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(700)
+def test_a_driver_that_is_killed_at_any_moment_loses_and_doubles_nothing(tiny_config, tmp_path):
+    config = override(tiny_config, {"run.name": "often", "optim.epochs": EPOCHS})
+    sweep, moments = Sweep(config, tmp_path, trials=6), random.Random(6)
+    for _ in range(4):
+        sweep.lives(seconds=moments.uniform(5, 22))
+    sweep.ends()
+    sweep.holds(trials=6)
+
+    other = tmp_path / "other.py"
+    other.write_text(SPACE.replace("MOST", "2e-3"))
+    fits = [t for t in read_standing(sweep.folder).trials if t.settings["optim.lr"] <= 2e-3]
+    where = ("--storage_path", str(sweep.storage), "--space", str(other), "--trials", "2")
+    sweep.ends("resume", "often", "--fork", "narrow", *where)
+    forked = read_standing(find_sweep(sweep.storage, "narrow")).trials
+    assert all(trial.state == "finished" for trial in forked)
+    assert all(trial.settings["optim.lr"] <= 2e-3 for trial in forked)
+    inherited = [trial for trial in forked if trial.inherited]
+    assert len(forked) - len(inherited) == 2, "those that it takes over are none of its budget"
+    assert fits, "the setting of the recipe is one"
+    assert [t.settings for t in inherited] == [t.settings for t in fits]
+    sweep.holds(trials=6)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(700)
+def test_a_trial_of_two_workers_goes_on_after_its_driver_was_killed(tiny_config, tmp_path):
+    workers = {"scaling.num_workers": 2, "scaling.cpus_per_worker": 0.5}
+    config = override(tiny_config, {"run.name": "pair", "optim.epochs": EPOCHS} | workers)
+    sweep = Sweep(config, tmp_path, trials=2)
+    driver = sweep.start()
+    wait_for(
+        lambda: list(sweep.folder.glob("trials/*/checkpoints/step-*")), driver, tmp_path / "log.txt"
+    )
+    driver.kill()
+    driver.wait()
+    sweep.check()
+    sweep.ends()
+    sweep.holds(trials=2)
