@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--values", type=int, default=20_000, help="delivered in a round")
     parser.add_argument("--trials", type=int, nargs="*", default=[100, 1000])
     parser.add_argument("--folder", type=Path, help="keeps the store, so that it is filled once")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/tracking.json"))
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/tracking.json"))
     options = parser.parse_args()
     found: dict[str, Any] = {"machine": platform.processor() or platform.machine()}
     with ExitStack() as stack:
@@ -69,6 +69,7 @@ def main() -> None:
                 measure_search(server.uri, trials, settings)
                 for trials, settings in sweeps(options.trials)
             ]
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(found, indent=2))
 
 

@@ -65,8 +65,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--repeats", type=int, default=3, help="of each setting")
     parser.add_argument("--samples", type=int, default=64, help="of a global batch, four a person")
     parser.add_argument("--epochs", type=int, default=12, help="of each run that is timed")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/training.json"))
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/training.json"))
     options = parser.parse_args(argv)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {
         "machine": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
