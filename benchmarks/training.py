@@ -42,6 +42,7 @@ from next.training.inputs import resolve, training_data
 from next.training.interruption import Ask, Bell
 from next.training.loop import Worker, train
 from next.training.optimizer import build_optimizer
+from next.training.process import configure_torch
 from next.training.report import FolderReporter, TrainReporter
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -325,7 +326,7 @@ class Clock(Bell):
 def member(rank: int, world: int, settings: str, began: float, queue: Any) -> None:
     """One process of a group."""
     config = from_toml(settings)
-    torch.set_num_threads(config.threads or 1)
+    configure_torch(config)
     folder = Path(config.run.storage_path) / str(config.run.name) / "checkpoints"
     clock, rows = Clock(), []
     kept = {"checkpoint": config.checkpoint, "bell": clock}
