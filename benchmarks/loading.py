@@ -38,6 +38,7 @@ import torch
 import tyro
 from PIL import Image
 from prepare import MODALITIES, ROOT, draw_source
+from real_loop import unit_vectors
 from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
@@ -141,15 +142,9 @@ def opened(folder: Path) -> SampleSet:
         "train",
         config=config,
         text_tower_key="stand-in",
-        encode=unit_vectors,
+        encode=lambda texts: unit_vectors(len(texts), WIDTH),
         width=WIDTH,
     )
-
-
-def unit_vectors(texts: list[str]) -> np.ndarray:
-    """Random embeddings of length one."""
-    found = np.random.default_rng(0).standard_normal((len(texts), WIDTH)).astype(np.float32)
-    return found / np.linalg.norm(found, axis=1, keepdims=True)
 
 
 def batches_of(samples: SampleSet, folder: Path, epoch: int = 0) -> Any:

@@ -54,7 +54,7 @@ def real_batches(
         "train",
         config=config,
         text_tower_key="stand-in",
-        encode=lambda texts: _unit_vectors(len(texts), width),
+        encode=lambda texts: unit_vectors(len(texts), width),
         width=width,
     )
     pid = read.labels.pid
@@ -76,6 +76,7 @@ def real_batches(
         )
 
 
-def _unit_vectors(rows: int, width: int) -> np.ndarray:
+def unit_vectors(rows: int, width: int) -> np.ndarray:
+    """Random embeddings of length one, ``[rows, width]``."""
     found = np.random.default_rng(0).standard_normal((rows, width)).astype(np.float32)
     return found / np.linalg.norm(found, axis=1, keepdims=True)

@@ -129,7 +129,7 @@ def main(argv: Sequence[str]) -> int:
         help="cpu: the process' own seconds, with one thread, where others use the machine too",
     )  # fmt: skip
     parser.add_argument("--steps", type=int, help="timed steps; 2 on a CPU, 20 on a GPU")
-    parser.add_argument("--out", type=Path, default=Path("runs/step.json"))
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/step.json"))
     parser.add_argument("--row", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.clock == "cpu" and (options.threads != 1 or options.device != "cpu"):
@@ -383,11 +383,11 @@ def profile(step: Callable[[], object], device: torch.device) -> list[str]:
     """
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as record
+    from torch.profiler import profile as profiled
 
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with record(activities=activities) as found:
+    with profiled(activities=activities) as found:
         step()
         _wait(device)
 
