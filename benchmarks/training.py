@@ -1,7 +1,7 @@
 """What several workers cost and give: start-up, Ray's share, scaling, checkpoints, a killed one.
 
     python benchmarks/training.py                      # all parts
-    python benchmarks/training.py --parts start kill   # some: start step checkpoint snapshot kill
+    python benchmarks/training.py --parts start kill   # some of them; --help names all
 
 Runs of the procedural benchmark, one torch thread a worker. "Plain torch" is the same training loop
 on processes of torch.multiprocessing with gloo: no Ray, no journal. Settings that are compared take
@@ -57,7 +57,8 @@ Found = dict[str, list[float]]
 def main(argv: list[str]) -> int:
     """Measure, print a table for each part, write JSON."""
     parts: dict[str, Callable[[Bench], list[Row]]] = {
-        "start": start, "step": step, "checkpoint": checkpoint, "snapshot": snapshot, "kill": kill,
+        "start": start, "ray": ray_alone, "step": step, "checkpoint": checkpoint,
+        "snapshot": snapshot, "kill": kill,
     }  # fmt: skip
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -66,8 +67,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--repeats", type=int, default=3, help="of each setting")
     parser.add_argument("--samples", type=int, default=64, help="of a global batch, four a person")
     parser.add_argument("--epochs", type=int, default=12, help="of each run that is timed")
+    parser.add_argument("--within", type=Path, help=argparse.SUPPRESS)  # what part `ray` starts
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/training.json"))
     options = parser.parse_args(argv)
+    if options.within:
+        on_one_worker(from_toml(options.within.read_text()))
+        return 0
     options.out.parent.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {
         "machine": platform.processor() or platform.machine(),
@@ -144,6 +149,38 @@ def start(bench: Bench) -> list[Row]:
         timed = run_plainly(bench.new(optim__epochs=1, selection__every=1), 2)
         found.setdefault("2 processes, plain torch", []).append(timed.first)
     return [spread(name, "s to first step", values) for name, values in found.items()]
+
+
+def ray_alone(bench: Bench) -> list[Row]:
+    """What Ray adds to a step of 0.2 s where it has a core beside the worker's, by turns.
+
+    A run of one worker is no run of Ray's in this project; here it is, to see Ray alone.
+    """
+    found: Found = {}
+    ways = {
+        "1 process, plain torch": lambda config: run_plainly(config, 1),
+        "1 worker of Ray Train": lambda config: run_job(config, "benchmarks/training.py --within"),
+    }
+    for turn in range(bench.repeats):
+        for name in list(ways)[:: 1 if turn % 2 else -1]:
+            config = bench.new(batch__identities=6)
+            found.setdefault(name, []).append(ways[name](config).pace)
+    plain, ray = (found[name] for name in ways)
+    rows = [spread(name, "s a step", found[name]) for name in ways]
+    return [*rows, ratios("Ray over plain torch, a core to spare", ray, plain)]
+
+
+def on_one_worker(config: RunConfig) -> None:
+    """A run of one worker by Ray Train, as one of several is."""
+    from next.tracking.run import open_run
+    from next.training.workers import train_on_workers
+
+    folder = Path(config.run.storage_path) / str(config.run.name)
+    run = {"uri": None, "experiment": "benchmark", "name": folder.name, "folder": folder}
+    with open_run(**run):
+        pass
+    manifest = open_manifest(str(config.data.uri))
+    train_on_workers(config, manifest, folder, str(folder / "checkpoints"), run)
 
 
 def step(bench: Bench) -> list[Row]:
@@ -258,23 +295,24 @@ def kill(bench: Bench) -> list[Row]:
     ]
 
 
-def begin_job(config: RunConfig) -> tuple[subprocess.Popen, Path]:
-    """``jobs/train.py`` with these settings, and the file of what it says."""
+def begin_job(config: RunConfig, script: str = "") -> tuple[subprocess.Popen, Path]:
+    """``jobs/train.py``, or a script, with these settings, and the file of what it says."""
     recipe = Path(config.run.storage_path).parent / f"{config.run.name}.toml"
     recipe.write_text(to_toml(config))
     output = recipe.with_suffix(".log")
-    command = [sys.executable, "jobs/train.py", "--data", str(config.data.uri)]
+    command = [sys.executable, *script.split(), str(recipe)]
+    if not script:
+        job = ["jobs/train.py", "--data", str(config.data.uri), "--json", "--recipe", str(recipe)]
+        command = [sys.executable, *job]
     with output.open("wb") as log:
-        process = subprocess.Popen(
-            [*command, "--recipe", str(recipe), "--json"], cwd=ROOT, stdout=log, stderr=log
-        )
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
     return process, output
 
 
-def run_job(config: RunConfig) -> Timed:
+def run_job(config: RunConfig, script: str = "") -> Timed:
     """Run the job to its end; times are those of the journal's records."""
     began = time.time()
-    process, output = begin_job(config)
+    process, output = begin_job(config, script)
     if process.wait() != 0:
         raise RuntimeError(output.read_text()[-3000:])
     rows = read_metrics(Path(config.run.storage_path) / str(config.run.name))

@@ -11,8 +11,7 @@ from pathlib import Path
 from next.cli import DEMO_CARD, Settings, base_config, demo_shards, parse, run_job
 from next.config import RunConfig, override
 from next.data.benchmark import load_card
-from next.tuning.space import load_space
-from next.tuning.sweep import SweepConfig, run_sweep
+from next.tuning.settings import SweepConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -61,6 +60,9 @@ def main(argv: Sequence[str]) -> int:
         },
     )
     _log.info("[2/3] the sweep")
+    from next.tuning.space import load_space
+    from next.tuning.sweep import run_sweep
+
     result = run_sweep(config, load_space(job.space), job.sweep)
     _log.info("[3/3] done in %.0f s", time.monotonic() - began)
     print("\n".join(result.lines()))

@@ -7,19 +7,17 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from next.cli import parse, run_job
 from next.config import override
 from next.data.shards import open_manifest
-from next.evaluation.missing import MissingMatrix
 from next.tracking.registry import fetch_model, registry_server
-from next.training.assessment import assess, assess_missing, draw_missing
-from next.training.checkpoint import read_config, read_progress
-from next.training.embedder import LOADER
-from next.training.launch import configure_torch, device
+
+if TYPE_CHECKING:
+    from next.evaluation.missing import MissingMatrix
 
 REFERENCES = {
     "RGBNT201": {
@@ -71,12 +69,19 @@ def main(argv: Sequence[str]) -> int:
 
 def _fetch(job: EvaluateJob, parent: Path) -> Path:
     """The checkpoint of a registered model; nothing that comes with it is executed."""
+    from next.training.embedder import LOADER
+
     with registry_server(job.tracking_uri, job.storage_path) as uri:
         return fetch_model(uri, str(job.model), parent, loader=LOADER) / "checkpoint"
 
 
 def _assess(job: EvaluateJob, checkpoint: Path) -> int:
     manifest = open_manifest(job.data)
+    # After the command line and the data, because it takes five seconds.
+    from next.training.assessment import assess, assess_missing, draw_missing
+    from next.training.checkpoint import read_config, read_progress
+    from next.training.process import configure_torch, device
+
     progress = read_progress(checkpoint)
     config = read_config(checkpoint)
     settings = {"threads": job.threads} | ({"data.cache": job.cache} if job.cache else {})

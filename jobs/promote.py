@@ -13,7 +13,6 @@ import tyro
 from next.cli import FAILURE, parse, run_job
 from next.tracking.promotion import promote
 from next.tracking.registry import CANDIDATE, registry_server
-from next.training.registration import register_run
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,8 @@ def main(argv: Sequence[str]) -> int:
     beside = job.run.absolute().parent if job.run else Path("runs")
     with registry_server(job.tracking_uri, job.storage_path or beside) as uri:
         if job.run is not None:
+            from next.training.registration import register_run  # takes five seconds
+
             version = register_run(job.run.absolute(), uri, job.model)
             answer["registered"] = version.uri
             lines.append(f"registered  {version.uri} as {CANDIDATE}")

@@ -8,23 +8,17 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from next.cli import REQUIRED, Settings, parse, run_defaults, run_job
 from next.config import RunConfig, override
-from next.tuning.folder import find_sweep, is_driven, list_sweeps, read_standing
-from next.tuning.report import report_sweep
+from next.tuning.settings import SweepConfig
 from next.tuning.space import check_space, load_space
-from next.tuning.summary import spread_text, summarise
-from next.tuning.sweep import (
-    SweepConfig,
-    SweepResult,
-    prepare_sweep,
-    resume_sweep,
-    run_sweep,
-)
+
+if TYPE_CHECKING:
+    from next.tuning.sweep import SweepResult
 
 _USAGE = """usage: sweep.py {start,resume,report,list} ...
 
@@ -118,6 +112,9 @@ def main(argv: Sequence[str]) -> int:
     return verbs[verb](rest)
 
 
+# What sweeps is imported once the command line is known to be right: it takes seven seconds.
+
+
 def _start(argv: Sequence[str]) -> int:
     # DESIGN names `--trials`; it is short for `--sweep.trials`.
     argv = ["--sweep.trials" if word == "--trials" else word for word in argv]
@@ -125,6 +122,8 @@ def _start(argv: Sequence[str]) -> int:
     job = parse(StartJob, argv, default=default)
     config = override(job.config, {"data.uri": job.data})
     space = load_space(job.space)
+    from next.tuning.sweep import prepare_sweep, run_sweep
+
     if job.dry_run:
         manifest, config = prepare_sweep(config, job.sweep)
         plan = {
@@ -150,6 +149,9 @@ def _start(argv: Sequence[str]) -> int:
 
 def _resume(argv: Sequence[str]) -> int:
     job = parse(ResumeJob, argv)
+    from next.tuning.folder import find_sweep
+    from next.tuning.sweep import resume_sweep
+
     given = {
         "trials": job.trials,
         "hours": job.hours,
@@ -168,6 +170,9 @@ def _resume(argv: Sequence[str]) -> int:
 
 def _report(argv: Sequence[str]) -> int:
     job = parse(ReportJob, argv)
+    from next.tuning.folder import find_sweep
+    from next.tuning.report import report_sweep
+
     folder = find_sweep(job.storage_path, job.name)
     written = report_sweep(folder)
     if job.json:
@@ -180,6 +185,8 @@ def _report(argv: Sequence[str]) -> int:
 
 def _list(argv: Sequence[str]) -> int:
     job = parse(ListJob, argv)
+    from next.tuning.folder import list_sweeps
+
     rows = [_row(job.storage_path / name) for name in list_sweeps(job.storage_path)]
     if job.json:
         print(json.dumps(rows))
@@ -193,6 +200,9 @@ def _list(argv: Sequence[str]) -> int:
 
 def _row(folder: Path) -> dict[str, Any]:
     """One sweep of the list; one whose study cannot be read says why."""
+    from next.tuning.folder import is_driven, read_standing
+    from next.tuning.summary import spread_text, summarise
+
     try:
         found = read_standing(folder)
     except (ValueError, OSError) as error:

@@ -10,11 +10,6 @@ from pathlib import Path
 
 from next.cli import REQUIRED, Settings, parse, run_defaults, run_job
 from next.config import RunConfig, override
-from next.data.shards import open_manifest
-from next.training.inputs import resolve
-from next.training.interruption import INTERRUPTED, Interrupted
-from next.training.launch import configure_torch, device, launch
-from next.training.rehearsal import rehearse
 
 
 @dataclass(frozen=True)
@@ -43,13 +38,30 @@ def main(argv: Sequence[str]) -> int:
     config = override(
         job.config, {"data.uri": job.data, "run.fresh": job.fresh or job.config.run.fresh}
     )
-    if job.dry_run:
-        manifest = open_manifest(job.data)
-        config = resolve(config, manifest)
-        configure_torch(config)
-        rehearsal = rehearse(config, manifest, device(config))
-        print(json.dumps(rehearsal._asdict()) if job.json else "\n".join(rehearsal.lines()))
-        return 0
+    return _rehearse(job, config) if job.dry_run else _train(job, config)
+
+
+# What trains is imported once the command line is known to be right: it takes five seconds.
+
+
+def _rehearse(job: TrainJob, config: RunConfig) -> int:
+    from next.data.shards import open_manifest
+    from next.training.inputs import resolve
+    from next.training.process import configure_torch, device
+    from next.training.rehearsal import rehearse
+
+    manifest = open_manifest(job.data)
+    config = resolve(config, manifest)
+    configure_torch(config)
+    rehearsal = rehearse(config, manifest, device(config))
+    print(json.dumps(rehearsal._asdict()) if job.json else "\n".join(rehearsal.lines()))
+    return 0
+
+
+def _train(job: TrainJob, config: RunConfig) -> int:
+    from next.training.interruption import INTERRUPTED, Interrupted
+    from next.training.launch import launch
+
     try:
         result = launch(config)
     except Interrupted as interrupted:

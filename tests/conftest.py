@@ -56,7 +56,11 @@ TINY = {
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own hook
 def pytest_collection_modifyitems(items) -> None:
-    """Keep the tests of a module that start Ray in one process: they share a cluster."""
+    """Keep the tests of a module that start Ray in one process: they share a cluster.
+
+    They come first, as the longest, so that no process is left with one of them at the end.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
     for item in items:
         if item.get_closest_marker("ray"):
             item.add_marker(pytest.mark.xdist_group(f"{item.path.parent.name}-{item.path.stem}"))

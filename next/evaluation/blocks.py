@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 from scipy import stats  # type: ignore[import-untyped]
+from threadpoolctl import ThreadpoolController
 
 from next.evaluation.noise import PairedDifference
+
+_ONE_THREAD = ThreadpoolController()
 
 
 class Estimate(NamedTuple):
@@ -67,9 +71,22 @@ class SharedSeeds:
 
     def level(self, name: str) -> Estimate | None:
         """Mean of a setting at the average seed; None: no run links its seeds to all others."""
+        value, variance, linked = self._levels
         row = self.names[name]
-        apart = self.shares[row] - 1 / len(self.seeds)
-        return self._estimate(float(self.means[row]), float(1 / self.runs[row]), apart)
+        return Estimate(float(value[row]), float(variance[row])) if linked[row] else None
+
+    @cached_property
+    def _levels(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """[S] each setting's level, its variance, and whether it can be told; all at once.
+
+        A race asks for all of them after each of its runs.
+        """
+        apart = self.shares - 1 / max(1, len(self.seeds))
+        return (
+            self.means - apart @ self.effects,
+            1 / self.runs + (apart @ self.inverse * apart).sum(1),
+            np.isclose(apart @ self.known.T, apart, atol=1e-6).all(1),
+        )
 
     def _estimate(self, mean: float, variance: float, apart: np.ndarray) -> Estimate | None:
         """Take out the effects of the seeds, of which the mean holds ``apart [K]``."""
@@ -99,7 +116,8 @@ def shared_seeds(scores: Mapping[str, Mapping[int, float]]) -> SharedSeeds:
     shares = ran / np.maximum(counts, 1)[:, None]
     # [K, K] what is known of the seeds' effects, once each setting has a mean of its own.
     information = np.diag(ran.sum(0)) - ran.T.astype(float) @ shares
-    inverse = np.linalg.pinv(information, rcond=1e-9, hermitian=True)
+    with _ONE_THREAD.limit(limits=1, user_api="blas"):  # trials have the cores, others would wait
+        inverse = np.linalg.pinv(information, rcond=1e-9, hermitian=True)
     known = information @ inverse
     effects = inverse @ (filled.sum(0) - ran.T @ means)
     residuals = np.where(ran, filled - (means - shares @ effects)[:, None] - effects, 0.0)

@@ -31,10 +31,9 @@ _PATIENCE_SECONDS = 60.0
 class Places:
     """Places for trials on a running cluster.
 
-    A trial of one worker trains in Tune's actor, which holds its CPUs and its share of a GPU. That
-    of several holds nothing in the actor, and Ray Train reserves all its workers at once or none of
-    them. So no trial ever holds a part of what it needs while it waits for the rest, which is what
-    a deadlock takes.
+    For a trial of one worker Tune's actor holds its CPUs and its share of a GPU. For one of several
+    it holds nothing, and Ray Train reserves all the workers at once or none of them. So no trial
+    ever holds a part of what it needs while it waits for the rest, which is what a deadlock takes.
 
     Args:
         base: settings of every trial.

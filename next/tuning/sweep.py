@@ -1,9 +1,9 @@
 """A sweep: Ray Tune with Optuna, one MLflow parent run, one lean child run for each trial.
 
-A trial of one worker trains in Tune's own actor, and actors are reused: it costs its training and a
-fraction of a second. Several workers are those of Ray Train. Every trial is judged on held-out
-train identities; the best trial's best checkpoint meets the test split once, at the end. Whatever
-dies, :func:`resume_sweep` goes on from the study file.
+A trial of one worker trains in a forked process beside Tune's actor, and both are reused: it costs
+its training and a fraction of a second. Several workers are those of Ray Train. Every trial is
+judged on held-out train identities; the best trial's best checkpoint meets the test split once, at
+the end. Whatever dies, :func:`resume_sweep` goes on from the study file.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from next.tuning.settings import SweepConfig
 from next.tuning.space import Space, describe_space, load_space, space_difference
 from next.tuning.study import FILE, Studies, create_studies, inherit, open_studies
 from next.tuning.summary import OnTest, Summary, leaderboard, summarise
-from next.tuning.trial import best_checkpoint
+from next.tuning.training import best_checkpoint
 from next.tuning.tuner import check_cluster, run_trials
 
 _log = logging.getLogger(__name__)

@@ -1,37 +1,23 @@
-"""One trial, in Tune's actor; the training of several workers goes on in theirs."""
+"""One trial in Tune's actor, which is small: the training is in a process that it has forked.
+
+Of several workers it is in theirs. Nothing here imports torch before it is known to be needed.
+"""
 
 from __future__ import annotations
 
-import gc
-import logging
 import os
-import resource
 import sys
-import traceback
-from pathlib import Path
 from typing import Any
 
-import torch
-from filelock import AcquireReturnProxy, FileLock, Timeout
 from ray import tune
 
-from next.config import RunConfig, from_toml, override, to_toml
-from next.data.shards import Manifest, open_manifest
-from next.tracking.provenance import git_tags
-from next.tracking.run import Run, open_run
-from next.tracking.views import SWEEP
-from next.training.inputs import training_data
-from next.training.loop import Worker, train
-from next.training.process import configure_torch, device
-from next.training.record import data_tags, record_data, seed_tags
-from next.training.report import FolderReporter
-from next.training.store import CheckpointStore
-from next.tuning import workers
-from next.tuning.axes import measure_axes
+from next.config import from_toml
+from next.tuning.forkserver import Forked
 
-_log = logging.getLogger(__name__)
+TARGET = "next.tuning.training:train_trial"
 
-_PREDECESSOR_SECONDS = 120.0
+_forked: Forked | None = None
+"""The process that trained this actor's last trial, and trains the next one."""
 
 
 def run_trial(
@@ -41,11 +27,9 @@ def run_trial(
     folder: str,
     tracked: dict[str, str | None],
     free_axes: bool,
+    server: str,
 ) -> None:
     """Train one trial to its end, or until Tune ends it.
-
-    What the training raises is reported (``failed``) and not raised on: Tune would repeat the same
-    error, while it repeats a trial whose process was killed, which goes on from its checkpoint.
 
     Args:
         task: ``name`` and ``settings`` of the trial, as :class:`next.tuning.search.Search` gave it.
@@ -53,136 +37,35 @@ def run_trial(
         folder: of the sweep; the trial's own is ``trials/NAME`` below it.
         tracked: MLflow's address, the experiment and the parent run.
         free_axes: measure the best checkpoint with what only matters at evaluation.
+        server: key of the server that processes are forked from.
+
+    Raises:
+        ForkedProcessError: the process that trained was killed; Tune repeats the trial, which goes
+            on from its checkpoint.
     """
-    name, own = str(task["name"]), Path(folder) / "trials" / str(task["name"])
-    own.mkdir(parents=True, exist_ok=True)
-    config = override(from_toml(base), task["settings"])
-    configure_torch(config)
     # Read when this actor is used again; Ray's default would cut off a trial that is being stopped.
     os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "30")
-    gc.collect()  # what the actor's last trial left in reference cycles
-    record = {
-        "uri": tracked["uri"],
-        "experiment": str(tracked["experiment"]),
-        "name": name,
-        "folder": str(own),
-        "parent": tracked["parent"],
-        "params": task["settings"],
-        "tags": {"next.kind": "trial", SWEEP: tracked["parent"], **seed_tags(config)},
-        "system_seconds": config.tracking.system_seconds,
+    arguments = {
+        "name": task["name"],
+        "settings": task["settings"],
+        "base": base,
+        "folder": folder,
+        "tracked": tracked,
+        "free_axes": free_axes,
     }
-    try:
-        with _alone_in(own):
-            ended = _until_tune_ends_it(config, own, record, free_axes)
-    except Exception as error:
-        (own / "error.txt").write_text(traceback.format_exc())
-        _log.info("%s failed: %r", name, error)
-        ended = _report_failure(f"{kind_of(error)}: {error}")
+    if from_toml(base).scaling.max_workers > 1:
+        from next.tuning.training import train_trial
+
+        ended = train_trial(**arguments, report=tune.report)
+    else:
+        ended = _in_a_forked_process(arguments, server)
     if ended:
         sys.exit(0)
 
 
-def kind_of(error: Exception) -> str:
-    """What kind of ending an error is, in a word or two."""
-    no_memory = "can't allocate memory" in str(error)  # torch on the CPU has no class for it
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or no_memory:
-        return "out of memory"
-    named = {"RouterCollapseError": "collapsed", "NonFiniteLossError": "diverged"}
-    for kind in type(error).__mro__:
-        if kind.__name__ in named:
-            return named[kind.__name__]
-    return f"raised {type(error).__name__}"
-
-
-def best_checkpoint(folder: Path) -> Path | None:
-    """The best checkpoint of a trial's folder, None where none was written."""
-    try:
-        return CheckpointStore(folder / "checkpoints").best()
-    except FileNotFoundError:
-        return None
-
-
-def _alone_in(folder: Path) -> AcquireReturnProxy[FileLock]:
-    """The trial's folder, once an actor that outlives its killed driver has left it.
-
-    Raises:
-        RuntimeError: it does not leave.
-    """
-    lock = FileLock(folder / ".trial.lock", timeout=_PREDECESSOR_SECONDS)
-    try:
-        return lock.acquire()
-    except Timeout:
-        raise RuntimeError(
-            f"{folder} is still written by the process of an earlier driver after "
-            f"{_PREDECESSOR_SECONDS:.0f} s; end that process and resume the sweep"
-        ) from None
-
-
-def _report_failure(text: str) -> bool:
-    """Tell the search, which stops the trial; True, as Tune ends it within the report."""
-    try:
-        tune.report({"failed": text})
-    except SystemExit:
-        return True
-    return False
-
-
-def _until_tune_ends_it(
-    config: RunConfig, folder: Path, record: dict[str, Any], free_axes: bool
-) -> bool:
-    """Train and measure; True if Tune ended the trial, which it does within a report."""
-    manifest = open_manifest(str(config.data.uri))
-    here = config.scaling.max_workers == 1
-    with open_run(**record) as run:
-        run.log_text(to_toml(config), "config.toml")
-        run.set_tags(git_tags() | data_tags(config, manifest))
-        record_data(run, manifest)
-        ended = here and _train_here(config, manifest, folder, run)
-    if not here:  # the journal is written beside Ray Train's controller, on this node
-        ended = workers.train_trial(config, manifest, folder, record)
-    best = best_checkpoint(folder)
-    if ended or best is None:
-        return ended
-    if here:
-        measure_axes(best, config, manifest, folder, device=device(config), exhaustive=free_axes)
-    else:
-        workers.measure_trial(best, config, folder, exhaustive=free_axes)
-    return False
-
-
-def _train_here(config: RunConfig, manifest: Manifest, folder: Path, run: Run) -> bool:
-    """Train; True if Tune ended the trial.
-
-    Tune ends a trial by ``SystemExit`` within its report and keeps the exception. It is dropped
-    here, because its traceback would hold network, optimizer and batches for the actor's life.
-    """
-    where = device(config)
-    if where.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-
-    reporter = FolderReporter(
-        folder / "checkpoints",
-        lambda metrics: tune.report(metrics | _memory(where)),
-        checkpoint=config.checkpoint,
-    )
-    try:
-        with reporter:
-            train(
-                config,
-                training_data(config, manifest),
-                reporter,
-                Worker(device=where),
-                lambda metrics, step: run.log_metrics(metrics, step=step),
-            )
-    except SystemExit:
-        return True
-    return False
-
-
-def _memory(where: torch.device) -> dict[str, float]:
-    """Peak memory of this process, and of its share of a GPU, in MiB."""
-    found = {"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
-    if where.type == "cuda":
-        found["gpu_peak_mib"] = torch.cuda.max_memory_reserved(where) / (1 << 20)
-        found["gpu_mib"] = torch.cuda.get_device_properties(where).total_memory / (1 << 20)
-    return found
+def _in_a_forked_process(arguments: dict[str, Any], server: str) -> bool:
+    global _forked
+    forked, _forked = _forked or Forked(server, TARGET), None
+    ended: bool = forked.run(arguments, tune.report)
+    _forked = forked
+    return ended

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ from ray import tune
 
 from next.config import RunConfig, ScalingConfig, to_toml
 from next.training.cluster import require_room, start_ray
+from next.tuning.forkserver import forking
 from next.tuning.progress import Progress
 from next.tuning.reservations import reclaiming
 from next.tuning.resources import Places, node_resources
 from next.tuning.search import Pruning, Search
 from next.tuning.settings import SweepConfig
-from next.tuning.trial import run_trial
+from next.tuning.trial import TARGET, run_trial
 
 
 def check_cluster(scaling: ScalingConfig) -> None:
@@ -63,12 +64,12 @@ def run_trials(
         ValueError: the cluster can never hold the workers of a single trial.
         ConnectionError: nothing answers at ``RAY_ADDRESS``.
     """
-    started = not ray.is_initialized()
-    if started:
-        progress.enter("starting Ray and its workers")
-        cpus = sweep.concurrency * base.scaling.max_workers * base.scaling.cpus_per_worker
-        start_ray(cpus)
-    try:
+    here = base.scaling.max_workers == 1  # trials train in forked processes, else in Ray Train's
+    with (
+        forking(TARGET) if here else nullcontext("") as server,  # it imports while Ray starts
+        _ray(base, sweep, progress),
+        nullcontext() if here else reclaiming(),
+    ):
         require_room(base.scaling)
         places = Places(base, sweep, *node_resources())
         search = new_search(places)
@@ -80,27 +81,39 @@ def run_trials(
             folder=str(folder),
             tracked=tracked,
             free_axes=sweep.free_axes,
+            server=server,
         )
-        with reclaiming() if base.scaling.max_workers > 1 else nullcontext():
-            tune.Tuner(
-                tune.with_resources(trainable, places.resources),
-                tune_config=tune.TuneConfig(
-                    search_alg=search,
-                    scheduler=Pruning(search),
-                    num_samples=-1,  # the search says when it is over
-                    max_concurrent_trials=places.concurrency,
-                    reuse_actors=True,
-                    trial_name_creator=_name,
-                    trial_dirname_creator=_name,
-                ),
-                run_config=tune.RunConfig(
-                    name=session,
-                    storage_path=str(folder),
-                    failure_config=tune.FailureConfig(max_failures=sweep.retries),
-                    verbose=0,
-                ),
-            ).fit()
+        tune.Tuner(
+            tune.with_resources(trainable, places.resources),
+            tune_config=tune.TuneConfig(
+                search_alg=search,
+                scheduler=Pruning(search),
+                num_samples=-1,  # the search says when it is over
+                max_concurrent_trials=places.concurrency,
+                reuse_actors=True,
+                trial_name_creator=_name,
+                trial_dirname_creator=_name,
+            ),
+            run_config=tune.RunConfig(
+                name=session,
+                storage_path=str(folder),
+                failure_config=tune.FailureConfig(max_failures=sweep.retries),
+                verbose=0,
+            ),
+        ).fit()
         shutil.rmtree(folder / session, ignore_errors=True)  # the study is the record
+
+
+@contextmanager
+def _ray(base: RunConfig, sweep: SweepConfig, progress: Progress) -> Iterator[None]:
+    """A Ray that runs already, or one for this block."""
+    started = not ray.is_initialized()
+    if started:
+        progress.enter("starting Ray and its workers")
+        cpus = sweep.concurrency * base.scaling.max_workers * base.scaling.cpus_per_worker
+        start_ray(cpus)
+    try:
+        yield
     finally:
         progress.enter(("ending Ray, " if started else "") + "completing the runs in MLflow")
         if started:

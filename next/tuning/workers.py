@@ -6,14 +6,13 @@ it, which is also how a trial that continues says again what an earlier driver m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray import tune
 
 from next.config import RunConfig, from_toml, to_toml
 from next.data.shards import Manifest, open_manifest
@@ -28,7 +27,11 @@ _LOOK_SECONDS = 0.25
 
 
 def train_trial(
-    config: RunConfig, manifest: Manifest, folder: Path, record: dict[str, Any]
+    config: RunConfig,
+    manifest: Manifest,
+    folder: Path,
+    record: dict[str, Any],
+    report: Callable[[dict[str, Any]], None],
 ) -> bool:
     """Train a trial on workers of Ray Train; True if Tune ended it.
 
@@ -37,6 +40,7 @@ def train_trial(
         manifest: its data.
         folder: of the trial.
         record: arguments of :func:`next.tracking.run.open_run`; the journal exists.
+        report: tells Tune of an evaluation.
 
     Raises:
         Exception: what a worker raised, as it came.
@@ -51,7 +55,7 @@ def train_trial(
             while not over:
                 over = bool(wait([training], timeout=_LOOK_SECONDS).done)
                 for evaluation in told.new():  # also the last ones, which come before the end
-                    tune.report(evaluation)
+                    report(evaluation)
         except SystemExit:  # so Tune ends a trial, within its report
             bell.ring(Ask.STOP)
             with suppress(Interrupted, Exception):  # whatever it comes to, Tune wants it no more

@@ -13,7 +13,7 @@ import pytest
 
 from next.config import override, to_toml
 from next.tuning.folder import read_standing
-from next.tuning.trial import kind_of
+from next.tuning.training import kind_of
 
 ROOT = Path(__file__).resolve().parents[2]
 

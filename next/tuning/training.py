@@ -1,0 +1,193 @@
+"""What a trial does: train, measure, record, in a process that was forked for it.
+
+A trial of several workers does it in Tune's actor, and they train in processes of their own.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import resource
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import AcquireReturnProxy, FileLock, Timeout
+
+from next.config import RunConfig, from_toml, override, to_toml
+from next.data.shards import Manifest, open_manifest
+from next.tracking.provenance import git_tags
+from next.tracking.run import Run, open_run
+from next.tracking.views import SWEEP
+from next.training.inputs import training_data
+from next.training.loop import Worker, train
+from next.training.process import configure_torch, device
+from next.training.record import data_tags, record_data, seed_tags
+from next.training.report import FolderReporter
+from next.training.store import CheckpointStore
+from next.tuning import workers
+from next.tuning.axes import measure_axes
+
+_log = logging.getLogger(__name__)
+
+_PREDECESSOR_SECONDS = 120.0
+
+Report = Callable[[dict[str, Any]], None]
+
+
+def train_trial(
+    name: str,
+    settings: dict[str, Any],
+    *,
+    base: str,
+    folder: str,
+    tracked: dict[str, str | None],
+    free_axes: bool,
+    report: Report,
+) -> bool:
+    """Train one trial to its end; True if Tune ended it, which it does within a report.
+
+    What the training raises is reported (``failed``) and not raised on: Tune would repeat the same
+    error, while it repeats a trial whose process was killed, which goes on from its checkpoint.
+
+    Args:
+        name: of the trial.
+        settings: what differs from ``base``.
+        base: TOML of the settings that all trials share.
+        folder: of the sweep; the trial's own is ``trials/NAME`` below it.
+        tracked: MLflow's address, the experiment and the parent run.
+        free_axes: measure the best checkpoint with what only matters at evaluation.
+        report: tells Tune of an evaluation; raises ``SystemExit`` where Tune ends the trial.
+    """
+    own = Path(folder) / "trials" / name
+    own.mkdir(parents=True, exist_ok=True)
+    config = override(from_toml(base), settings)
+    configure_torch(config)
+    gc.collect()  # what the last trial of this process left in reference cycles
+    record = {
+        "uri": tracked["uri"],
+        "experiment": str(tracked["experiment"]),
+        "name": name,
+        "folder": str(own),
+        "parent": tracked["parent"],
+        "params": settings,
+        "tags": {"next.kind": "trial", SWEEP: tracked["parent"], **seed_tags(config)},
+        "system_seconds": config.tracking.system_seconds,
+    }
+    try:
+        with _alone_in(own):
+            return _until_tune_ends_it(config, own, record, free_axes, report)
+    except Exception as error:
+        (own / "error.txt").write_text(traceback.format_exc())
+        _log.info("%s failed: %r", name, error)
+        return _report_failure(f"{kind_of(error)}: {error}", report)
+
+
+def kind_of(error: Exception) -> str:
+    """What kind of ending an error is, in a word or two."""
+    no_memory = "can't allocate memory" in str(error)  # torch on the CPU has no class for it
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or no_memory:
+        return "out of memory"
+    named = {"RouterCollapseError": "collapsed", "NonFiniteLossError": "diverged"}
+    for kind in type(error).__mro__:
+        if kind.__name__ in named:
+            return named[kind.__name__]
+    return f"raised {type(error).__name__}"
+
+
+def best_checkpoint(folder: Path) -> Path | None:
+    """The best checkpoint of a trial's folder, None where none was written."""
+    try:
+        return CheckpointStore(folder / "checkpoints").best()
+    except FileNotFoundError:
+        return None
+
+
+def _alone_in(folder: Path) -> AcquireReturnProxy[FileLock]:
+    """The trial's folder, once a process that outlives its killed driver has left it.
+
+    Raises:
+        RuntimeError: it does not leave.
+    """
+    lock = FileLock(folder / ".trial.lock", timeout=_PREDECESSOR_SECONDS)
+    try:
+        return lock.acquire()
+    except Timeout:
+        raise RuntimeError(
+            f"{folder} is still written by the process of an earlier driver after "
+            f"{_PREDECESSOR_SECONDS:.0f} s; end that process and resume the sweep"
+        ) from None
+
+
+def _report_failure(text: str, report: Report) -> bool:
+    """Tell the search, which stops the trial; True, as Tune ends it within the report."""
+    try:
+        report({"failed": text})
+    except SystemExit:
+        return True
+    return False
+
+
+def _until_tune_ends_it(
+    config: RunConfig, folder: Path, record: dict[str, Any], free_axes: bool, report: Report
+) -> bool:
+    """Train and measure; True if Tune ended the trial, which it does within a report."""
+    manifest = open_manifest(str(config.data.uri))
+    here = config.scaling.max_workers == 1
+    with open_run(**record) as run:
+        run.log_text(to_toml(config), "config.toml")
+        run.set_tags(git_tags() | data_tags(config, manifest))
+        record_data(run, manifest)
+        ended = here and _train_here(config, manifest, folder, run, report)
+    if not here:  # the journal is written beside Ray Train's controller, on this node
+        ended = workers.train_trial(config, manifest, folder, record, report)
+    best = best_checkpoint(folder)
+    if ended or best is None:
+        return ended
+    if here:
+        measure_axes(best, config, manifest, folder, device=device(config), exhaustive=free_axes)
+    else:
+        workers.measure_trial(best, config, folder, exhaustive=free_axes)
+    return False
+
+
+def _train_here(
+    config: RunConfig, manifest: Manifest, folder: Path, run: Run, report: Report
+) -> bool:
+    """Train; True if Tune ended the trial.
+
+    Tune ends a trial by ``SystemExit`` within its report and keeps the exception. It is dropped
+    here, because its traceback would hold network, optimizer and batches for the process's life.
+    """
+    where = device(config)
+    if where.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+    reporter = FolderReporter(
+        folder / "checkpoints",
+        lambda metrics: report(metrics | _memory(where)),
+        checkpoint=config.checkpoint,
+    )
+    try:
+        with reporter:
+            train(
+                config,
+                training_data(config, manifest),
+                reporter,
+                Worker(device=where),
+                lambda metrics, step: run.log_metrics(metrics, step=step),
+            )
+    except SystemExit:
+        return True
+    return False
+
+
+def _memory(where: torch.device) -> dict[str, float]:
+    """Peak memory of this process, and of its share of a GPU, in MiB."""
+    found = {"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    if where.type == "cuda":
+        found["gpu_peak_mib"] = torch.cuda.max_memory_reserved(where) / (1 << 20)
+        found["gpu_mib"] = torch.cuda.get_device_properties(where).total_memory / (1 << 20)
+    return found
