@@ -23,7 +23,7 @@ demo: $(VENV)/.ready ## the main job on embedded defaults: benchmark, shards, sw
 	MALLOC_ARENA_MAX=1 $(BIN)/python jobs/demo.py
 
 test: lint ## lint, types and every test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
 
 test-fast: $(VENV)/.ready ## the tests that take less than ten seconds each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"

@@ -6,6 +6,9 @@ Parts ``simulated`` and ``asha`` of ``benchmarks/sweep.py``.
 from __future__ import annotations
 
 import itertools
+import json
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -28,33 +31,46 @@ from next.tuning.sweep import _race, _Sweep
 
 EPOCHS, AT_A_TIME = 12, 2
 BASE = override(RunConfig(), {"optim.epochs": EPOCHS})
-MARKS = (100, 300, 1000)
+SIZES = (100, 300, 1000)
 
 CURVE = (22.0, 36.0, 47.0, 55.0, 61.0, 66.0, 70.0, 73.0, 75.5, 77.0, 78.0, 78.4)
 """Val mAP of the default on the demo benchmark by epoch, as one run recorded it."""
 
 
-class Mark(NamedTuple):
-    """A sweep after so many trials."""
+class Taken(NamedTuple):
+    """What a whole sweep took."""
 
     trials: int
     wall_s: float
+    """From the first draw to the end of the last run."""
     driver_cpu_s: float
     """Of the driver's process, which is all that grows with the sweep."""
     cpu_ms_a_trial: float
-    """Over all trials so far."""
     latest_cpu_ms_a_trial: float
-    """Over the latest fifty."""
+    """Over the last fifty."""
     grown_mib: float
     """Memory of the driver's process beyond that of its first trial."""
 
 
-def simulated(most: int = MARKS[-1]) -> list[dict[str, Any]]:
-    """Driver time and memory over 1,000 trials through Ray Tune."""
-    marks = [mark._asdict() for mark in through_tune(most)]
-    for mark in marks:
-        print(mark, flush=True)
-    return marks
+def simulated(most: int = SIZES[-1]) -> list[dict[str, Any]]:
+    """Driver time and memory of whole sweeps through Ray Tune, up to 1,000 trials.
+
+    Each in a process of its own. Marks within one long sweep would compare its cheap beginning,
+    repetitions of the default, with the search and the race.
+    """
+    rows = []
+    for trials in [size for size in SIZES if size <= most]:
+        script = f"import sweep_simulated as s; print(s.json.dumps(s.through_tune({trials})))"
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            cwd=Path(__file__).parent,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        rows.append(Taken(*json.loads(done.stdout.splitlines()[-1]))._asdict())
+        print(rows[-1], flush=True)
+    return rows
 
 
 def experts_space() -> Space:
@@ -85,12 +101,9 @@ def replay(task: dict[str, Any], **_: Any) -> None:
 class Watch:
     """Takes the time and the memory of this process as trials end."""
 
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self.marks: list[Mark] = []
-        self._ended = 0
-        self._began = self._latest = (0.0, 0.0)
-        self._first_mib = 0.0
+    def __init__(self) -> None:
+        self._ended: list[tuple[float, float, float]] = []
+        self._began = (0.0, 0.0)
 
     def enter(self, phase: str | None) -> None:
         """As :class:`next.tuning.progress.Progress`."""
@@ -98,35 +111,31 @@ class Watch:
     def watch(self, search: Search) -> None:
         """As :class:`next.tuning.progress.Progress`."""
         search.on_end = self.ended
-        self._began = self._latest = self._now()
+        self._began = (time.perf_counter(), time.process_time())
 
     def ended(self, run: Live) -> None:
         """A run ended."""
-        self._ended += 1
-        if self._ended == 1:
-            self._first_mib = psutil.Process().memory_info().rss / (1 << 20)
-        wall, cpu = self._now()
-        if self._ended in (*MARKS, self.most):
-            self.marks.append(
-                Mark(
-                    self._ended,
-                    round(wall - self._began[0], 1),
-                    round(cpu - self._began[1], 1),
-                    round(1000 * (cpu - self._began[1]) / self._ended, 1),
-                    round(1000 * (cpu - self._latest[1]) / 50, 1),
-                    round(psutil.Process().memory_info().rss / (1 << 20) - self._first_mib, 1),
-                )
-            )
-        if self._ended % 50 == 0:
-            self._latest = (wall, cpu)
+        memory = psutil.Process().memory_info().rss / (1 << 20)
+        self._ended.append((time.perf_counter(), time.process_time(), memory))
 
-    def _now(self) -> tuple[float, float]:
-        return time.perf_counter(), time.process_time()
+    def taken(self) -> Taken:
+        """Up to the last end."""
+        trials, (wall, cpu, memory) = len(self._ended), self._ended[-1]
+        latest = self._ended[-min(50, trials)][1]
+        spent = cpu - self._began[1]
+        return Taken(
+            trials,
+            round(wall - self._began[0], 1),
+            round(spent, 1),
+            round(1000 * spent / trials, 1),
+            round(1000 * (cpu - latest) / min(50, trials), 1),
+            round(memory - self._ended[0][2], 1),
+        )
 
 
-def through_tune(most: int) -> list[Mark]:
-    """A sweep of ``most`` trials as :func:`next.tuning.sweep.run_sweep` drives it, race and all."""
-    space, sweep, watch = experts_space(), SweepConfig(trials=most, grace_epochs=2), Watch(most)
+def through_tune(trials: int) -> Taken:
+    """A sweep as :func:`next.tuning.sweep.run_sweep` drives it, race and all."""
+    space, sweep, watch = experts_space(), SweepConfig(trials=trials, grace_epochs=2), Watch()
     tuner.run_trial = replay
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -140,7 +149,7 @@ def through_tune(most: int) -> list[Mark]:
             watch,
             lambda places: Search(studies, space, sweep, BASE, places, lambda: _race(it)),
         )
-    return watch.marks
+    return watch.taken()
 
 
 def asha_against_none(trials: int = 120, seeds: int = 5) -> list[dict[str, Any]]:

@@ -54,16 +54,25 @@ TINY = {
 """Settings that train in a second."""
 
 
+_HALF_OF_THE_DRILLS = ("training/test_faults", "tuning/test_kills", "network/test_two_hosts")
+"""They take as long as all other tests that start Ray."""
+
+
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own hook
 def pytest_collection_modifyitems(items) -> None:
-    """Keep the tests of a module that start Ray in one process: they share a cluster.
+    """Keep the tests that start Ray in two processes, which begin with them.
 
-    They come first, as the longest, so that no process is left with one of them at the end.
+    They wait more than they compute, so a third process has the cores for the others; three of
+    them at a time would wait for each other. A module's share a cluster.
     """
     items.sort(key=lambda item: item.get_closest_marker("ray") is None)
     for item in items:
         if item.get_closest_marker("ray"):
-            item.add_marker(pytest.mark.xdist_group(f"{item.path.parent.name}-{item.path.stem}"))
+            module = f"{item.path.parent.name}/{item.path.stem}"
+            group = 1 if module in _HALF_OF_THE_DRILLS else 2
+            item.add_marker(pytest.mark.xdist_group(f"ray-{group}"))
+            if not item.get_closest_marker("timeout"):
+                item.add_marker(pytest.mark.timeout(600))
 
 
 @pytest.fixture(scope="module")

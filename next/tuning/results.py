@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,24 +67,25 @@ class Setting:
     """Of the trial that the sampler drew, or ``default``."""
     settings: dict[str, Any]
     runs: list[Trial] = field(default_factory=list)
-    """The drawn one first (the default has none), then the repetitions by seed."""
+    """The drawn one first (the default has none), then the repetitions by seed; all of them, before
+    it is asked for anything."""
 
-    @property
+    @cached_property
     def finished(self) -> list[Trial]:
         """Runs that were trained to their end."""
         return [run for run in self.runs if run.state == "finished" and run.score is not None]
 
-    @property
+    @cached_property
     def repeats(self) -> list[Trial]:
         """Finished runs that the setting was not chosen by; all those of the default."""
         return [run for run in self.finished if run.of is not None]
 
-    @property
+    @cached_property
     def raced(self) -> bool:
         """Its worth is known from two seeds at least that it was not chosen by."""
         return len(self.repeats) >= 2
 
-    @property
+    @cached_property
     def fair(self) -> list[Trial]:
         """The runs that say what the setting is worth.
 
@@ -112,7 +114,11 @@ class Setting:
 
 
 def read_trials(
-    studies: Studies, folder: Path, objectives: Mapping[str, str], seed: int
+    studies: Studies,
+    folder: Path,
+    objectives: Mapping[str, str],
+    seed: int,
+    ended: dict[int, Trial] | None = None,
 ) -> list[Trial]:
     """All runs of a sweep, those of the sampler first, in the order in which they began.
 
@@ -121,24 +127,19 @@ def read_trials(
         folder: of the sweep.
         objectives: metric -> ``max`` or ``min``.
         seed: of the runs that the sampler drew.
+        ended: runs that had ended when they were read before, by Optuna's id; those that have
+            ended since are added.
     """
     way = first_way(objectives)
+    known = {} if ended is None else ended
     trials = []
-    for frozen in studies.search.get_trials(deepcopy=False):
-        if "settings" in frozen.user_attrs:
-            name = f"trial-{frozen.number:04d}"
-            trials.append(
-                _read(frozen, name, folder, frozen.user_attrs["settings"], way, seed, None)
-            )
-    for frozen in studies.seeds.get_trials(deepcopy=False):
-        repeats = frozen.user_attrs.get("repeats")
-        if repeats is not None:
-            name = f"{repeats['of']}-seed{repeats['seed']}"
-            trials.append(
-                _read(
-                    frozen, name, folder, repeats["settings"], way, repeats["seed"], repeats["of"]
-                )
-            )
+    for study in studies:
+        for frozen in study.get_trials(deepcopy=False):
+            trial = known.get(frozen._trial_id) or _read(frozen, folder, way, seed)
+            if trial is not None:
+                trials.append(trial)
+                if frozen.state.is_finished():
+                    known[frozen._trial_id] = trial
     return trials
 
 
@@ -212,15 +213,19 @@ def plain(trial: Trial) -> dict[str, Any]:
 
 
 def _read(
-    frozen: optuna.trial.FrozenTrial,
-    name: str,
-    folder: Path,
-    settings: dict[str, Any],
-    way: str,
-    seed: int,
-    of: str | None,
-) -> Trial:
+    frozen: optuna.trial.FrozenTrial, folder: Path, way: str, drawn_seed: int
+) -> Trial | None:
+    """A run as it stands; None: it was not wholly drawn."""
     attributes = frozen.user_attrs
+    repeats = attributes.get("repeats")
+    if repeats is not None:
+        name = f"{repeats['of']}-seed{repeats['seed']}"
+        settings, seed, of = repeats["settings"], repeats["seed"], repeats["of"]
+    elif "settings" in attributes:
+        name = f"trial-{frozen.number:04d}"
+        settings, seed, of = attributes["settings"], drawn_seed, None
+    else:
+        return None
     curve = read_curve(attributes)
     values = best_of(curve, way) if curve else ()
     return Trial(

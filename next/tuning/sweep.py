@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,7 +88,8 @@ class SweepResult(NamedTuple):
         return [*board, *self.summary.lines(), *end]
 
 
-class _Sweep(NamedTuple):
+@dataclass(frozen=True)
+class _Sweep:
     """A sweep that is about to be driven."""
 
     folder: Path
@@ -98,6 +100,8 @@ class _Sweep(NamedTuple):
     studies: Studies
     manifest: Manifest
     say: Say
+    ended: dict[int, Trial] = field(default_factory=dict)
+    """Of :meth:`standing`."""
 
     @property
     def objectives(self) -> Mapping[str, str]:
@@ -105,7 +109,7 @@ class _Sweep(NamedTuple):
 
     def standing(self) -> tuple[list[Trial], list[Setting]]:
         """All runs, and the settings that they are of, best first."""
-        trials = read_trials(self.studies, self.folder, self.objectives, self.base.seed)
+        trials = read_trials(self.studies, self.folder, self.objectives, self.base.seed, self.ended)
         return trials, group(trials, self.objectives, starting_point(self.base, self.varied))
 
 

@@ -150,7 +150,7 @@ def test_a_stopped_job_is_finished_by_the_same_command_and_the_other_jobs_follow
         f"python jobs/sweep.py --space tune_spaces/quick.py {settings} --trials 1 --run.name search"
         f" --optim.epochs 1 --scaling.cpus_per_worker 0.5"
     )
-    done = head.submit("sh", "-c", f"{train} && {evaluate} && {sweep}", timeout=200)
+    done = head.submit("sh", "-c", f"{train} && {evaluate} && {sweep}", timeout=400)
     assert done.returncode == 0, done.stdout[-4000:]
     assert "continuing run" in done.stdout
     weights = [

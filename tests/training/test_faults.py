@@ -26,7 +26,7 @@ from tests.training.test_loop import assert_same_bits
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.slow,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(1000),
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
@@ -170,7 +170,7 @@ def test_a_storage_path_that_other_nodes_do_not_see_is_refused(cluster, tiny_con
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         check=False,
     )
     if done.returncode == 77 or "unshare" in done.stderr:

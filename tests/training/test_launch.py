@@ -207,7 +207,7 @@ def run_script(folder: Path, config, **environment: str) -> subprocess.Completed
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=560,
         check=False,
     )
 

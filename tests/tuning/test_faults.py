@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -41,20 +42,19 @@ def kill_when_it_trains(folder: Path, name: str, done: threading.Event) -> None:
         if not list(trial.glob("checkpoints/step-*/state.json")):
             continue
         for process in psutil.process_iter():
-            try:
-                files = [file.path for file in process.open_files()]
-            except psutil.Error:
-                continue
-            if str(trial / ".trial.lock") in files:
-                process.send_signal(signal.SIGKILL)
-                return
+            with suppress(psutil.Error):
+                if "next.tuning.forkserver" not in process.cmdline():
+                    continue  # to list the files of every process takes longer than the trial
+                if str(trial / ".trial.lock") in [file.path for file in process.open_files()]:
+                    process.send_signal(signal.SIGKILL)
+                    return
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(1000)
 def test_a_sweep_survives_its_trials_and_says_how_each_of_them_ended(tiny_config, tmp_path):
-    config = override(tiny_config, {"run.name": "faults", "optim.epochs": 8})
+    config = override(tiny_config, {"run.name": "faults", "optim.epochs": 12})
     (tmp_path / "settings.toml").write_text(to_toml(config))
     (tmp_path / "faulty.py").write_text(SPACE)
     folder = Path(config.run.storage_path) / "faults"
@@ -71,7 +71,7 @@ def test_a_sweep_survives_its_trials_and_says_how_each_of_them_ended(tiny_config
         env=os.environ | {"HOME": str(tmp_path), "RAY_TMPDIR": "/tmp"},
         capture_output=True,
         text=True,
-        timeout=450,
+        timeout=900,
         check=False,
     )
     done.set()
@@ -88,7 +88,7 @@ def test_a_sweep_survives_its_trials_and_says_how_each_of_them_ended(tiny_config
     assert (folder / "trials" / "trial-0001" / "error.txt").read_text().startswith("Traceback")
     resumed = read_standing(folder).studies.search.trials[5]
     assert resumed.user_attrs["deaths"] == 1, "it was killed, and went on from its checkpoint"
-    assert [epoch for epoch, _ in trials["trial-0005"].curve] == list(range(1, 9))
+    assert [epoch for epoch, _ in trials["trial-0005"].curve] == list(range(1, 13))
     assert trials["trial-0005"].score == pytest.approx(trials["trial-0000"].score), "same bits"
     answer = json.loads(finished.stdout)
     assert answer["winner"] in ("trial-0000", "trial-0005")

@@ -56,7 +56,7 @@ class Sweep:
     def ends(self, *flags: str) -> None:
         driver = sweep_job(*flags, home=self._home, log=self._log) if flags else self.start()
         try:
-            assert driver.wait(300) == 0, self.said()
+            assert driver.wait(600) == 0, self.said()
         finally:
             driver.kill()
         self.check()
@@ -86,7 +86,7 @@ class Sweep:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(700)
+@pytest.mark.timeout(1000)
 def test_a_driver_that_is_killed_at_any_moment_loses_and_doubles_nothing(tiny_config, tmp_path):
     config = override(tiny_config, {"run.name": "often", "optim.epochs": EPOCHS})
     sweep, moments = Sweep(config, tmp_path, trials=6), random.Random(6)
@@ -112,7 +112,7 @@ def test_a_driver_that_is_killed_at_any_moment_loses_and_doubles_nothing(tiny_co
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(700)
+@pytest.mark.timeout(1000)
 def test_a_trial_of_two_workers_goes_on_after_its_driver_was_killed(tiny_config, tmp_path):
     workers = {"scaling.num_workers": 2, "scaling.cpus_per_worker": 0.5}
     config = override(tiny_config, {"run.name": "pair", "optim.epochs": EPOCHS} | workers)

@@ -58,7 +58,7 @@ def half_trained(folder: Path) -> list[Path]:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(700)
+@pytest.mark.timeout(1000)
 def test_a_killed_sweep_resumes_with_nothing_lost_or_doubled_and_ends_in_mlflow(
     tiny_config, tmp_path
 ):
@@ -85,7 +85,7 @@ def test_a_killed_sweep_resumes_with_nothing_lost_or_doubled_and_ends_in_mlflow(
 
     again = ["resume", "sweep", "--storage_path", str(storage), "--trials", "8"]
     driver = sweep_job(*again, home=tmp_path, log=log)
-    assert driver.wait(timeout=400) == 0, log.read_text()[-3000:]
+    assert driver.wait(timeout=800) == 0, log.read_text()[-3000:]
     printed = log.read_text()
 
     after = rows(folder)

@@ -67,7 +67,7 @@ def wait_until(what, seconds: float = 30.0) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(1000)
 def test_two_trials_of_two_workers_run_at_a_time_and_a_pruned_one_gives_its_places_back(
     tiny_config, space, cpus
 ):
@@ -90,7 +90,7 @@ def test_two_trials_of_two_workers_run_at_a_time_and_a_pruned_one_gives_its_plac
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(1000)
 def test_trials_that_do_not_fit_side_by_side_run_one_after_the_other(tiny_config, space, cpus):
     config = override(tiny_config, {"run.name": "turns", "optim.epochs": 1})
     found = sweep_of(config, space, 0.375 * cpus, trials=2)
