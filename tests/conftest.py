@@ -54,25 +54,30 @@ TINY = {
 """Settings that train in a second."""
 
 
-_HALF_OF_THE_DRILLS = ("training/test_faults", "tuning/test_kills", "network/test_two_hosts")
-"""They take as long as all other tests that start Ray."""
+_FIRST_DRILLS = ("training/test_faults", "network/test_two_hosts")
+"""They take as long as all other tests that start Ray, without the last ones."""
+_LAST_DRILLS = ("tuning/test_kills",)
 
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own hook
 def pytest_collection_modifyitems(items) -> None:
     """Keep the tests that start Ray in two processes, which begin with them.
 
-    They wait more than they compute, so a third process has the cores for the others; three of
-    them at a time would wait for each other. A module's share a cluster.
+    They wait more than they compute, so a third process has the cores for the others, and ends with
+    the last drills. More of them at a time would wait for each other.
     """
-    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+    place = {}
     for item in items:
-        if item.get_closest_marker("ray"):
-            module = f"{item.path.parent.name}/{item.path.stem}"
-            group = 1 if module in _HALF_OF_THE_DRILLS else 2
-            item.add_marker(pytest.mark.xdist_group(f"ray-{group}"))
-            if not item.get_closest_marker("timeout"):
-                item.add_marker(pytest.mark.timeout(600))
+        if not item.get_closest_marker("ray"):
+            place[item] = 3
+            continue
+        module = f"{item.path.parent.name}/{item.path.stem}"
+        group = 1 if module in _FIRST_DRILLS else 4 if module in _LAST_DRILLS else 2
+        place[item] = group
+        item.add_marker(pytest.mark.xdist_group(f"ray-{group}"))
+        if not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(600))
+    items.sort(key=lambda item: place[item])
 
 
 @pytest.fixture(scope="module")

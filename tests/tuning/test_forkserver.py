@@ -134,3 +134,24 @@ def test_trials_find_nothing_of_torch_in_their_actor():
         check=True,
     )
     assert said.stdout.strip() == "[]", "an actor takes its share of memory for nothing then"
+
+
+ASKED = """
+import torch
+
+asked = []
+for module, name in [(torch.cuda, "is_available"), (torch.cuda, "device_count"),
+                     (torch.cuda, "_lazy_init"), (torch._C, "_cuda_getDeviceCount")]:
+    if hasattr(module, name):
+        def noted(*given, call=getattr(module, name), name=name):
+            asked.append(name)
+            return call(*given)
+        setattr(module, name, noted)
+import next.tuning.training
+print(asked)
+"""
+
+
+def test_what_the_server_imports_asks_nothing_of_a_gpu():
+    said = subprocess.run([sys.executable, "-c", ASKED], capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "[]", "a process could not use it after the fork then"
