@@ -4,7 +4,7 @@ Part ``overhead`` of ``benchmarks/sweep.py``. Twelve trials of one training, two
 way in a process of its own; the ways differ in nothing but how a trial comes to its training:
 
 * ``bare``: two processes that do nothing but train, again and again; what training costs here.
-* ``sweep``: :func:`next.tuning.sweep.run_sweep`; a trial trains in Tune's actor.
+* ``sweep``: :func:`next.tuning.sweep.run_sweep`; a trial trains in a process forked for it.
 * ``documented``: Ray Tune whose trials each run a ``TorchTrainer`` of one worker, as Ray documents.
 * ``processes``: an Optuna study in a loop that starts a Python process for each trial.
 

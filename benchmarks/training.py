@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -30,6 +31,7 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 import torch.distributed as dist
+from scipy import stats
 
 from next.cli import DEMO_CARD, base_config, demo_shards
 from next.config import RunConfig, from_toml, override, to_toml
@@ -167,7 +169,8 @@ def ray_alone(bench: Bench) -> list[Row]:
             found.setdefault(name, []).append(ways[name](config).pace)
     plain, ray = (found[name] for name in ways)
     rows = [spread(name, "s a step", found[name]) for name in ways]
-    return [*rows, ratios("Ray over plain torch, a core to spare", ray, plain)]
+    name = "Ray over plain torch, a core to spare"
+    return [*rows, ratios(name, ray, plain), mean_ratio(f"{name}: mean, 95 %", ray, plain)]
 
 
 def on_one_worker(config: RunConfig) -> None:
@@ -447,6 +450,17 @@ def spread(name: str, unit: str, values: list[float]) -> Row:
 def ratios(name: str, over: list[float], under: list[float]) -> Row:
     """Ratios of runs of one turn."""
     return spread(name, "ratio", [a / b for a, b in zip(over, under, strict=True)])
+
+
+def mean_ratio(name: str, over: list[float], under: list[float]) -> Row:
+    """Geometric mean of ratios of runs of one turn, and its 95 % interval (Student's t)."""
+    logs = [math.log(a / b) for a, b in zip(over, under, strict=True)]
+    mean, turns = statistics.fmean(logs), len(logs)
+    reach = math.nan
+    if turns > 1:
+        reach = stats.t.ppf(0.975, turns - 1) * statistics.stdev(logs) / math.sqrt(turns)
+    row = {"what": name, "unit": "ratio", "median": math.exp(mean)}
+    return row | {"least": math.exp(mean - reach), "most": math.exp(mean + reach), "repeats": turns}
 
 
 def print_table(rows: list[Row]) -> None:
