@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from next.config import LossConfig, OptimConfig, RunConfig
 from next.data.loader import Batch, SampleSet, train_batches
 from next.data.plan import occurrences, plan_hash, training_plan, worker_slice
-from next.evaluation.protocol import evaluate
+from next.evaluation.protocol import Evaluation, evaluate
 from next.model.losses import Losses, objective
 from next.model.network import NEXT
 from next.training.checkpoint import (
@@ -90,6 +90,7 @@ def train(
     reporter: Reporter,
     worker: Worker = ALONE,
     log_metrics: Callable[[dict[str, float], int], None] = lambda metrics, step: None,
+    on_evaluation: Callable[[Evaluation, int], None] = lambda found, step: None,
 ) -> Outcome:
     """Train one run from its latest checkpoint (or from nothing) to its last epoch.
 
@@ -99,6 +100,7 @@ def train(
         reporter: gets metrics and checkpoints, and says when to stop.
         worker: rank, world size and device of this process.
         log_metrics: gets ``(metrics, step)`` for every optimizer step, on rank 0.
+        on_evaluation: gets ``(evaluation, step)``, with the features, on every rank.
 
     Raises:
         NonFiniteLossError: naming the steps and the parts of the loss.
@@ -192,6 +194,7 @@ def train(
             config=config,
             device=worker.device,
         )
+        on_evaluation(found, progress.step)
         scores = {f"val/{name}": value for name, value in found.metrics.as_dict().items()}
         metrics = scores | {"epoch": done, "step": progress.step, "train/loss": train_loss}
         best = max(metrics["val/mAP"], progress.best if progress.best is not None else -math.inf)

@@ -82,6 +82,7 @@ def measure_axes(
     *,
     device: torch.device,
     exhaustive: bool = True,
+    found: Evaluation | None = None,
 ) -> None:
     """Measure a trial's best checkpoint on the split that selects, and keep what comparing needs.
 
@@ -95,12 +96,14 @@ def measure_axes(
         folder: of the trial.
         device: where to compute.
         exhaustive: off: the choice that trials are compared by alone.
+        found: of the same checkpoint on that split, where the training has it still.
     """
     network = load_network(checkpoint)[0].to(device)
     data = training_data(config, manifest)
-    found = evaluate(
-        network, data.query, data.gallery, rule=data.rule, config=config, device=device
-    )
+    if found is None:
+        found = evaluate(
+            network, data.query, data.gallery, rule=data.rule, config=config, device=device
+        )
     np.savez_compressed(
         folder / f".{FEATURES}.npz",
         average_precision=found.metrics.average_precision,

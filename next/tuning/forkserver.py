@@ -175,8 +175,8 @@ def _server(key: str, target: str) -> socket.socket:
 def _starting(address: Path) -> bool:
     """Whether a server is about to listen here; the driver starts that of its node beforehand."""
     try:
-        process = psutil.Process(int(Path(f"{address}.pid").read_text()))
-        return str(address) in process.cmdline()
+        words = psutil.Process(int(Path(f"{address}.pid").read_text())).cmdline()
+        return not words or str(address) in words  # none yet, while its program is loaded
     except (OSError, ValueError, psutil.Error):
         return False
 

@@ -18,9 +18,11 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from next.config import RunConfig, from_toml, override, to_toml
 from next.data.shards import Manifest, open_manifest
+from next.evaluation.protocol import Evaluation
 from next.tracking.provenance import git_tags
 from next.tracking.run import Run, open_run
 from next.tracking.views import SWEEP
+from next.training.checkpoint import read_progress
 from next.training.inputs import training_data
 from next.training.loop import Worker, train
 from next.training.process import configure_torch, device
@@ -135,26 +137,51 @@ def _until_tune_ends_it(
 ) -> bool:
     """Train and measure; True if Tune ended the trial, which it does within a report."""
     manifest = open_manifest(str(config.data.uri))
-    here = config.scaling.max_workers == 1
+    here, seen = config.scaling.max_workers == 1, _Best()
     with open_run(**record) as run:
         run.log_text(to_toml(config), "config.toml")
         run.set_tags(git_tags() | data_tags(config, manifest))
         record_data(run, manifest)
-        ended = here and _train_here(config, manifest, folder, run, report)
+        ended = here and _train_here(config, manifest, folder, run, report, seen)
     if not here:  # the journal is written beside Ray Train's controller, on this node
         ended = workers.train_trial(config, manifest, folder, record, report)
     best = best_checkpoint(folder)
     if ended or best is None:
         return ended
     if here:
-        measure_axes(best, config, manifest, folder, device=device(config), exhaustive=free_axes)
+        measure_axes(
+            best,
+            config,
+            manifest,
+            folder,
+            device=device(config),
+            exhaustive=free_axes,
+            found=seen.of(best),
+        )
     else:
         workers.measure_trial(best, config, folder, exhaustive=free_axes)
     return False
 
 
+class _Best:
+    """The best evaluation of this process's training, so that it is not made again."""
+
+    def __init__(self) -> None:
+        self._found: Evaluation | None = None
+        self._step = -1
+
+    def see(self, found: Evaluation, step: int) -> None:
+        """One more."""
+        if self._found is None or found.metrics.mAP > self._found.metrics.mAP:
+            self._found, self._step = found, step
+
+    def of(self, checkpoint: Path) -> Evaluation | None:
+        """The evaluation of a checkpoint; None: another process made it, as of a resumed trial."""
+        return self._found if read_progress(checkpoint).step == self._step else None
+
+
 def _train_here(
-    config: RunConfig, manifest: Manifest, folder: Path, run: Run, report: Report
+    config: RunConfig, manifest: Manifest, folder: Path, run: Run, report: Report, seen: _Best
 ) -> bool:
     """Train; True if Tune ended the trial.
 
@@ -178,6 +205,7 @@ def _train_here(
                 reporter,
                 Worker(device=where),
                 lambda metrics, step: run.log_metrics(metrics, step=step),
+                seen.see,
             )
     except SystemExit:
         return True
