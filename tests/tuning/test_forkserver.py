@@ -127,7 +127,8 @@ def test_trials_find_nothing_of_torch_in_their_actor():
         [
             sys.executable,
             "-c",
-            "import sys, next.tuning.trial; print(sorted({'torch', 'open_clip'} & {*sys.modules}))",
+            "import sys\nfrom next.tuning.trial import run_trial\n"
+            "print(sorted({'torch', 'open_clip'} & {*sys.modules}))",
         ],
         capture_output=True,
         text=True,
@@ -147,7 +148,7 @@ for module, name in [(torch.cuda, "is_available"), (torch.cuda, "device_count"),
             asked.append(name)
             return call(*given)
         setattr(module, name, noted)
-import next.tuning.training
+from next.tuning.training import train_trial
 print(asked)
 """
 
