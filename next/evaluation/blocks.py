@@ -62,39 +62,32 @@ class SharedSeeds:
         one, other = self.names[ours], self.names[theirs]
         if one == other:
             return Estimate(0.0, 0.0)
-        apart = self.shares[one] - self.shares[other]
-        return self._estimate(
-            float(self.means[one] - self.means[other]),
-            float(1 / self.runs[one] + 1 / self.runs[other]),
-            apart,
-        )
+        pair = [one, other]
+        means, shares = (-np.diff(part[pair], axis=0) for part in (self.means, self.shares))
+        return self._estimates(means, (1 / self.runs[pair]).sum(), shares)[0]
 
     def level(self, name: str) -> Estimate | None:
         """Mean of a setting at the average seed; None: no run links its seeds to all others."""
-        value, variance, linked = self._levels
-        row = self.names[name]
-        return Estimate(float(value[row]), float(variance[row])) if linked[row] else None
+        return self._levels[self.names[name]]
 
     @cached_property
-    def _levels(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """[S] each setting's level, its variance, and whether it can be told; all at once.
+    def _levels(self) -> list[Estimate | None]:
+        """Of all settings at once: a race asks for them after each of its runs."""
+        return self._estimates(self.means, 1 / self.runs, self.shares - 1 / max(1, len(self.seeds)))
 
-        A race asks for all of them after each of its runs.
-        """
-        apart = self.shares - 1 / max(1, len(self.seeds))
-        return (
-            self.means - apart @ self.effects,
-            1 / self.runs + (apart @ self.inverse * apart).sum(1),
-            np.isclose(apart @ self.known.T, apart, atol=1e-6).all(1),
-        )
-
-    def _estimate(self, mean: float, variance: float, apart: np.ndarray) -> Estimate | None:
-        """Take out the effects of the seeds, of which the mean holds ``apart [K]``."""
-        if not np.allclose(self.known @ apart, apart, atol=1e-6):
-            return None
-        return Estimate(
-            mean - float(apart @ self.effects), variance + float(apart @ self.inverse @ apart)
-        )
+    def _estimates(
+        self, means: np.ndarray, variances: np.ndarray, apart: np.ndarray
+    ) -> list[Estimate | None]:
+        """Take out the effects of the seeds, of which the means [n] hold ``apart [n, K]``."""
+        values = means - apart @ self.effects
+        variances = variances + (apart @ self.inverse * apart).sum(1)
+        linked = np.isclose(apart @ self.known.T, apart, atol=1e-6).all(1)
+        return [
+            Estimate(value, variance) if known else None
+            for value, variance, known in zip(
+                values.tolist(), variances.tolist(), linked.tolist(), strict=True
+            )
+        ]
 
 
 def shared_seeds(scores: Mapping[str, Mapping[int, float]]) -> SharedSeeds:

@@ -9,7 +9,6 @@ import gc
 import logging
 import resource
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +30,11 @@ from next.training.report import FolderReporter
 from next.training.store import CheckpointStore
 from next.tuning import workers
 from next.tuning.axes import measure_axes
+from next.tuning.forkserver import Report
 
 _log = logging.getLogger(__name__)
 
 _PREDECESSOR_SECONDS = 120.0
-
-Report = Callable[[dict[str, Any]], None]
 
 
 def train_trial(

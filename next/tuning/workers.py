@@ -6,7 +6,7 @@ it, which is also how a trial that continues says again what an earlier driver m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +22,7 @@ from next.training.interruption import Ask, Bell, Interrupted
 from next.training.process import configure_torch, device
 from next.training.workers import train_on_workers
 from next.tuning.axes import measure_axes
+from next.tuning.forkserver import Report
 
 _LOOK_SECONDS = 0.25
 
@@ -31,7 +32,7 @@ def train_trial(
     manifest: Manifest,
     folder: Path,
     record: dict[str, Any],
-    report: Callable[[dict[str, Any]], None],
+    report: Report,
 ) -> bool:
     """Train a trial on workers of Ray Train; True if Tune ended it.
 
