@@ -18,13 +18,16 @@ import os
 import platform
 import signal
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import pairwise
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,6 +54,9 @@ ROOT = Path(__file__).resolve().parents[1]
 STEP_SECONDS = 0.2
 """Step for which shares are stated where another one was measured."""
 
+TURNS, TURN_SECONDS = 12, 5.0
+"""Turns of each of two that are compared while both run."""
+
 Row = dict[str, Any]
 Found = dict[str, list[float]]
 """What was measured, by setting, a value for each repeat."""
@@ -59,7 +65,7 @@ Found = dict[str, list[float]]
 def main(argv: list[str]) -> int:
     """Measure, print a table for each part, write JSON."""
     parts: dict[str, Callable[[Bench], list[Row]]] = {
-        "start": start, "ray": ray_alone, "step": step, "checkpoint": checkpoint,
+        "start": start, "ray": ray, "step": step, "checkpoint": checkpoint,
         "snapshot": snapshot, "kill": kill,
     }  # fmt: skip
     parser = argparse.ArgumentParser(
@@ -69,11 +75,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--repeats", type=int, default=3, help="of each setting")
     parser.add_argument("--samples", type=int, default=64, help="of a global batch, four a person")
     parser.add_argument("--epochs", type=int, default=12, help="of each run that is timed")
-    parser.add_argument("--within", type=Path, help=argparse.SUPPRESS)  # what part `ray` starts
+    # What part `ray` starts.
+    parser.add_argument("--within", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--world", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/training.json"))
     options = parser.parse_args(argv)
     if options.within:
-        on_one_worker(from_toml(options.within.read_text()))
+        on_workers(from_toml(options.within.read_text()), options.world)
         return 0
     options.out.parent.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {
@@ -153,37 +161,84 @@ def start(bench: Bench) -> list[Row]:
     return [spread(name, "s to first step", values) for name, values in found.items()]
 
 
-def ray_alone(bench: Bench) -> list[Row]:
-    """What Ray adds to a step of 0.2 s where it has a core beside the worker's, by turns.
+def ray(bench: Bench) -> list[Row]:
+    """What Ray adds to a step of 0.2 s: with a core beside the worker's, and with none.
 
     A run of one worker is no run of Ray's in this project; here it is, to see Ray alone.
     """
-    found: Found = {}
-    ways = {
-        "1 process, plain torch": lambda config: run_plainly(config, 1),
-        "1 worker of Ray Train": lambda config: run_job(config, "benchmarks/training.py --within"),
-    }
-    for turn in range(bench.repeats):
-        for name in list(ways)[:: 1 if turn % 2 else -1]:
-            config = bench.new(batch__identities=6)
-            found.setdefault(name, []).append(ways[name](config).pace)
-    plain, ray = (found[name] for name in ways)
-    rows = [spread(name, "s a step", found[name]) for name in ways]
-    name = "Ray over plain torch, a core to spare"
-    return [*rows, ratios(name, ray, plain), mean_ratio(f"{name}: mean, 95 %", ray, plain)]
+    rows = []
+    for world, name in ((1, "a core to spare"), (2, "none to spare")):
+        plain, over, means = [], [], []
+        for _ in range(bench.repeats):
+            config = {"batch__identities": 6 * world, "optim__epochs": 10_000}
+            turns = by_turns(bench.new(**config), bench.new(**config), world)
+            plain += [one for one, _ in turns]
+            over += [other / one for one, other in turns]
+            means.append(statistics.fmean(math.log(other / one) for one, other in turns))
+            print(f"{world}, pair {len(means)}: {math.exp(means[-1]):.3f}", flush=True)
+        rows += [
+            spread(f"{world} of plain torch, by turns", "s a step", plain),
+            spread(f"Ray over plain torch, {name}, by turns", "ratio", over),
+            mean_of_logs(f"Ray over plain torch, {name}: mean, 95 %", means),
+        ]
+    return rows
 
 
-def on_one_worker(config: RunConfig) -> None:
-    """A run of one worker by Ray Train, as one of several is."""
+def by_turns(plainly: RunConfig, with_ray: RunConfig, world: int) -> list[tuple[float, float]]:
+    """Seconds a step of plain torch and of Ray's workers, in turns next to each other.
+
+    Both run all the time; all processes of one, Ray's own among them, are stopped while the other
+    has its turn. So both see the same machine, whose speed changes within minutes by more than
+    what is looked for. Ray's clocks go on while it is stopped, so its regular work is counted up
+    to twice: what is found is rather too high.
+    """
+    members = start_group(plainly, world)
+    job, _ = begin_job(with_ray, f"benchmarks/training.py --world {world} --within")
+    sides = [(members, plainly), ([job], with_ray)]
+    turns = []
+    try:
+        for processes, config in sides:
+            wait_until(job, lambda config=config: len(step_times(config)) > 20)
+            signal_all(processes, signal.SIGSTOP)
+        for turn in range(TURNS + 1):
+            paces = {}
+            for side in (0, 1) if turn % 2 else (1, 0):
+                processes, config = sides[side]
+                signal_all(processes, signal.SIGCONT)
+                began = time.time()
+                time.sleep(TURN_SECONDS)
+                ended = time.time()
+                signal_all(processes, signal.SIGSTOP)
+                within = [at for at in step_times(config) if began < at < ended]
+                paces[side] = (within[-1] - within[0]) / (len(within) - 1)
+            turns.append((paces[0], paces[1]))
+    finally:
+        for processes, _ in sides:
+            signal_all(processes, signal.SIGKILL)
+            for process in processes:
+                process.join() if isinstance(process, BaseProcess) else process.wait()
+    return turns[1:]  # the first is Ray's start
+
+
+def on_workers(config: RunConfig, world: int) -> None:
+    """A run by Ray Train whose workers note their steps."""
     from next.tracking.run import open_run
-    from next.training.workers import train_on_workers
+    from next.training import workers
 
-    folder = Path(config.run.storage_path) / str(config.run.name)
+    folder = folder_of(config)
+    work = workers._work
+
+    def noted(settings: dict[str, Any]) -> dict[str, Any]:
+        note_steps(folder)
+        return work(settings)
+
+    workers._work = noted
     run = {"uri": None, "experiment": "benchmark", "name": folder.name, "folder": folder}
     with open_run(**run):
         pass
+    config = override(config, {"scaling.num_workers": world})
     manifest = open_manifest(str(config.data.uri))
-    train_on_workers(config, manifest, folder, str(folder / "checkpoints"), run)
+    workers.train_on_workers(config, manifest, folder, str(folder / "checkpoints"), run)
 
 
 def step(bench: Bench) -> list[Row]:
@@ -276,7 +331,7 @@ def kill(bench: Bench) -> list[Row]:
         optim__epochs=1000,
         selection__every=1000,
     )
-    folder = Path(config.run.storage_path) / str(config.run.name)
+    folder = folder_of(config)
     process, output = begin_job(config)
     again, new = [], []
     try:
@@ -318,7 +373,7 @@ def run_job(config: RunConfig, script: str = "") -> Timed:
     process, output = begin_job(config, script)
     if process.wait() != 0:
         raise RuntimeError(output.read_text()[-3000:])
-    rows = read_metrics(Path(config.run.storage_path) / str(config.run.name))
+    rows = read_metrics(folder_of(config))
     [first, *_] = [row["time"] for row in rows if "train/loss" in row["values"]]
     return Timed(first - began, pace(config, [row["values"] for row in rows]), [])
 
@@ -337,40 +392,37 @@ def run_apart(bench: Bench, identities: int) -> Timed:
 
 def run_groups(configs: list[RunConfig], world: int) -> list[Timed]:
     """A group of processes for each configuration, all at the same time."""
-    spawn = multiprocessing.get_context("spawn")
-    began, queue = time.time(), spawn.Queue()
-    members = [
-        spawn.Process(target=member, args=(rank, world, to_toml(config), began, queue))
-        for config in configs
-        for rank in range(world)
-    ]
-    for one in members:
-        one.start()
+    began, queue = time.time(), multiprocessing.get_context("spawn").Queue()
+    members = [one for config in configs for one in start_group(config, world, began, queue)]
     found = [queue.get(timeout=600) for _ in configs]
     for one in members:
         one.join()
     return found
 
 
-class Clock(Bell):
-    """Is asked once a step, and notes when."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.at: list[float] = []
-
-    def answer(self) -> Ask:
-        self.at.append(time.time())
-        return super().answer()
+def start_group(
+    config: RunConfig, world: int, began: float = 0.0, queue: Any = None
+) -> list[BaseProcess]:
+    """Processes of plain torch that train together; rank 0 puts what it found into the queue."""
+    spawn = multiprocessing.get_context("spawn")
+    group = [
+        spawn.Process(target=member, args=(rank, world, to_toml(config), began, queue))
+        for rank in range(world)
+    ]
+    for one in group:
+        one.start()
+    return group
 
 
 def member(rank: int, world: int, settings: str, began: float, queue: Any) -> None:
     """One process of a group."""
     config = from_toml(settings)
     configure_torch(config)
-    folder = Path(config.run.storage_path) / str(config.run.name) / "checkpoints"
-    clock, rows = Clock(), []
-    kept = {"checkpoint": config.checkpoint, "bell": clock}
+    folder = folder_of(config) / "checkpoints"
+    rows: list[dict[str, float]] = []
+    if rank == 0:
+        note_steps(folder.parent)
+    kept = {"checkpoint": config.checkpoint, "bell": Bell()}
     reporter: FolderReporter | TrainReporter = FolderReporter(folder, **kept)
     if world > 1:
         meeting = folder.parent.with_suffix(".meeting")
@@ -381,10 +433,36 @@ def member(rank: int, world: int, settings: str, began: float, queue: Any) -> No
         data = training_data(config, open_manifest(str(config.data.uri)))
         train(config, data, reporter, Worker(rank, world), lambda values, step: rows.append(values))
     if rank == 0:
-        steps = [after - before for before, after in pairwise(clock.at)]
-        queue.put(Timed(clock.at[0] - began, pace(config, rows), steps))
+        at = step_times(config)
+        steps = [after - before for before, after in pairwise(at)]
+        queue.put(Timed(at[0] - began, pace(config, rows), steps))
     if world > 1:
         dist.destroy_process_group()
+
+
+def note_steps(folder: Path) -> None:
+    """From now on this process writes down when it began each step, in the run's folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    notes = (folder / f"steps-{os.getpid()}").open("ab", buffering=0)
+    answer = Bell.answer
+
+    def noted(self: Bell) -> Ask:  # asked once a step
+        notes.write(struct.pack("d", time.time()))
+        return answer(self)
+
+    Bell.answer = noted
+
+
+def step_times(config: RunConfig) -> list[float]:
+    """When a process of the run began its steps, in seconds since 1970; none if it did not yet."""
+    for notes in sorted(folder_of(config).glob("steps-*")):
+        return list(array("d", notes.read_bytes()))
+    return []
+
+
+def folder_of(config: RunConfig) -> Path:
+    """Where a run keeps everything."""
+    return Path(config.run.storage_path) / str(config.run.name)
 
 
 def pace(config: RunConfig, rows: list[dict[str, float]]) -> float:
@@ -433,6 +511,16 @@ def next_worker(pid: int) -> int:
     return max(one.pid for one in below if "RayTrainWorker" in "".join(one.cmdline()[:1]))
 
 
+def signal_all(processes: Sequence[BaseProcess | subprocess.Popen], number: int) -> None:
+    """Send a signal to processes and to all below them."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            first = psutil.Process(process.pid)
+            for one in [first, *first.children(recursive=True)]:
+                with suppress(psutil.NoSuchProcess):
+                    one.send_signal(number)
+
+
 def wait_until(process: subprocess.Popen, condition: Callable[[], bool]) -> None:
     """Look every few milliseconds."""
     while not condition():
@@ -452,15 +540,14 @@ def ratios(name: str, over: list[float], under: list[float]) -> Row:
     return spread(name, "ratio", [a / b for a, b in zip(over, under, strict=True)])
 
 
-def mean_ratio(name: str, over: list[float], under: list[float]) -> Row:
-    """Geometric mean of ratios of runs of one turn, and its 95 % interval (Student's t)."""
-    logs = [math.log(a / b) for a, b in zip(over, under, strict=True)]
-    mean, turns = statistics.fmean(logs), len(logs)
+def mean_of_logs(name: str, logs: list[float]) -> Row:
+    """Geometric mean of ratios from their logarithms, and its 95 % interval (Student's t)."""
+    mean, count = statistics.fmean(logs), len(logs)
     reach = math.nan
-    if turns > 1:
-        reach = stats.t.ppf(0.975, turns - 1) * statistics.stdev(logs) / math.sqrt(turns)
+    if count > 1:
+        reach = stats.t.ppf(0.975, count - 1) * statistics.stdev(logs) / math.sqrt(count)
     row = {"what": name, "unit": "ratio", "median": math.exp(mean)}
-    return row | {"least": math.exp(mean - reach), "most": math.exp(mean + reach), "repeats": turns}
+    return row | {"least": math.exp(mean - reach), "most": math.exp(mean + reach), "repeats": count}
 
 
 def print_table(rows: list[Row]) -> None:
