@@ -3,6 +3,8 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 export PYTHONUNBUFFERED := 1
+# Some machines forbid it; every process of a test would compile the sources again.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-fast test-network browser services lint format bench clean help
 
