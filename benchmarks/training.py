@@ -65,7 +65,7 @@ Found = dict[str, list[float]]
 def main(argv: list[str]) -> int:
     """Measure, print a table for each part, write JSON."""
     parts: dict[str, Callable[[Bench], list[Row]]] = {
-        "start": start, "ray": ray, "step": step, "checkpoint": checkpoint,
+        "start": start, "ray": ray, "ray_full": ray_full, "step": step, "checkpoint": checkpoint,
         "snapshot": snapshot, "kill": kill,
     }  # fmt: skip
     parser = argparse.ArgumentParser(
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--repeats", type=int, default=3, help="of each setting")
     parser.add_argument("--samples", type=int, default=64, help="of a global batch, four a person")
     parser.add_argument("--epochs", type=int, default=12, help="of each run that is timed")
-    # What part `ray` starts.
+    # What parts `ray` and `ray_full` start.
     parser.add_argument("--within", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--world", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/training.json"))
@@ -162,26 +162,33 @@ def start(bench: Bench) -> list[Row]:
 
 
 def ray(bench: Bench) -> list[Row]:
-    """What Ray adds to a step of 0.2 s: with a core beside the worker's, and with none.
+    """What Ray adds to a step of 0.2 s with a core beside the worker's.
 
     A run of one worker is no run of Ray's in this project; here it is, to see Ray alone.
     """
-    rows = []
-    for world, name in ((1, "a core to spare"), (2, "none to spare")):
-        plain, over, means = [], [], []
-        for _ in range(bench.repeats):
-            config = {"batch__identities": 6 * world, "optim__epochs": 10_000}
-            turns = by_turns(bench.new(**config), bench.new(**config), world)
-            plain += [one for one, _ in turns]
-            over += [other / one for one, other in turns]
-            means.append(statistics.fmean(math.log(other / one) for one, other in turns))
-            print(f"{world}, pair {len(means)}: {math.exp(means[-1]):.3f}", flush=True)
-        rows += [
-            spread(f"{world} of plain torch, by turns", "s a step", plain),
-            spread(f"Ray over plain torch, {name}, by turns", "ratio", over),
-            mean_of_logs(f"Ray over plain torch, {name}: mean, 95 %", means),
-        ]
-    return rows
+    return over_plain_torch(bench, 1)
+
+
+def ray_full(bench: Bench) -> list[Row]:
+    """What Ray adds to a step of 0.2 s where two workers have the two cores that there are."""
+    return over_plain_torch(bench, 2)
+
+
+def over_plain_torch(bench: Bench, world: int) -> list[Row]:
+    """Ray's workers over as many processes of torch; other processes for each repeat."""
+    plain, over, means = [], [], []
+    for _ in range(bench.repeats):
+        config = {"batch__identities": 6 * world, "optim__epochs": 10_000}
+        turns = by_turns(bench.new(**config), bench.new(**config), world)
+        plain += [one for one, _ in turns]
+        over += [other / one for one, other in turns]
+        means.append(statistics.fmean(math.log(other / one) for one, other in turns))
+        print(f"pair {len(means)}: {math.exp(means[-1]):.3f}", flush=True)
+    return [
+        spread(f"plain torch, {world} at work, by turns", "s a step", plain),
+        spread("Ray over plain torch, by turns", "ratio", over),
+        mean_of_logs("Ray over plain torch: mean of the pairs, 95 %", means),
+    ]
 
 
 def by_turns(plainly: RunConfig, with_ray: RunConfig, world: int) -> list[tuple[float, float]]:
