@@ -18,6 +18,7 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
+from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from next.config import RunConfig, from_toml, to_toml
@@ -37,17 +38,22 @@ _ALIKE = {error.__name__: error for error in (NonFiniteLossError, RouterCollapse
 """Errors of the run itself, which all ranks see at the same step and would see again."""
 
 
-class _Trainer(ray.train.torch.TorchTrainer):
-    """Without Ray's cleaner of reservations.
+_LEFT_OUT = (DatasetsCallback, PlacementGroupCleanerCallback)
 
-    It asks whether the run's controller lives, and asks whichever cluster was started last on the
-    machine. Where that is another one, it takes the places of living workers away. The end of a job
-    gives them back as well, and :mod:`next.tuning.reservations` does while a sweep goes on.
+
+class _Trainer(ray.train.torch.TorchTrainer):
+    """Without Ray's cleaner of reservations, and without Ray Data.
+
+    The cleaner asks whether the run's controller lives, and asks whichever cluster was started last
+    on the machine. Where that is another one, it takes the places of living workers away. The end
+    of a job gives them back as well, and :mod:`next.tuning.reservations` does while a sweep goes
+    on. Data sets of Ray Data would have a process of their own at each start, also where there are
+    none, as here.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
         every = super()._create_default_callbacks()
-        return [one for one in every if not isinstance(one, PlacementGroupCleanerCallback)]
+        return [one for one in every if not isinstance(one, _LEFT_OUT)]
 
 
 def train_on_workers(
