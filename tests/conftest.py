@@ -56,28 +56,36 @@ TINY = {
 
 _FIRST_DRILLS = ("training/test_faults", "network/test_two_hosts")
 """They take as long as all other tests that start Ray, without the last ones."""
-_LAST_DRILLS = ("tuning/test_kills",)
+_LAST_DRILLS = ("tuning/test_kills", "tuning/test_workers", "captioning/test_pipeline")
+"""The longest first: whichever process is done takes the next."""
+_OTHERS = 3
 
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own hook
 def pytest_collection_modifyitems(items) -> None:
     """Keep the tests that start Ray in two processes, which begin with them.
 
-    They wait more than they compute, so a third process has the cores for the others, and ends with
-    the last drills. More of them at a time would wait for each other.
+    They wait more than they compute, so a third process has the cores for the others. The three end
+    with the last drills, at about the same time. More of them at a time would wait for each other.
     """
-    place = {}
-    for item in items:
-        if not item.get_closest_marker("ray"):
-            place[item] = 3
+    place = {item: _place(item) for item in items}
+    for item, group in place.items():
+        if group == _OTHERS:
             continue
-        module = f"{item.path.parent.name}/{item.path.stem}"
-        group = 1 if module in _FIRST_DRILLS else 4 if module in _LAST_DRILLS else 2
-        place[item] = group
         item.add_marker(pytest.mark.xdist_group(f"ray-{group}"))
         if not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(600))
     items.sort(key=lambda item: place[item])
+
+
+def _place(item) -> int:
+    """Which group a test is in, by their order."""
+    if not item.get_closest_marker("ray"):
+        return _OTHERS
+    module = f"{item.path.parent.name}/{item.path.stem}"
+    if module in _LAST_DRILLS:
+        return _OTHERS + 1 + _LAST_DRILLS.index(module)
+    return 1 if module in _FIRST_DRILLS else 2
 
 
 @pytest.fixture(scope="module")

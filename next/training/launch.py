@@ -11,13 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from next.config import RunConfig, differences, from_toml, to_toml
+from next.config import RunConfig
 from next.data.shards import Manifest, open_manifest
 from next.tracking.provenance import provenance_tags
 from next.tracking.run import check_server, open_run, read_metrics, start_server, view_command
 from next.training.assessment import Assessment, assess
 from next.training.checkpoint import read_config, read_progress, require_data
 from next.training.cluster import start_ray
+from next.training.folder import changes, claim_folder
 from next.training.inputs import resolve, training_data
 from next.training.interruption import Bell, listening
 from next.training.loop import Outcome, Worker, train
@@ -29,7 +30,6 @@ from next.training.store import CheckpointStore
 
 __all__ = [
     "RunResult",
-    "claim_folder",
     "configure_torch",
     "device",
     "headline",
@@ -42,13 +42,6 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
-
-_MAY_CHANGE = (
-    "run.", "tracking.", "scaling.", "checkpoint.", "threads", "keep_memory", "data.cache",
-    "data.uri", "model.backbone.file", "model.backbone.text_file",
-)  # fmt: skip
-"""Settings that a resumed run may change: they decide where and how, not what is computed. With
-``data.placement = sharded`` the number of workers decides which batches there are."""
 
 
 class RunResult(NamedTuple):
@@ -125,51 +118,6 @@ def launch(config: RunConfig) -> RunResult:
     return RunResult(folder, outcome, checkpoint, assessment, url, serve)
 
 
-def claim_folder(config: RunConfig, *, prefix: str = "run") -> Path:
-    """The run's folder, new or continued; ``run.fresh`` sets an old one aside.
-
-    Raises:
-        ValueError: a run of this name was trained with other settings; all of them are listed.
-    """
-    name = config.run.name or time.strftime(f"{prefix}-%Y%m%d-%H%M%S")
-    folder = (Path(config.run.storage_path) / name).absolute()
-    record = folder / "config.toml"
-    if record.exists() and config.run.fresh:
-        aside = folder.with_name(f"{name}.{time.strftime('%Y%m%d-%H%M%S')}")
-        folder.rename(aside)
-        _log.info("set the earlier run aside: %s", aside)
-    elif record.exists():
-        changed = _changed(from_toml(record.read_text()), config)
-        if changed:
-            raise ValueError(
-                f"run {name!r} in {folder.parent} was started with other settings; resume it with "
-                f"the same ones, choose another run.name, or set run.fresh. Changed:\n  {changed}"
-            )
-        _log.info("continuing run %s", folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / ".config.toml"
-    draft.write_text(to_toml(config))
-    os.replace(draft, record)
-    return folder
-
-
-def _changed(before: RunConfig, now: RunConfig) -> str:
-    """Settings that decide what is computed and differ, a line each; empty: none does."""
-    found = differences(before, now)
-    lines = [
-        f"{setting}: {old!r} -> {new!r}"
-        for setting, (old, new) in found.items()
-        if not setting.startswith(_MAY_CHANGE)
-    ]
-    if now.data.placement == "sharded" and "scaling.num_workers" in found:
-        old, new = found["scaling.num_workers"]
-        lines.append(
-            f"scaling.num_workers: {old!r} -> {new!r} (data.placement = sharded plans its batches "
-            f"for so many workers)"
-        )
-    return "\n  ".join(lines)
-
-
 @contextmanager
 def tracking_address(config: RunConfig) -> Iterator[str | None]:
     """MLflow's address while the block runs: the one set, or a local server; None: no tracking.
@@ -243,7 +191,7 @@ def _finished(store: CheckpointStore, config: RunConfig, digest: str) -> Outcome
         return None
     progress, trained = read_progress(checkpoint), read_config(checkpoint)
     require_data(progress, digest)
-    changed = _changed(trained, config)
+    changed = changes(trained, config)
     if changed:
         raise ValueError(
             f"the checkpoints in {store.uri} are of another model or other settings; use those, "

@@ -33,11 +33,9 @@ from next.model.network import NEXT
 from next.training.checkpoint import load_network
 from next.training.inputs import training_data
 from next.training.loop import TrainingData
+from next.tuning.settings import AXES, FEATURES
 
 _log = logging.getLogger(__name__)
-
-FEATURES, AXES = "features.npz", "axes.json"
-"""Files in a trial's folder."""
 
 TEMPERATURES = (0.5, 1.0, 2.0)
 """Factors of the routing temperature."""

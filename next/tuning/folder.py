@@ -25,7 +25,7 @@ import tomli_w
 from filelock import FileLock, Timeout
 
 from next.config import RunConfig, from_toml, near_matches, override
-from next.training.launch import claim_folder
+from next.training.folder import claim_folder
 from next.tuning.results import Setting, Trial, group, read_trials, starting_point
 from next.tuning.settings import SweepConfig
 from next.tuning.space import Space

@@ -19,7 +19,6 @@ from next.evaluation.metrics import nearest
 from next.evaluation.missingmaps import missing_map
 from next.evaluation.ranklists import RankList, Shown, rank_lists
 from next.training.inputs import training_data
-from next.tuning.axes import AXES, FEATURES
 from next.tuning.carried import carry_on
 from next.tuning.charts import (
     contour,
@@ -35,6 +34,7 @@ from next.tuning.page import Picture
 from next.tuning.results import Trial
 from next.tuning.search import DEFAULT
 from next.tuning.seeds import first_metric
+from next.tuning.settings import AXES, FEATURES
 from next.tuning.study import as_completed
 from next.tuning.summary import Summary
 

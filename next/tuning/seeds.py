@@ -12,9 +12,9 @@ from scipy import stats  # type: ignore[import-untyped]
 
 from next.evaluation.blocks import Estimate, SharedSeeds, judged
 from next.evaluation.noise import PairedDifference, paired_bootstrap, pooled_spread
-from next.tuning.axes import FEATURES
 from next.tuning.results import Setting, Trial, fit_seeds
 from next.tuning.search import DEFAULT, Repeat
+from next.tuning.settings import FEATURES
 from next.tuning.space import METRIC
 
 _ALPHA = 0.05

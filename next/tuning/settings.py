@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from next.config import Fraction, Section
 
+FEATURES, AXES = "features.npz", "axes.json"
+"""Files in a trial's folder: what its best epoch gave each held-out sample, and its free axes."""
+
 
 class SweepConfig(Section):
     """How a space is searched."""

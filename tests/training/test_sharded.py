@@ -15,9 +15,9 @@ from next.data.cache import contents
 from next.data.ingest import prepare
 from next.data.plan import deal_shards, split_train, training_plan
 from next.data.shards import open_manifest
+from next.training.folder import claim_folder
 from next.training.inputs import resolve, training_data
 from next.training.interruption import Bell
-from next.training.launch import claim_folder
 from next.training.loop import Worker, train
 from next.training.report import TrainReporter
 from tests.training.test_loop import run

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from next.tuning.axes import FEATURES
 from next.tuning.results import Setting, Trial, group
 from next.tuning.search import DEFAULT
 from next.tuning.seeds import compare, most_racers, next_racer, noise_floor, tied_top
+from next.tuning.settings import FEATURES
 
 OBJECTIVES = {"val/mAP": "max"}
 

@@ -7,7 +7,8 @@ from next.data.shards import open_manifest
 from next.training.checkpoint import read_config
 from next.training.inputs import resolve
 from next.training.process import device
-from next.tuning.axes import AXES, FEATURES, measure_axes
+from next.tuning.axes import measure_axes
+from next.tuning.settings import AXES, FEATURES
 from next.tuning.training import best_checkpoint, train_trial
 
 

@@ -1,0 +1,64 @@
+"""The folder of a run, which one command makes and the same command continues. Imports no torch."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+
+from next.config import RunConfig, differences, from_toml, to_toml
+
+_log = logging.getLogger(__name__)
+
+_MAY_CHANGE = (
+    "run.", "tracking.", "scaling.", "checkpoint.", "threads", "keep_memory", "data.cache",
+    "data.uri", "model.backbone.file", "model.backbone.text_file",
+)  # fmt: skip
+"""Settings that a resumed run may change: they decide where and how, not what is computed. With
+``data.placement = sharded`` the number of workers decides which batches there are."""
+
+
+def claim_folder(config: RunConfig, *, prefix: str = "run") -> Path:
+    """The run's folder, new or continued; ``run.fresh`` sets an old one aside.
+
+    Raises:
+        ValueError: a run of this name was trained with other settings; all of them are listed.
+    """
+    name = config.run.name or time.strftime(f"{prefix}-%Y%m%d-%H%M%S")
+    folder = (Path(config.run.storage_path) / name).absolute()
+    record = folder / "config.toml"
+    if record.exists() and config.run.fresh:
+        aside = folder.with_name(f"{name}.{time.strftime('%Y%m%d-%H%M%S')}")
+        folder.rename(aside)
+        _log.info("set the earlier run aside: %s", aside)
+    elif record.exists():
+        changed = changes(from_toml(record.read_text()), config)
+        if changed:
+            raise ValueError(
+                f"run {name!r} in {folder.parent} was started with other settings; resume it with "
+                f"the same ones, choose another run.name, or set run.fresh. Changed:\n  {changed}"
+            )
+        _log.info("continuing run %s", folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = folder / ".config.toml"
+    draft.write_text(to_toml(config))
+    os.replace(draft, record)
+    return folder
+
+
+def changes(before: RunConfig, now: RunConfig) -> str:
+    """Settings that decide what is computed and differ, a line each; empty: none does."""
+    found = differences(before, now)
+    lines = [
+        f"{setting}: {old!r} -> {new!r}"
+        for setting, (old, new) in found.items()
+        if not setting.startswith(_MAY_CHANGE)
+    ]
+    if now.data.placement == "sharded" and "scaling.num_workers" in found:
+        old, new = found["scaling.num_workers"]
+        lines.append(
+            f"scaling.num_workers: {old!r} -> {new!r} (data.placement = sharded plans its batches "
+            f"for so many workers)"
+        )
+    return "\n  ".join(lines)
