@@ -3,8 +3,8 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-deps
-# Libraries of a graphics card, half of all that is unpacked: beside the rest.
-CARD := ^(nvidia|cuda|triton)
+# Most of what is unpacked: beside the rest.
+LARGE := ^(torch|triton|nvidia|cuda)
 export PYTHONUNBUFFERED := 1
 # Some machines forbid it; every process of a test would compile the sources again.
 export PYTHONDONTWRITEBYTECODE :=
@@ -17,8 +17,8 @@ help: ## list the targets
 $(VENV)/.ready: requirements.txt pyproject.toml next/data/compose.c
 	@echo "setting up $(VENV) (about three minutes and 7 GB the first time)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	grep -E '$(CARD)' requirements.txt | $(PIP) -r /dev/stdin & \
-	  grep -vE '$(CARD)' requirements.txt | $(PIP) -r /dev/stdin && wait $$!
+	grep -E '$(LARGE)' requirements.txt | $(PIP) -r /dev/stdin & \
+	  grep -vE '$(LARGE)' requirements.txt | $(PIP) -r /dev/stdin && wait $$!
 	$(PIP) --no-build-isolation -e .
 	cc -O3 -ffp-contract=off -shared -fPIC -o next/data/_compose.so next/data/compose.c \
 	  || echo "no C compiler: batches on a CPU are made by NumPy, slower, to the same bits"

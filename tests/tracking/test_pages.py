@@ -114,10 +114,12 @@ def test_the_view_shows_the_trials_with_our_names_on_the_axes_and_their_pictures
     page.mouse.move(1200, 900)  # over the charts, of which those in sight are drawn
     page.mouse.wheel(0, 700)
     page.get_by_text("figures/cmc").first.scroll_into_view_if_needed()
-    image.first.wait_for()
-    shown = image.evaluate_all("all => all.map(one => [one.complete, one.naturalWidth])")
-    assert len(shown) == 10
-    assert all(complete and width > 300 for complete, width in shown)
+    image.nth(9).wait_for()
+    widths = image.evaluate_all(
+        "all => Promise.all(all.map(one => one.decode().then(() => one.naturalWidth)))"
+    )
+    assert len(widths) == 10
+    assert all(width > 300 for width in widths)
 
 
 def test_the_table_of_the_view_has_what_was_varied_as_its_columns(server, sweep, page):
