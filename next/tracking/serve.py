@@ -21,6 +21,8 @@ from pathlib import Path
 
 _WATCH_SECONDS = 0.5
 _GRACE_SECONDS = 5.0
+_KEEP_ALIVE_SECONDS = 120
+"""Longer than clients pause: a call that meets the closing of its connection fails."""
 
 
 def serve(folder: Path, listener: socket.socket) -> None:
@@ -49,7 +51,12 @@ def serve(folder: Path, listener: socket.socket) -> None:
 
     import uvicorn
 
-    config = uvicorn.Config("mlflow.server.fastapi_app:app", access_log=False, log_level="warning")
+    config = uvicorn.Config(
+        "mlflow.server.fastapi_app:app",
+        access_log=False,
+        log_level="warning",
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+    )
     uvicorn.Server(config).run(sockets=[listener])
 
 
