@@ -374,10 +374,10 @@ def begin_job(config: RunConfig, script: str = "") -> tuple[subprocess.Popen, Pa
     return process, output
 
 
-def run_job(config: RunConfig, script: str = "") -> Timed:
+def run_job(config: RunConfig) -> Timed:
     """Run the job to its end; times are those of the journal's records."""
     began = time.time()
-    process, output = begin_job(config, script)
+    process, output = begin_job(config)
     if process.wait() != 0:
         raise RuntimeError(output.read_text()[-3000:])
     rows = read_metrics(folder_of(config))
