@@ -70,13 +70,16 @@ def test_a_run_whose_node_is_to_be_drained_writes_a_checkpoint_and_goes_on_elsew
     run.until(lambda: len(workers()) == 2, "never started")
     run.until(lambda: "training on 2 workers" in run.said(), "never trained")
     [at] = {actor.node_id for actor in list_actors(filters=[("pid", "=", workers()[0])])}
-    announce_the_end_of(at, seconds=3)
+    announce_the_end_of(at, seconds=60)
+    written = re.compile(r"checkpoint of step (\d+), (\d+) in the epoch, is written")
+    run.until(lambda: written.search(run.said()) is not None, "it is not written when asked for")
+    announce_the_end_of(at, seconds=1)
     assert_ended_as_if_nothing_had_happened(run, undisturbed)
     said = run.said()
     assert "a node of this run is to be drained: writing a checkpoint" in said
     assert said.count("training on 2 workers") == 2
-    kept = re.search(r"checkpoint of step (\d+), (\d+) in the epoch, is written", said)
-    assert kept is not None, "it was written when it was asked for"
+    kept = written.search(said)
+    assert kept is not None
     assert int(kept[2]) > 0
     resumed = re.search(r"continuing after epoch \d+ \(step (\d+), \d+ in the epoch\)", said)
     assert resumed is not None
