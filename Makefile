@@ -2,14 +2,15 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-deps
+# Sources are compiled when they are first imported: most never are.
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-compile
 # Most of what is unpacked: beside the rest.
 LARGE := ^(torch|triton|nvidia|cuda)
 export PYTHONUNBUFFERED := 1
 # Some machines forbid it; every process of a test would compile the sources again.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-fast test-network browser services lint format bench clean help
+.PHONY: demo test test-fast test-network browser services style lint format bench clean help
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -28,7 +29,7 @@ demo: $(VENV)/.ready ## the main job on embedded defaults: benchmark, shards, sw
 	@echo "starting; everything goes to demo/"
 	MALLOC_ARENA_MAX=1 $(BIN)/python jobs/demo.py
 
-test: lint ## lint, types and every test
+test: style ## lint, types and every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
 
 test-fast: $(VENV)/.ready ## the tests that take less than ten seconds each
@@ -46,9 +47,11 @@ services: ## PostgreSQL for the tests of back ends (Debian's package; needs root
 	  || (apt-get update -qq && apt-get install -y -qq --no-install-recommends postgresql >/dev/null) \
 	  || echo "no PostgreSQL: the tests of that back end will be skipped"
 
-lint: $(VENV)/.ready ## ruff and mypy
+style: $(VENV)/.ready ## ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+lint: style ## ruff and mypy
 	$(BIN)/mypy
 
 format: $(VENV)/.ready ## rewrite the code in the project's format

@@ -1,6 +1,8 @@
 """Rules about the source that no single module can check."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,14 @@ def imports(path: Path) -> set[str]:
 
 def relative(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.slow
+def test_mypy_finds_the_types_right():
+    """A test, so that it runs beside the others."""
+    command = [sys.executable, "-m", "mypy"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout + found.stderr
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=relative)

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats  # type: ignore[import-untyped]
+from scipy.special import stdtr, stdtrit  # type: ignore[import-untyped]
 from threadpoolctl import ThreadpoolController
 
 from next.evaluation.noise import PairedDifference
@@ -172,8 +172,8 @@ def judged(
         return PairedDifference(difference, difference, difference, sure, queries)
     freedom = variance**2 / sum(part**2 / own for part, own in parts if own)
     error = variance**0.5
-    alone = 2 * float(stats.t.sf(abs(difference) / error, freedom))
-    half = error * float(stats.t.ppf(0.5 + confidence ** (1 / comparisons) / 2, freedom))
+    alone = 2 * float(stdtr(freedom, -abs(difference) / error))
+    half = error * float(stdtrit(freedom, 0.5 + confidence ** (1 / comparisons) / 2))
     return PairedDifference(
         difference=difference,
         low=difference - half,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats  # type: ignore[import-untyped]
+from scipy.special import stdtrit  # type: ignore[import-untyped]
 
 _BLOCK_DRAWS = 1 << 21
 
@@ -65,7 +65,7 @@ def seed_spread(scores: Sequence[float] | np.ndarray, *, confidence: float = 0.9
     if count == 1:
         return SeedSpread(mean, np.nan, np.nan, np.nan, 1)
     std = float(values.std(ddof=1))
-    reach = float(stats.t.ppf(0.5 + confidence / 2, count - 1)) * std / count**0.5
+    reach = float(stdtrit(count - 1, 0.5 + confidence / 2)) * std / count**0.5
     return SeedSpread(mean, std, mean - reach, mean + reach, count)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats  # type: ignore[import-untyped]
+from scipy.special import ndtri, stdtrit  # type: ignore[import-untyped]
 
 from next.evaluation.blocks import Estimate, SharedSeeds, judged
 from next.evaluation.noise import PairedDifference, paired_bootstrap, pooled_spread
@@ -248,7 +248,7 @@ def next_racer(
 
 def interval_reach(spread: float, freedom: int) -> float:
     """Half of the 95 % interval of one run's score; NaN where no spread is known."""
-    return float(stats.t.ppf(0.975, freedom)) * spread if freedom else math.nan
+    return float(stdtrit(freedom, 0.975)) * spread if freedom else math.nan
 
 
 def _next_seed(setting: Setting, drawn: int) -> int:
@@ -283,7 +283,7 @@ def _over_queries(one: list[Trial], other: list[Trial], shared: set[int]) -> _Ov
         resamples=_RESAMPLES,
         confidence=confidence,
     )
-    reach = float(stats.norm.ppf(0.5 + confidence / 2))
+    reach = float(ndtri(0.5 + confidence / 2))
     identities = len(np.unique(kept[1][~np.isnan(kept[0].mean(axis=0))]))
     return _OverQueries((found.high - found.low) / 2 / reach, max(1, identities - 1), found.queries)
 

@@ -7,6 +7,7 @@ a process of its own, started again with the same command.
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -51,6 +53,24 @@ def ready(tiny_config) -> RunConfig:
     """The tiny run with its settings resolved."""
     torch.set_num_threads(1)
     return resolve(tiny_config, open_manifest(tiny_config.data.uri))
+
+
+def together(target: Callable[..., None], members: list[tuple]) -> list[Any]:
+    """Call a function in a process for each of these arguments, and a queue for its answer.
+
+    They are forked from a process that has imported what ``target`` needs.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([target.__module__])
+    queue = context.Queue()
+    processes = [context.Process(target=target, args=(*own, queue)) for own in members]
+    for process in processes:
+        process.start()
+    answers = [queue.get(timeout=200) for _ in processes]
+    for process in processes:
+        process.join(timeout=60)
+        assert process.exitcode == 0
+    return answers
 
 
 @pytest.fixture(scope="module")

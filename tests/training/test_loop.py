@@ -2,7 +2,6 @@
 
 import inspect
 import math
-import multiprocessing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ from next.training.interruption import Ask, Bell, Interrupted
 from next.training.loop import Outcome, Worker, train
 from next.training.report import FolderReporter, TrainReporter
 from next.training.step_log import NonFiniteLossError, RouterCollapseError
+from tests.training.conftest import together
 
 
 def run(config: RunConfig, folder: Path) -> Outcome:
@@ -310,18 +310,8 @@ def world_member(rank: int, world: int, meeting: str, parts: list[Part], queue) 
 
 
 def train_together(world: int, meeting: Path, *parts: Part) -> list[Ended]:
-    spawn = multiprocessing.get_context("spawn")
-    queue = spawn.Queue()
-    members = [
-        spawn.Process(target=world_member, args=(rank, world, str(meeting), list(parts), queue))
-        for rank in range(world)
-    ]
-    for member in members:
-        member.start()
-    first, *others = [queue.get(timeout=200) for _ in members]
-    for member in members:
-        member.join(timeout=60)
-        assert member.exitcode == 0
+    members = [(rank, world, str(meeting), list(parts)) for rank in range(world)]
+    first, *others = together(world_member, members)
     assert all(other == first for other in others), "every rank saw the same"
     return first
 

@@ -1,6 +1,5 @@
 """``data.placement = sharded`` in the real loop, on one worker and on two."""
 
-import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from next.training.inputs import resolve, training_data
 from next.training.interruption import Bell
 from next.training.loop import Worker, train
 from next.training.report import TrainReporter
+from tests.training.conftest import together
 from tests.training.test_loop import run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,17 +95,9 @@ def member(rank: int, meeting: str, config: str, folder: str, queue) -> None:
 
 def test_two_workers_decode_only_what_is_dealt_to_them(in_shards_of, tmp_path):
     config = override(in_shards_of(1), {"optim.epochs": 1, "scaling.num_workers": 2})
-    spawn = multiprocessing.get_context("spawn")
-    queue = spawn.Queue()
-    common = (str(tmp_path / "meeting"), to_toml(config), str(tmp_path / "run"), queue)
-    members = [spawn.Process(target=member, args=(rank, *common)) for rank in range(2)]
-    for one in members:
-        one.start()
-    losses, others = [queue.get(timeout=200) for _ in members]
+    common = (str(tmp_path / "meeting"), to_toml(config), str(tmp_path / "run"))
+    losses, others = together(member, [(rank, *common) for rank in range(2)])
     assert losses == others, "the loss is of the global batch"
-    for one in members:
-        one.join(timeout=60)
-        assert one.exitcode == 0
     manifest = open_manifest(config.data.uri)
     pids = manifest.labels("train").pid
     rows, held_out = split_train(config, pids)
