@@ -179,7 +179,10 @@ def over_plain_torch(bench: Bench, world: int) -> list[Row]:
     plain, over, means = [], [], []
     for _ in range(bench.repeats):
         config = {"batch__identities": 6 * world, "optim__epochs": 10_000}
-        turns = by_turns(bench.new(**config), bench.new(**config), world)
+        turns = by_turns(
+            plain_side(bench.new(**config), world=world),
+            ray_side(bench.new(**config), world),
+        )
         plain += [one for one, _ in turns]
         over += [other / one for one, other in turns]
         means.append(statistics.fmean(math.log(other / one) for one, other in turns))
@@ -191,40 +194,63 @@ def over_plain_torch(bench: Bench, world: int) -> list[Row]:
     ]
 
 
-def by_turns(plainly: RunConfig, with_ray: RunConfig, world: int) -> list[tuple[float, float]]:
-    """Seconds a step of plain torch and of Ray's workers, in turns next to each other.
+class Side(NamedTuple):
+    """One of what is compared by turns."""
 
-    Both run all the time; all processes of one, Ray's own among them, are stopped while the other
-    has its turn. So both see the same machine, whose speed changes within minutes by more than
-    what is looked for. Ray's clocks go on while it is stopped, so its regular work is counted up
-    to twice: what is found is rather too high.
+    processes: list[BaseProcess | subprocess.Popen]
+    configs: list[RunConfig]
+    """Runs that they train; the slowest counts."""
+
+
+def plain_side(*configs: RunConfig, world: int = 1) -> Side:
+    """A group of processes of plain torch for each run."""
+    return Side([one for config in configs for one in start_group(config, world)], [*configs])
+
+
+def ray_side(config: RunConfig, world: int) -> Side:
+    """A run on workers of Ray Train, whose processes are all below the job's."""
+    job, _ = begin_job(config, f"benchmarks/training.py --world {world} --within")
+    return Side([job], [config])
+
+
+def by_turns(*sides: Side) -> list[list[float]]:
+    """Seconds a step of each side, for turns next to each other.
+
+    All run all the time; all processes of one, Ray's own among them, are stopped while another has
+    its turn. So all see the same machine, whose speed changes within minutes by more than what is
+    looked for. Ray's clocks go on while it is stopped, so its regular work is counted as often as
+    there are sides: what is found is rather too high.
     """
-    members = start_group(plainly, world)
-    job, _ = begin_job(with_ray, f"benchmarks/training.py --world {world} --within")
-    sides = [(members, plainly), ([job], with_ray)]
     turns = []
     try:
-        for processes, config in sides:
-            wait_until(job, lambda config=config: len(step_times(config)) > 20)
-            signal_all(processes, signal.SIGSTOP)
+        for side in sides:
+            for config in side.configs:
+                wait_until(side.processes[0], lambda at=config: len(step_times(at)) > 20)
+            signal_all(side.processes, signal.SIGSTOP)
         for turn in range(TURNS + 1):
-            paces = {}
-            for side in (0, 1) if turn % 2 else (1, 0):
-                processes, config = sides[side]
-                signal_all(processes, signal.SIGCONT)
+            paces = [0.0] * len(sides)
+            for number in range(len(sides))[:: 1 if turn % 2 else -1]:
+                signal_all(sides[number].processes, signal.SIGCONT)
                 began = time.time()
                 time.sleep(TURN_SECONDS)
                 ended = time.time()
-                signal_all(processes, signal.SIGSTOP)
-                within = [at for at in step_times(config) if began < at < ended]
-                paces[side] = (within[-1] - within[0]) / (len(within) - 1)
-            turns.append((paces[0], paces[1]))
+                signal_all(sides[number].processes, signal.SIGSTOP)
+                paces[number] = max(
+                    pace_between(began, ended, config) for config in sides[number].configs
+                )
+            turns.append(paces)
     finally:
         for processes, _ in sides:
             signal_all(processes, signal.SIGKILL)
             for process in processes:
                 process.join() if isinstance(process, BaseProcess) else process.wait()
     return turns[1:]  # the first is Ray's start
+
+
+def pace_between(began: float, ended: float, config: RunConfig) -> float:
+    """Seconds a step of a run within that time."""
+    within = [at for at in step_times(config) if began < at < ended]
+    return (within[-1] - within[0]) / (len(within) - 1)
 
 
 def on_workers(config: RunConfig, world: int) -> None:
@@ -249,29 +275,34 @@ def on_workers(config: RunConfig, world: int) -> None:
 
 
 def step(bench: Bench) -> list[Row]:
-    """Seconds of a step: Ray's overhead over plain torch, and what a second core gives."""
-    half = bench.config.batch.identities // 2
+    """Seconds of a step of one global batch, and what a second core gives; by turns."""
+    one = "1 process, 1 thread"
     found: Found = {}
+    speed: Found = {}
+    endless = {"optim__epochs": 10_000, "selection__every": 10_000}
+    half = endless | {"batch__identities": bench.config.batch.identities // 2}
     for _ in range(bench.repeats):
-        for name, measure in (
-            ("1 process, 1 thread", lambda: run_plainly(bench.new(), 1)),
-            ("1 process, 2 threads", lambda: run_plainly(bench.new(threads=2), 1)),
-            ("half the batch in each of 2 processes", lambda: run_apart(bench, half)),
-            ("2 processes, plain torch", lambda: run_plainly(bench.new(), 2)),
-            ("2 workers, Ray", lambda: run_job(bench.new(scaling__num_workers=2))),
-        ):
-            found.setdefault(name, []).append(measure().pace)
-    rows = [spread(name, "s a step", values) for name, values in found.items()]
-    ones, plain, ray = (
-        found[name]
-        for name in ("1 process, 1 thread", "2 processes, plain torch", "2 workers, Ray")
-    )
-    ideal = found["half the batch in each of 2 processes"]
+        sides = {
+            one: plain_side(bench.new(**endless)),
+            "1 process, 2 threads": plain_side(bench.new(**endless, threads=2)),
+            "half the batch in each of 2 processes": plain_side(
+                bench.new(**half), bench.new(**half)
+            ),
+            "2 processes, plain torch": plain_side(bench.new(**endless), world=2),
+            "2 workers, Ray": ray_side(bench.new(**endless), 2),
+        }
+        by_side = dict(zip(sides, zip(*by_turns(*sides.values()), strict=True), strict=True))
+        for name, paces in by_side.items():
+            found.setdefault(name, []).extend(paces)
+            logs = [math.log(a / b) for a, b in zip(by_side[one], paces, strict=True)]
+            speed.setdefault(name, []).append(statistics.fmean(logs))
     return [
-        *rows,
-        ratios("Ray over plain torch", ray, plain),
-        ratios("2 workers, Ray: speed over 1 worker", ones, ray),
-        ratios("2 processes that share nothing: speed over 1 worker", ones, ideal),
+        *(spread(name, "s a step", values) for name, values in found.items()),
+        *(
+            mean_of_logs(f"{name}: speed over the first, 95 %", logs)
+            for name, logs in speed.items()
+            if name != one
+        ),
     ]
 
 
@@ -387,24 +418,12 @@ def run_job(config: RunConfig) -> Timed:
 
 def run_plainly(config: RunConfig, world: int) -> Timed:
     """The loop on processes of torch alone; what rank 0 found."""
-    [timed] = run_groups([config], world)
-    return timed
-
-
-def run_apart(bench: Bench, identities: int) -> Timed:
-    """Two runs of one process at the same time, which know nothing of each other; the slower."""
-    configs = [bench.new(batch__identities=identities) for _ in range(2)]
-    return max(run_groups(configs, 1), key=lambda timed: timed.pace)
-
-
-def run_groups(configs: list[RunConfig], world: int) -> list[Timed]:
-    """A group of processes for each configuration, all at the same time."""
     began, queue = time.time(), multiprocessing.get_context("spawn").Queue()
-    members = [one for config in configs for one in start_group(config, world, began, queue)]
-    found = [queue.get(timeout=600) for _ in configs]
+    members = start_group(config, world, began, queue)
+    timed: Timed = queue.get(timeout=600)
     for one in members:
         one.join()
-    return found
+    return timed
 
 
 def start_group(
@@ -528,11 +547,12 @@ def signal_all(processes: Sequence[BaseProcess | subprocess.Popen], number: int)
                     one.send_signal(number)
 
 
-def wait_until(process: subprocess.Popen, condition: Callable[[], bool]) -> None:
+def wait_until(process: BaseProcess | subprocess.Popen, condition: Callable[[], bool]) -> None:
     """Look every few milliseconds."""
     while not condition():
-        if process.poll() is not None:
-            raise RuntimeError(f"the job ended with code {process.returncode}")
+        code = process.exitcode if isinstance(process, BaseProcess) else process.poll()
+        if code is not None:
+            raise RuntimeError(f"the process ended with code {code}")
         time.sleep(0.01)
 
 

@@ -55,10 +55,10 @@ TINY = {
 
 
 _FIRST_DRILLS = ("training/test_faults", "network/test_two_hosts", "tuning/test_workers")
-"""They take as long as all other tests that start Ray, without the last ones."""
-_LAST_DRILLS = ("tuning/test_kills", "captioning/test_pipeline")
-"""The longest first: who is done with the others takes them."""
-_OTHERS = 3
+"""They take as long as all other tests that start Ray, without the last one."""
+_LAST_DRILL = "tuning/test_kills"
+"""Who is done with the others takes it. More than one would all go to the same process."""
+_OTHERS, _LAST = 3, 4
 
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own hook
@@ -66,7 +66,7 @@ def pytest_collection_modifyitems(items) -> None:
     """Keep the tests that start Ray in two processes, which begin with them.
 
     They wait more than they compute, so a third process has the cores for the others. The three end
-    with the last drills, at about the same time. More of them at a time would wait for each other.
+    at about the same time. More processes with Ray would wait for each other.
     """
     place = {item: _place(item) for item in items}
     for item, group in place.items():
@@ -83,8 +83,8 @@ def _place(item) -> int:
     if not item.get_closest_marker("ray"):
         return _OTHERS
     module = f"{item.path.parent.name}/{item.path.stem}"
-    if module in _LAST_DRILLS:
-        return _OTHERS + 1 + _LAST_DRILLS.index(module)
+    if module == _LAST_DRILL:
+        return _LAST
     return 1 if module in _FIRST_DRILLS else 2
 
 
