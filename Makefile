@@ -16,7 +16,7 @@ help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 $(VENV)/.ready: requirements.txt pyproject.toml next/data/compose.c
-	@echo "setting up $(VENV) (about three minutes and 7 GB the first time)"
+	@echo "setting up $(VENV) (one to three minutes and 7 GB)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	grep -E '$(LARGE)' requirements.txt | $(PIP) -r /dev/stdin & \
 	  grep -vE '$(LARGE)' requirements.txt | $(PIP) -r /dev/stdin && wait $$!

@@ -299,7 +299,7 @@ def step(bench: Bench) -> list[Row]:
     return [
         *(spread(name, "s a step", values) for name, values in found.items()),
         *(
-            mean_of_logs(f"{name}: speed over the first, 95 %", logs)
+            mean_of_logs(f"{name}: speed, 95 %", logs)
             for name, logs in speed.items()
             if name != one
         ),
