@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import textwrap
 import threading
 import time
@@ -31,6 +32,9 @@ _log = logging.getLogger(__name__)
 
 LISTEN_SECONDS = 0.5
 """Between two looks at what was said."""
+
+_LAST_CALL_SECONDS = 20.0
+"""Before a node goes, for its last checkpoint: a step, the copy, writing, clocks that differ."""
 
 
 class Line:
@@ -75,6 +79,40 @@ class Line:
             _internal_kv_del(self.name, del_by_prefix=True)
 
 
+class Drain:
+    """Asks for a checkpoint when a node is to be drained, and for another just before it goes.
+
+    Clouds tell minutes ahead. Without the second, what is trained in them would be trained again.
+
+    Args:
+        bell: of this worker.
+    """
+
+    def __init__(self, bell: Bell) -> None:
+        self._bell = bell
+        self._heard: ray.train.PreemptionInfo | None = None
+        self._again = math.inf
+
+    def look(self, info: ray.train.PreemptionInfo | None, now: float) -> None:
+        """Ring if there is reason to.
+
+        Args:
+            info: of the nodes that are to be drained; None: there are none.
+            now: seconds since 1970, as the deadline is told.
+        """
+        if info is not None and info != self._heard:
+            self._heard = info
+            last_call = (info.deadline_ms or math.inf) / 1000 - _LAST_CALL_SECONDS
+            self._again = last_call if last_call > now else math.inf
+            _log.warning("a node of this run is to be drained: writing a checkpoint")
+        elif now >= self._again:
+            self._again = math.inf
+            _log.warning("the node goes in %.0f s: writing a checkpoint", _LAST_CALL_SECONDS)
+        else:
+            return
+        self._bell.ring(Ask.KEEP)
+
+
 @contextmanager
 def on_the_line(line: Line, bell: Bell, *, speaks: bool) -> Iterator[None]:
     """Rings when the driver was asked to stop, or when a node of the workers is to be drained.
@@ -82,13 +120,14 @@ def on_the_line(line: Line, bell: Bell, *, speaks: bool) -> Iterator[None]:
     Args:
         line: to the driver.
         bell: of this worker.
-        speaks: whether what this worker logs goes to the driver.
+        speaks: whether what this worker logs goes to the driver, and it asks for checkpoints.
     """
     from ray.train.v2._internal.execution.context import get_train_context
 
     # The public `get_preemption_info` is a barrier, which no step could pay for.
     preemption = get_train_context().preemption_context
     ended, memory, ours = threading.Event(), _Memory(), logging.getLogger("next")
+    drain = Drain(bell)
 
     def speak() -> None:
         while memory.kept:
@@ -96,17 +135,13 @@ def on_the_line(line: Line, bell: Bell, *, speaks: bool) -> Iterator[None]:
             memory.kept.popleft()
 
     def listen() -> None:
-        heard = None
         while not ended.wait(LISTEN_SECONDS):
             with suppress(Exception):  # the head may be away; the next look may find it
                 if line.stopped():
                     bell.ring(Ask.STOP)
                 speak()
-            info = preemption.preemption_info
-            if info is not None and info != heard:
-                _log.warning("a node of this run is to be drained: writing a checkpoint")
-                bell.ring(Ask.KEEP)
-                heard = info
+            if speaks:  # one asks for all: each that asked would have one written
+                drain.look(preemption.preemption_info, time.time())
 
     thread = threading.Thread(target=listen, name="listening", daemon=True)
     if speaks:
