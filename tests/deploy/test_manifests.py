@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from importlib import metadata
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import yaml
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 KUBERNETES = "1.34.0"
 SCHEMA = json.loads((Path(__file__).parent / "kuberay.schema.json").read_text())
+KUEUE = json.loads((Path(__file__).parent / "kueue.schema.json").read_text())
+PAGE = (DEPLOY.parent / "docs" / "running.md").read_text()
 
 
 def documents(name: str) -> list[dict]:
@@ -35,6 +38,10 @@ def groups(document: dict) -> list[dict]:
 
 def validate(document: dict) -> None:
     """Every field of the document by a strict schema; pod templates as the pods they become."""
+    if document["apiVersion"] == "kueue.x-k8s.io/v1beta2":
+        reference = {"$ref": f"#/$defs/{document['kind']}"}
+        jsonschema.validate(document.get("spec", {}), KUEUE | reference)
+        return
     if document["apiVersion"] != "ray.io/v1":
         kubernetes_validate.validate(document, KUBERNETES, strict=True)
         return
@@ -49,7 +56,10 @@ def validate(document: dict) -> None:
 RAY_FILES = {"kuberay/raycluster.yaml": "RayCluster", "kuberay/rayjob.yaml": "RayJob"}
 
 
-@pytest.mark.parametrize("name", [*RAY_FILES, "mlflow/kubernetes.yaml"])
+ALL_FILES = [*RAY_FILES, "kuberay/queue.yaml", "mlflow/kubernetes.yaml"]
+
+
+@pytest.mark.parametrize("name", ALL_FILES)
 def test_every_field_is_one_that_kubernetes_and_kuberay_know(name):
     assert documents(name)
     for document in documents(name):
@@ -84,7 +94,8 @@ def test_ray_reads_from_it_the_nodes_that_are_meant(name, kind):
     from ray.autoscaler._private.util import validate_config
 
     document = find(name, kind)
-    config = _derive_autoscaling_config_from_ray_cr(document | {"spec": spec_of(document)})
+    placed = {"metadata": document["metadata"] | {"namespace": "research"}}  # as the API gives it
+    config = _derive_autoscaling_config_from_ray_cr(document | placed | {"spec": spec_of(document)})
     validate_config(config)
     head = config["available_node_types"]["headgroup"]["resources"]
     worker = config["available_node_types"]["gpu"]["resources"]
@@ -131,6 +142,81 @@ def test_the_job_is_queued_retried_with_the_same_run_and_of_a_size_that_can_be_c
     [group] = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     assert group["minReplicas"] == group["maxReplicas"]
     assert f"--scaling.num_workers {group['replicas']} " in job["spec"]["entrypoint"]
+
+
+def quantity(text: str | int) -> float:
+    """A Kubernetes quantity as a number: CPUs, GPUs, or bytes."""
+    units = {"Gi": 2**30, "Mi": 2**20, "m": 1e-3}
+    unit = next((unit for unit in units if str(text).endswith(unit)), "")
+    return float(str(text).removesuffix(unit)) * units.get(unit, 1)
+
+
+def test_the_queue_that_the_job_names_is_shipped_and_holds_the_job():
+    job = find("kuberay/rayjob.yaml", "RayJob")
+    queue, cluster_queue = (
+        find("kuberay/queue.yaml", kind) for kind in ("LocalQueue", "ClusterQueue")
+    )
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == queue["metadata"]["name"]
+    assert queue["spec"]["clusterQueue"] == cluster_queue["metadata"]["name"]
+    [group] = cluster_queue["spec"]["resourceGroups"]
+    [flavor] = group["flavors"]
+    assert flavor["name"] == find("kuberay/queue.yaml", "ResourceFlavor")["metadata"]["name"]
+    quota = {one["name"]: quantity(one["nominalQuota"]) for one in flavor["resources"]}
+    assert set(quota) == set(group["coveredResources"])
+    needs = {"cpu": 0.5, "memory": 200 * 2**20}  # the submitter's pod, as KubeRay makes it
+    for part in groups(job):
+        [container] = part["template"]["spec"]["containers"]
+        for name, amount in container["resources"]["requests"].items():
+            needs[name] = needs.get(name, 0) + quantity(amount) * part.get("replicas", 1)
+    assert set(needs) <= set(quota), "Kueue never admits what asks for a resource it does not count"
+    assert all(needs[name] <= quota[name] for name in needs)
+    said = f"{needs['cpu']:g} CPUs, {needs['memory'] / 2**30:.1f} GiB"
+    assert said in " ".join((DEPLOY / "kuberay" / "queue.yaml").read_text().split())
+
+
+@pytest.mark.parametrize("name", ALL_FILES)
+def test_all_objects_go_into_the_current_namespace(name):
+    assert [d["kind"] for d in documents(name) if "namespace" in d["metadata"]] == []
+
+
+def test_the_lines_for_kuberay_1_7_fit_its_fields_and_the_volume_that_is_there():
+    [block] = re.findall(r"```yaml\n(gcsFaultToleranceOptions:.*?)```", PAGE, re.DOTALL)
+    document = copy.deepcopy(find("kuberay/raycluster.yaml", "RayCluster"))
+    document["spec"] |= yaml.safe_load(block)
+    validate(document)
+    claim = find("kuberay/raycluster.yaml", "PersistentVolumeClaim")["metadata"]["name"]
+    assert document["spec"]["gcsFaultToleranceOptions"]["storage"]["claimName"] == claim
+
+
+@pytest.mark.parametrize("kind", ["StatefulSet", "Deployment"])
+def test_mlflow_and_its_database_run_as_nobody_and_are_watched(kind):
+    pod = find("mlflow/kubernetes.yaml", kind)["spec"]["template"]["spec"]
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["runAsUser"] > 0
+    [container] = pod["containers"]
+    assert {"startupProbe", "readinessProbe", "livenessProbe"} <= set(container)
+    assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+
+
+def test_the_password_of_mlflow_crosses_no_network_in_plain_http():
+    [composed] = documents("mlflow/compose.yaml")
+    services = composed["services"]
+    assert services["mlflow"]["ports"] == ["${MLFLOW_LISTEN:-127.0.0.1}:5000:5000"]
+    assert "ports" not in services["postgres"]
+    published = [port for service in services.values() for port in service.get("ports", [])]
+    assert [port for port in published if not port.startswith("${MLFLOW_LISTEN")] == ["5443:5443"]
+    words = services["tls"]["command"]
+    assert "--from=https://${MLFLOW_HOST:-mlflow}:5443" in words
+    assert "${MLFLOW_HOST:-mlflow}:5443" in services["mlflow"]["command"][-1], "the name is allowed"
+
+
+def test_the_image_holds_the_compiled_kernel():
+    text = (DEPLOY / "Dockerfile").read_text()
+    made = re.search(r"cc (.*) -o /_compose.so", text)
+    assert made is not None
+    assert made[1] in (DEPLOY.parent / "Makefile").read_text(), "compiled as on a machine"
+    copied = text.index("COPY --from=kernel /_compose.so ./next/data/_compose.so")
+    assert copied > text.index("COPY next ./next")
 
 
 def test_the_jobs_flags_are_flags_of_the_training(demo_shards):

@@ -47,6 +47,47 @@ def test_every_block_is_shell_that_parses():
         assert done.returncode == 0, f"{done.stderr}\n{block}"
 
 
+def test_a_block_that_brings_a_port_here_ends_when_the_port_answers():
+    forwarding = [block for block in BLOCKS if re.search(r"&$", block, re.M)]
+    assert len(forwarding) == 2
+    for block in forwarding:
+        _, waiting = block.splitlines()
+        assert waiting.startswith("timeout 60 sh -c 'until curl "), "pasted whole, nothing races it"
+
+
+def test_the_wait_for_a_port_ends_when_something_answers_and_fails_when_nothing_does(tmp_path):
+    import subprocess
+    import sys
+
+    from tests.ports import free_port
+
+    [waiting] = {line for line in PAGE.splitlines() if line.startswith("timeout 60 sh -c 'until")}
+    port = free_port()
+    here = waiting.replace("8265", str(port)).replace("timeout 60", "timeout 20")
+    none = subprocess.run(["bash", "-c", here.replace("timeout 20", "timeout 1")])
+    assert none.returncode == 124
+    (tmp_path / "api").mkdir()
+    (tmp_path / "api" / "gcs_healthz").write_text("success")
+    server = subprocess.Popen(
+        [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1"],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        assert subprocess.run(["bash", "-c", here]).returncode == 0
+    finally:
+        server.kill()
+        server.wait()
+
+
+def test_a_new_aws_account_gets_what_spot_nodes_need():
+    [once] = [block for block in BLOCKS if "create-instance-profile" in block]
+    assert '"iam:CreateServiceLinkedRole"' in once
+    [quota] = [block for block in BLOCKS if "service-quotas" in block]
+    assert "create-service-linked-role --aws-service-name spot.amazonaws.com" in quota
+
+
 def test_settings_that_the_page_names_are_settings():
     flags = set(re.findall(r"--((?:run|data|tracking|scaling)\.[\w.]+)", PAGE))
     assert flags <= set(setting_names())
