@@ -27,6 +27,7 @@ from next.evaluation.canvas import (
     say_below,
     wrap,
 )
+from next.tuning.importance import Importance
 from next.tuning.results import Trial
 
 _WIDE = 6.4
@@ -34,41 +35,43 @@ _WIDE = 6.4
 
 @house_style()
 def parallel_coordinates(
-    path: Path, trials: Sequence[Trial], varied: Sequence[str], metric: str, note: str
+    path: Path, trials: Sequence[Trial], varied: Sequence[str], metric: str
 ) -> Path:
-    """One line a trial over all varied settings and the score; pruned ones are grey and dashed.
+    """One line a trial over all varied settings and the score.
+
+    A pruned trial has no final score: its line is grey, dashed, and ends before the last axis.
 
     Args:
         path: PNG to write.
-        trials: that the sampler drew, with scores that can be compared.
+        trials: that the sampler drew.
         varied: settings, one axis each; a conditional one may be missing in a trial.
         metric: name of the last axis.
-        note: how the scores of pruned trials came about.
     """
     places = [_places([trial.settings.get(name) for trial in trials]) for name in varied]
-    scores = np.array([float(trial.score or 0.0) for trial in trials])
+    scores = np.array([_final(trial) for trial in trials])
     norm = _norm(scores)
     figure = plot_figure(_WIDE, 4.8)
     axes = figure.subplots()
     heights = [column for column, _ in places] + [list(norm(scores))]
-    for index in np.argsort(scores):
+    for index in np.argsort(np.where(np.isnan(scores), -np.inf, scores)):
         line = [column[index] for column in heights]
-        pruned = trials[index].state != "finished"
+        finished = not math.isnan(scores[index])
         axes.plot(
             range(len(line)),
             [math.nan if value is None else value for value in line],
-            color=NEUTRAL if pruned else matplotlib.colormaps["viridis"](norm(scores[index])),
-            linestyle=DASHES[2] if pruned else "-",
-            alpha=0.45 if pruned else 0.95,
-            linewidth=1.4 if pruned else 2.6,
+            color=matplotlib.colormaps["viridis"](norm(scores[index])) if finished else NEUTRAL,
+            linestyle="-" if finished else DASHES[2],
+            alpha=0.95 if finished else 0.45,
+            linewidth=2.6 if finished else 1.4,
             marker="o",
             markersize=4,
         )
     for place, (_, ticks) in enumerate(places):
         for height, text in ticks:
             axes.text(place + 0.04, height, text, fontsize=10, va="center")
-    axes.text(len(varied) + 0.04, 1.0, f"{scores.max():.1f}", fontsize=10, va="center")
-    axes.text(len(varied) + 0.04, 0.0, f"{scores.min():.1f}", fontsize=10, va="center")
+    for height, score in ((1.0, norm.vmax), (0.0, norm.vmin)):
+        if not np.isnan(scores).all():
+            axes.text(len(varied) + 0.04, height, f"{score:.1f}", fontsize=10, va="center")
     names = [wrap(name.replace(".", ". "), 11, 3).replace(". ", ".") for name in (*varied, metric)]
     axes.set_xticks(range(len(names)), names, fontsize=10)
     axes.set(ylim=(-0.06, 1.06), xlim=(-0.2, len(varied) + 0.6))
@@ -76,55 +79,83 @@ def parallel_coordinates(
     axes.grid(visible=True, axis="x")
     axes.spines[["left"]].set_visible(False)
     axes.set_title(f"Settings and {metric}: bright is better, grey was pruned", fontsize=13)
-    say_below(figure, note)
+    say_below(figure, pruned_note(trials))
     return save(figure, path)
 
 
-@house_style()
-def importance_bars(path: Path, shares: Mapping[str, float], method: str, note: str) -> Path:
-    """Share of the score's variance that each setting explains; ``note`` tells of pruned trials."""
-    figure = plot_figure(_WIDE, 2.0 + 0.5 * len(shares))
-    axes = figure.subplots()
-    ranked = sorted(shares.items(), key=lambda item: item[1])
-    axes.barh(range(len(ranked)), [100 * share for _, share in ranked], color=COLOURS[0])
-    for place, (_, share) in enumerate(ranked):
-        axes.text(100 * share + 1, place, f"{100 * share:.0f}", va="center", fontsize=12)
-    axes.set_yticks(range(len(ranked)), [wrap(name, 32) for name, _ in ranked], fontsize=11)
-    axes.set(xlabel="importance, %", xlim=(0, 112))
-    axes.grid(visible=False, axis="y")
-    axes.set_title(f"Importance ({method})")
-    say_below(figure, note)
-    return save(figure, path)
+def pruned_note(trials: Sequence[Trial]) -> str:
+    """What a picture shows of trials that have no final score."""
+    epochs = sorted({trial.epochs for trial in trials if trial.state != "finished"})
+    if not epochs:
+        return "all trials were trained to the end"
+    count = sum(trial.state != "finished" for trial in trials)
+    reached = f"{epochs[0]} to {epochs[-1]}" if len(epochs) > 1 else str(epochs[0])
+    return f"{count} of {len(trials)} trials were pruned at epoch {reached}: no final score"
 
 
 @house_style()
-def contour(
-    path: Path, trials: Sequence[Trial], across: str, up: str, metric: str, note: str
-) -> Path:
-    """The score over two settings: dots are trials (crosses: pruned), colour between is a guess.
+def importance_bars(path: Path, shares: Mapping[str, Importance], method: str, note: str) -> Path:
+    """Share of the score's variance that each setting explains, with its 95 % interval.
+
+    A setting that explains no more than chance alone gives is grey, and says so.
 
     Args:
         path: PNG to write.
-        trials: with scores that can be compared; those that lack one of the settings are left out.
+        shares: of each setting.
+        method: how they were found.
+        note: which scores were compared.
+    """
+    figure = plot_figure(_WIDE, 2.2 + 0.62 * len(shares))
+    axes = figure.subplots()
+    ranked = sorted(shares.items(), key=lambda item: item[1].share)
+    for place, (_, one) in enumerate(ranked):
+        axes.barh(place, 100 * one.share, color=COLOURS[0] if one.told_apart else NEUTRAL)
+        axes.plot([100 * one.low, 100 * one.high], [place, place], color=INK, linewidth=2)
+        axes.plot([100 * one.chance] * 2, [place - 0.4, place + 0.4], color=WRONG, linewidth=2)
+        said = f"{100 * one.share:.0f}" if one.told_apart else "not told apart from noise"
+        right = 100 * max(one.high, one.chance) + 2
+        inside = right < 62 or one.told_apart
+        axes.text(
+            right if inside else 98, place + (0 if inside else 0.28), said, va="center",
+            ha="left" if inside else "right", fontsize=11,
+        )  # fmt: skip
+    axes.set_yticks(range(len(ranked)), [wrap(name, 32) for name, _ in ranked], fontsize=11)
+    axes.set(xlabel="importance, %", xlim=(0, 112), ylim=(-0.7, len(ranked) - 0.3))
+    axes.grid(visible=False, axis="y")
+    axes.set_title(f"Importance ({method})")
+    say_below(figure, f"black: 95 % interval; red: what chance alone gives; {note}")
+    return save(figure, path)
+
+
+@house_style()
+def contour(path: Path, trials: Sequence[Trial], across: str, up: str, metric: str) -> Path:
+    """The final score over two settings: dots are finished trials, colour between is a guess.
+
+    A pruned trial has no final score: it is a grey cross, and the colours know nothing of it.
+
+    Args:
+        path: PNG to write.
+        trials: that the sampler drew; those that lack one of the settings are left out.
         across: setting of the x axis, a number.
         up: setting of the y axis, a number.
         metric: name of the score.
-        note: how the scores of pruned trials came about.
     """
     shown = [t for t in trials if across in t.settings and up in t.settings and t.score is not None]
     xs = np.array([float(trial.settings[across]) for trial in shown])
     ys = np.array([float(trial.settings[up]) for trial in shown])
-    scores = np.array([float(trial.score or 0.0) for trial in shown])
+    scores = np.array([_final(trial) for trial in shown])
+    ended = ~np.isnan(scores)
     figure = plot_figure(_WIDE, 4.8)
     axes = figure.subplots()
     log_x, log_y = (_spans_decades(values) for values in (xs, ys))
     flat_x, flat_y = (np.log(xs) if log_x else xs), (np.log(ys) if log_y else ys)
     norm = _norm(scores)
-    if len(shown) >= 4 and _spread_out(flat_x, flat_y):
+    if ended.sum() >= 4 and _spread_out(flat_x[ended], flat_y[ended]):
         grid_x, grid_y = np.meshgrid(
-            np.linspace(flat_x.min(), flat_x.max(), 60), np.linspace(flat_y.min(), flat_y.max(), 60)
+            np.linspace(flat_x[ended].min(), flat_x[ended].max(), 60),
+            np.linspace(flat_y[ended].min(), flat_y[ended].max(), 60),
         )
-        smooth = _smoothed(flat_x, flat_y, scores, grid_x, grid_y)
+        smooth = _smoothed(flat_x[ended], flat_y[ended], scores[ended], grid_x, grid_y)
         axes.contourf(
             np.exp(grid_x) if log_x else grid_x,
             np.exp(grid_y) if log_y else grid_y,
@@ -134,19 +165,20 @@ def contour(
             norm=norm,
             alpha=0.75,
         )
-    for marker, pruned in (("o", False), ("X", True)):
-        chosen = np.array([(trial.state != "finished") == pruned for trial in shown])
-        if chosen.any():
-            axes.scatter(
-                xs[chosen], ys[chosen], c=scores[chosen], cmap="viridis", norm=norm, s=80,
-                marker=marker, edgecolors="white", linewidths=1.2, zorder=3, clip_on=False,
-            )  # fmt: skip
+    axes.scatter(
+        xs[~ended], ys[~ended], color=NEUTRAL, s=60, marker="X", edgecolors="white", zorder=3,
+        clip_on=False,
+    )  # fmt: skip
+    axes.scatter(
+        xs[ended], ys[ended], c=scores[ended], cmap="viridis", norm=norm, s=90, marker="o",
+        edgecolors="white", linewidths=1.2, zorder=4, clip_on=False,
+    )  # fmt: skip
     for axis, values, log in (("x", xs, log_x), ("y", ys, log_y)):
         _scale(axes, axis, values, log)
     axes.set(xlabel=across, ylabel=up)
     axes.set_title(f"{metric}: dots are trials, crosses were pruned", fontsize=13)
     figure.colorbar(ScalarMappable(norm, "viridis"), ax=axes, label=f"{metric}, %")
-    say_below(figure, note)
+    say_below(figure, pruned_note(shown))
     return save(figure, path)
 
 
@@ -305,8 +337,17 @@ def _short(value: Any) -> str:
     return f"{value:.2g}" if isinstance(value, float) else str(value)[:10]
 
 
+def _final(trial: Trial) -> float:
+    """The score of a trial that was trained to its end, else NaN."""
+    ended = trial.state == "finished" and trial.score is not None
+    return float(trial.score or 0.0) if ended else math.nan
+
+
 def _norm(scores: np.ndarray) -> Normalize:
-    return Normalize(scores.min(), max(scores.max(), scores.min() + 1e-6))
+    known = scores[~np.isnan(scores)]
+    if not len(known):
+        return Normalize(0.0, 1.0)
+    return Normalize(float(known.min()), max(float(known.max()), float(known.min()) + 1e-6))
 
 
 def _spans_decades(values: np.ndarray) -> bool:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import math
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import optuna
 
 from next.data.shards import open_manifest
 from next.evaluation.figures import TrialPoint, sweep_overview
@@ -19,23 +17,23 @@ from next.evaluation.metrics import nearest
 from next.evaluation.missingmaps import missing_map
 from next.evaluation.ranklists import RankList, Shown, rank_lists
 from next.training.inputs import training_data
-from next.tuning.carried import carry_on
 from next.tuning.charts import (
     contour,
     curve_fan,
     importance_bars,
     parallel_coordinates,
+    pruned_note,
     queries_won,
     trade_off,
     usage_over_settings,
 )
 from next.tuning.folder import Standing
+from next.tuning.importance import METHOD, comparable, importances
 from next.tuning.page import Picture
 from next.tuning.results import Trial
 from next.tuning.search import DEFAULT
 from next.tuning.seeds import first_metric
 from next.tuning.settings import AXES, FEATURES
-from next.tuning.study import as_completed
 from next.tuning.summary import Summary
 
 _log = logging.getLogger(__name__)
@@ -55,69 +53,50 @@ def search_pictures(found: Standing, summary: Summary) -> list[Picture]:
     ]
     if len(found.objectives) > 1:
         pictures += _trade_off_pictures(found)
-    carried = carry_on([t for t in found.trials if t.of is None], found.objectives)
-    drawn, note = carried.trials, carried.note()
+    drawn = [t for t in found.trials if t.of is None and t.curve and t.state != "failed"]
     varied = [name for name in found.varied if any(name in t.settings for t in drawn)]
     if len(drawn) < 2 or not varied:
         return pictures
     pictures.append(
         Picture(
-            parallel_coordinates(folder / "parallel.png", drawn, varied, summary.metric, note),
+            parallel_coordinates(folder / "parallel.png", drawn, varied, summary.metric),
             "Settings of every trial, all of one seed; a line breaks where a conditional setting "
-            "was not drawn.",
+            "was not drawn, and ends before the score where the trial was pruned.",
         )
     )
-    shares, method = importance(found.studies.search, drawn)
+    compared = comparable(drawn, found.objectives)
+    shares = importances(found.studies.search, compared.scores)
     if shares:
         pictures.append(
             Picture(
-                importance_bars(folder / "importance.png", shares, method, note),
-                f"Which settings decide the score, by {method} over finished and pruned trials; "
-                "settings that only some trials have are left out.",
+                importance_bars(folder / "importance.png", shares, METHOD, compared.note()),
+                f"Which settings decide the score, by a {METHOD}: a grey one explains no more than "
+                "it would if scores and settings had nothing to do with each other. Settings that "
+                "only some trials have are left out.",
             )
         )
-    pair = _contour_settings(drawn, shares)
+    pair = _contour_settings(drawn, {name: one.share for name, one in shares.items()})
     if pair is not None:
         pictures.append(
             Picture(
-                contour(folder / "contour.png", drawn, *pair, summary.metric, note),
-                f"{summary.metric} over {pair[0]} and {pair[1]}; between the trials the colour is "
-                "their mean weighed by nearness.",
+                contour(folder / "contour.png", drawn, *pair, summary.metric),
+                f"{summary.metric} over {pair[0]} and {pair[1]}; between the finished trials the "
+                "colour is their mean weighed by nearness.",
             )
         )
     return pictures
 
 
 def draw_overview(folder: Path, trials: list[Trial], objectives: Mapping[str, str]) -> Path:
-    """The objective against each swept setting; pruned trials are carried on to the last epoch."""
-    carried = carry_on([trial for trial in trials if trial.of is None], objectives)
-    points = [TrialPoint(t.settings, t.score, pruned=t.state == "pruned") for t in carried.trials]
-    objective, note = first_metric(objectives), carried.note()
-    return sweep_overview(folder / "sweep.png", points, objective=objective, note=note)
-
-
-def importance(study: optuna.Study, trials: Sequence[Trial]) -> tuple[dict[str, float], str]:
-    """Share of each setting that all trials have, and the method; empty where nothing is to say.
-
-    Args:
-        study: that the sampler drew.
-        trials: its trials, with scores that can be compared.
-    """
-    scores = {int(t.name.rsplit("-", 1)[1]): float(t.score) for t in trials if t.score is not None}
-    done = as_completed(study, scores)
-    if len({trial.value for trial in done.trials}) < 4:
-        return {}, ""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            shares = optuna.importance.get_param_importances(
-                done, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0)
-            )
-        except (ValueError, RuntimeError) as error:
-            _log.debug("no importance: %s", error)
-            return {}, ""
-    known = {name: float(share) for name, share in shares.items() if math.isfinite(share)}
-    return known, "fANOVA"
+    """The objective against each swept setting; pruned trials at the score that they had then."""
+    drawn = [trial for trial in trials if trial.of is None and trial.state != "failed"]
+    points = [TrialPoint(t.settings, t.score, pruned=t.state == "pruned") for t in drawn]
+    note = pruned_note([trial for trial in drawn if trial.curve])
+    if any(point.pruned for point in points):
+        note += "; a cross stands at the score of its epoch"
+    return sweep_overview(
+        folder / "sweep.png", points, objective=first_metric(objectives), note=note
+    )
 
 
 def _trade_off_pictures(found: Standing) -> list[Picture]:

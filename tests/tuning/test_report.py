@@ -13,9 +13,8 @@ from next.config import RunConfig, override, to_toml
 from next.data.shards import open_manifest
 from next.training.inputs import resolve, training_data
 from next.tuning.axes import AXES, FEATURES
-from next.tuning.carried import carry_on
 from next.tuning.folder import read_standing, write_record
-from next.tuning.pictures import importance
+from next.tuning.importance import comparable, importances
 from next.tuning.report import report_sweep
 from next.tuning.resources import Places
 from next.tuning.search import Repeat, Search
@@ -144,13 +143,16 @@ def test_the_page_is_small_whole_and_shows_every_score_with_its_spread(played):
     assert json.dumps(answer).find("NaN") < 0
 
 
-def test_temperature_and_experts_matter_most_on_a_surface_of_these_two(played):
+def test_temperature_matters_most_on_a_surface_of_temperature_and_experts(played):
     found = read_standing(played)
-    carried = carry_on([trial for trial in found.trials if trial.of is None], found.objectives)
-    shares, method = importance(found.studies.search, carried.trials)
-    assert method == "fANOVA"
-    assert sum(shares.values()) == pytest.approx(1.0)
-    assert max(shares, key=shares.get) == "model.routing.temperature"
+    compared = comparable([trial for trial in found.trials if trial.of is None], found.objectives)
+    shares = importances(found.studies.search, compared.scores)
+    assert sum(one.share for one in shares.values()) == pytest.approx(1.0)
+    first, *others = shares
+    assert first == "model.routing.temperature"
+    assert shares[first].told_apart
+    assert not all(shares[name].told_apart for name in others)
+    assert all(one.low <= one.share <= one.high for one in shares.values())
     assert "captions.keep" not in shares, "only some trials have it"
 
 
