@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -19,6 +19,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 Fraction = float
 """A number in [0, 1]; the field states the bounds."""
+
+LEGACY: dict[str, Any] = {
+    "model.semantic.text_skip": False,
+}
+"""What versions that did not know a setting behaved like, where that is not its default. A run, a
+sweep or a checkpoint whose record lacks the setting goes on so (:func:`from_toml`). The record of
+a setting that may be None lacks it where it is None, so None is the only value that such a one may
+have here."""
 
 
 class Section(BaseModel):
@@ -179,6 +187,9 @@ class SemanticConfig(Section):
     """Hidden width of an expert's MLP, in units of the token width."""
     mixer_hidden: int = Field(default=8, ge=1)
     """Hidden width of the mix of text scores along the modality axis."""
+    text_skip: bool = True
+    """A learned scale of the text scores, and the scores themselves beside their mix; off: the mix
+    of raw cosines alone, which is too small for captions to matter (up to version 0.1)."""
 
 
 class StructureConfig(Section):
@@ -560,9 +571,21 @@ def dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def to_toml(config: RunConfig) -> str:
-    """The configuration as TOML that :func:`from_toml` reads back; None is left out."""
-    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+def to_toml(config: RunConfig, *, without: Iterable[str] = ()) -> str:
+    """The configuration as TOML that :func:`from_toml` reads back; None is left out.
+
+    Args:
+        config: what is written.
+        without: dotted names of settings that are left out.
+    """
+    tree = config.model_dump(mode="json", exclude_none=True)
+    for name in without:
+        *sections, leaf = name.split(".")
+        node = tree
+        for section in sections:
+            node = node[section]
+        node.pop(leaf, None)
+    return tomli_w.dumps(tree)
 
 
 def from_toml(text: str) -> RunConfig:
@@ -570,7 +593,8 @@ def from_toml(text: str) -> RunConfig:
 
     A default that is not None but was None in the written configuration is set back to None, so
     that reading is the exact inverse of writing. A setting that cannot be None and is absent did
-    not exist when the file was written (an older checkpoint), and gets its default.
+    not exist when the file was written (an older run or checkpoint), and gets the value that says
+    what that version did: that of :data:`LEGACY`, else its default.
 
     Raises:
         ValueError: unknown settings or bad values.
@@ -581,7 +605,13 @@ def from_toml(text: str) -> RunConfig:
         for name, value in flatten(RunConfig())
         if value is not None and name not in settings and _may_be_none(name)
     }
-    return override(RunConfig(), absent | settings)
+    return override(RunConfig(), LEGACY | absent | settings)
+
+
+def predated(text: str) -> dict[str, Any]:
+    """The settings of :data:`LEGACY` that a written configuration lacks, with what it means."""
+    written = dotted(tomllib.loads(text))
+    return {name: value for name, value in LEGACY.items() if name not in written}
 
 
 def _may_be_none(name: str) -> bool:

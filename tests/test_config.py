@@ -1,11 +1,17 @@
+import tomllib
+
 import pytest
 
 from next.config import (
+    LEGACY,
     RunConfig,
     differences,
+    dotted,
+    flatten,
     from_toml,
     load_recipe,
     override,
+    predated,
     setting_names,
     to_toml,
 )
@@ -91,12 +97,22 @@ def test_every_setting_has_a_docstring():
     assert "model.semantic.experts" in setting_names()
 
 
-def test_an_older_configuration_gets_the_defaults_of_settings_that_it_did_not_know():
-    written = [
-        line
-        for line in to_toml(override(RunConfig(), {"optim.lr": 0.5})).splitlines()
-        if not line.startswith(("accumulate =", "epochs ="))
-    ]
-    read = from_toml("\n".join(written))
-    assert read.optim.lr == 0.5
-    assert read.optim.epochs == RunConfig().optim.epochs
+def test_an_older_configuration_means_what_its_version_did():
+    """For a setting that it did not know: LEGACY's value, else the default."""
+    config = override(RunConfig(), {"optim.lr": 0.5, "model.backbone.pretrained": None})
+    written = to_toml(config, without=[*LEGACY, "optim.accumulate", "model.backbone.pretrained"])
+    assert "text_skip" not in written
+    assert predated(written) == LEGACY
+    assert from_toml(written) == override(config, LEGACY)
+    assert predated(to_toml(config)) == {}
+
+
+def test_what_older_versions_did_is_said_of_settings_whose_default_is_another():
+    defaults = dict(flatten(RunConfig()))
+    for name, value in LEGACY.items():
+        assert value != defaults[name], f"{name}: the default needs no entry"
+        assert dict(flatten(override(RunConfig(), {name: value})))[name] == value
+        written = to_toml(override(RunConfig(), {name: None} if value is None else {}))
+        assert (name in dotted(tomllib.loads(written))) == (value is not None), (
+            f"{name} may be None, so a record without it says None"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,9 @@ from torch.nn import functional as F
 from next.config import SemanticConfig
 from next.model.experts import Experts
 from next.model.routing import at_least_float32, routing_softmax
+
+_LARGEST_TEXT_SCALE = math.log(100)
+"""Of the logarithm of tau."""
 
 
 class SemanticTokens(NamedTuple):
@@ -28,15 +32,19 @@ class SemanticExperts(nn.Module):
     For sample b, modality m, expert e, patch n::
 
         a[b,m,e,n] = <R_m(cls[b,m])_e, patches[b,m,n]> * s_m / sqrt(D)
-        t[b,m,e,n] = cos(text[b,m,e], patches[b,m,n])
-        g[b,:,e,n] = a[b,:,e,n] + FC2(gelu(FC1(t[b,:,e,n])))
+        t[b,m,e,n] = tau * cos(text[b,m,e], patches[b,m,n])
+        g[b,:,e,n] = a[b,:,e,n] + t[b,:,e,n] + FC2(gelu(FC1(t[b,:,e,n])))
         w[b,m,e,:] = softmax(g[b,m,e,:] / temperature), the k largest, renormalised
         out[b,e]   = mean over present m of  sum_n w[b,m,e,n] f_e(patches[b,m,n])
 
     Source: arXiv 2505.20001, figure 3 b and c. Our reading: ``R_m`` is one linear layer for each
     modality; the experts ``f_e`` are pre-norm residual networks; ``FC2`` has no bias, because the
     softmax over patches cannot see one; an absent modality enters ``FC1`` as zero, as one without
-    a caption does.
+    a caption does. The learned scale ``tau`` and the skip are ours, too: raw cosines of CLIP spread
+    over patches by 0.02 to 0.08 and the router's scores by 2, so that without them the text cannot
+    choose patches, nor learn to. ``tau`` is kept as a logarithm, starts at 100 and never exceeds
+    it, as CLIP's ``logit_scale`` (arXiv 2103.00020, section 2.3); ``FC2`` starts at zero. With
+    ``text_skip`` off, ``tau = 1`` and there is no skip, as the figure has it.
 
     Args:
         width: D.
@@ -56,6 +64,10 @@ class SemanticExperts(nn.Module):
         self.router_scale = nn.Parameter(torch.empty(modalities))
         self.mix_in = nn.Linear(modalities, config.mixer_hidden)
         self.mix_out = nn.Linear(config.mixer_hidden, modalities, bias=False)
+        self.text_scale: nn.Parameter | None = None
+        """Logarithm of tau; None: no scale and no skip."""
+        if config.text_skip:
+            self.text_scale = nn.Parameter(torch.empty(()))
         self.experts = Experts(config.experts, width, config.expansion)
         self.reset_parameters()
 
@@ -63,6 +75,9 @@ class SemanticExperts(nn.Module):
         nn.init.normal_(self.router_weight, std=0.02)
         nn.init.zeros_(self.router_bias)
         nn.init.ones_(self.router_scale)
+        if self.text_scale is not None:
+            nn.init.constant_(self.text_scale, _LARGEST_TEXT_SCALE)
+            nn.init.zeros_(self.mix_out.weight)
 
     def forward(
         self, cls: Tensor, patches: Tensor, present: Tensor, text: Tensor
@@ -90,13 +105,22 @@ class SemanticExperts(nn.Module):
         return at_least_float32(queries @ patches.mT) * scale
 
     def _text_scores(self, patches: Tensor, present: Tensor, text: Tensor) -> Tensor:
-        """``delta [B, M, E, N]``: cosine scores mixed along the modality axis."""
+        """``delta [B, M, E, N]``: the cosine scores and their mix along the modality axis."""
         text = F.normalize(text.masked_fill(~present[:, :, None, None], 0.0), dim=-1)
         length = torch.linalg.vector_norm(at_least_float32(patches), dim=-1)[:, :, None, :]
         dots = at_least_float32(text.to(patches.dtype) @ patches.mT)
         cosine = dots / length.clamp(min=1e-12)
         cosine = cosine.masked_fill(~present[:, :, None, None], 0.0)
-        mixed = self.mix_out(F.gelu(self.mix_in(cosine.movedim(1, -1))))
+        if self.text_scale is None:
+            return self._mixed(cosine)
+        if self.training:
+            # Not a clamp of the forward, above which there is no gradient and no way back.
+            self.text_scale.data.clamp_(max=_LARGEST_TEXT_SCALE)
+        scores = self.text_scale.exp() * cosine
+        return scores + self._mixed(scores)
+
+    def _mixed(self, scores: Tensor) -> Tensor:
+        mixed = self.mix_out(F.gelu(self.mix_in(scores.movedim(1, -1))))
         return at_least_float32(mixed.movedim(-1, 1))
 
     def _sample(self, scores: Tensor) -> Tensor:

@@ -5,9 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
-from next.config import RunConfig, differences, from_toml, to_toml
+from next.config import (
+    RunConfig,
+    differences,
+    flatten,
+    from_toml,
+    override,
+    predated,
+    to_toml,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -19,6 +28,37 @@ _MAY_CHANGE = (
 ``data.placement = sharded`` the number of workers decides which batches there are."""
 
 
+def run_folder(config: RunConfig) -> Path | None:
+    """The folder of the run that ``config`` would continue; None: it begins a new one."""
+    if config.run.name is None or config.run.fresh:
+        return None
+    return (Path(config.run.storage_path) / config.run.name).absolute()
+
+
+def as_begun(config: RunConfig, record: Path) -> RunConfig:
+    """The settings with which a run goes on that an older version began.
+
+    A setting that its record predates gets the value that the older version behaved like, unless
+    ``config`` sets it to something else than the default (which :func:`claim_folder` refuses).
+
+    Args:
+        config: settings of the command that continues the run.
+        record: ``config.toml`` of the run or of one of its checkpoints; may not exist.
+    """
+    if not record.is_file():
+        return config
+    default, now = dict(flatten(RunConfig())), dict(flatten(config))
+    older = {
+        name: value
+        for name, value in predated(record.read_text()).items()
+        if now[name] == default[name]
+    }
+    if older:
+        listed = ", ".join(f"{name} = {value}" for name, value in older.items())
+        _log.info("%s is of an older version; going on as that did: %s", record, listed)
+    return override(config, older)
+
+
 def claim_folder(config: RunConfig, *, prefix: str = "run") -> Path:
     """The run's folder, new or continued; ``run.fresh`` sets an old one aside.
 
@@ -28,12 +68,16 @@ def claim_folder(config: RunConfig, *, prefix: str = "run") -> Path:
     name = config.run.name or time.strftime(f"{prefix}-%Y%m%d-%H%M%S")
     folder = (Path(config.run.storage_path) / name).absolute()
     record = folder / "config.toml"
+    left_out: Iterable[str] = ()
     if record.exists() and config.run.fresh:
         aside = folder.with_name(f"{name}.{time.strftime('%Y%m%d-%H%M%S')}")
         folder.rename(aside)
         _log.info("set the earlier run aside: %s", aside)
     elif record.exists():
-        changed = changes(from_toml(record.read_text()), config)
+        written = record.read_text()
+        # Left out again, so that the same command continues the run once more.
+        left_out = predated(written)
+        changed = changes(from_toml(written), config)
         if changed:
             raise ValueError(
                 f"run {name!r} in {folder.parent} was started with other settings; resume it with "
@@ -42,7 +86,7 @@ def claim_folder(config: RunConfig, *, prefix: str = "run") -> Path:
         _log.info("continuing run %s", folder)
     folder.mkdir(parents=True, exist_ok=True)
     draft = folder / ".config.toml"
-    draft.write_text(to_toml(config))
+    draft.write_text(to_toml(config, without=left_out))
     os.replace(draft, record)
     return folder
 

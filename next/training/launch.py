@@ -18,7 +18,7 @@ from next.tracking.run import check_server, open_run, read_metrics, start_server
 from next.training.assessment import Assessment, assess
 from next.training.checkpoint import read_config, read_progress, require_data
 from next.training.cluster import start_ray
-from next.training.folder import changes, claim_folder
+from next.training.folder import as_begun, changes, claim_folder, run_folder
 from next.training.inputs import resolve, training_data
 from next.training.interruption import Bell, listening
 from next.training.loop import Outcome, Worker, train
@@ -71,14 +71,10 @@ def launch(config: RunConfig) -> RunResult:
     if config.data.uri is None:
         raise ValueError("data.uri is not set; give the folder that jobs/prepare.py wrote")
     manifest = open_manifest(config.data.uri)
-    config = resolve(config, manifest)
+    config = resolve(_as_begun(config), manifest)
     folder = claim_folder(config)
     configure_torch(config)
-    store = CheckpointStore(
-        f"{config.checkpoint.storage_path}/{folder.name}"
-        if config.checkpoint.storage_path
-        else folder / "checkpoints"
-    )
+    store = _store(config, folder)
     if config.run.fresh:
         store.set_aside(time.strftime("%Y%m%d-%H%M%S"))
     with tracking_address(config) as uri:
@@ -178,6 +174,23 @@ def write_result(folder: Path, outcome: Outcome, assessment: Assessment) -> None
         )
     )
     os.replace(draft, folder / "result.json")
+
+
+def _store(config: RunConfig, folder: Path) -> CheckpointStore:
+    apart = config.checkpoint.storage_path
+    return CheckpointStore(f"{apart}/{folder.name}" if apart else folder / "checkpoints")
+
+
+def _as_begun(config: RunConfig) -> RunConfig:
+    """What an older version began goes on as it did; before the settings are resolved."""
+    folder = run_folder(config)
+    if folder is None:
+        return config
+    record = folder / "config.toml"
+    if not record.is_file():  # checkpoints may outlive the run's folder
+        checkpoint = _store(config, folder).latest()
+        record = checkpoint / "config.toml" if checkpoint is not None else record
+    return as_begun(config, record)
 
 
 def _finished(store: CheckpointStore, config: RunConfig, digest: str) -> Outcome | None:

@@ -1,0 +1,78 @@
+"""Runs that an older version began, and the record of a run."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from next.config import LEGACY, flatten, from_toml, override, predated, to_toml
+from next.data.shards import open_manifest
+from next.training.folder import as_begun, changes, claim_folder
+from next.training.inputs import resolve
+from next.training.launch import launch
+
+OLDER = {"model.semantic.text_skip": False}
+
+
+def age(record: Path) -> None:
+    """Rewrite a record as a version wrote it that knew none of LEGACY's settings."""
+    record.write_text(to_toml(from_toml(record.read_text()), without=LEGACY))
+    state = record.with_name("state.json")
+    if state.is_file():
+        told = json.loads(state.read_text())
+        del told["files"]["config.toml"]  # its hash
+        state.write_text(json.dumps(told))
+
+
+@pytest.mark.slow
+def test_a_run_of_an_older_version_goes_on_bit_for_bit_by_the_same_command(tiny_config, caplog):
+    caplog.set_level("INFO")
+    begun = launch(override(tiny_config, LEGACY))
+    for record in begun.folder.rglob("config.toml"):
+        if not record.parent.is_symlink():
+            age(record)
+    last = (begun.folder / "checkpoints" / "last").resolve()
+    (last / "state.json").unlink()
+    earlier = min(path for path in last.parent.glob("step-*") if path != last)
+    step = json.loads((earlier / "state.json").read_text())["progress"]["step"]
+
+    resumed = launch(tiny_config)
+    assert "going on as that did: model.semantic.text_skip = False" in caplog.text
+    assert resumed.outcome.losses == begun.outcome.losses[step:] != []
+    assert resumed.assessment.metrics == begun.assessment.metrics
+    assert from_toml((last / "config.toml").read_text()).model.semantic.text_skip is False
+
+    # Checkpoints may outlive the run's folder; now the run is finished, and assessed again.
+    age(last / "config.toml")
+    apart = tiny_config.run.storage_path + "-checkpoints"
+    shutil.move(last.parent, f"{apart}/tiny")
+    shutil.rmtree(begun.folder)
+    again = launch(override(tiny_config, {"checkpoint.storage_path": apart}))
+    assert again.outcome.losses == []
+    assert again.assessment.metrics == begun.assessment.metrics
+
+
+def test_the_record_of_an_older_run_stays_as_it_is_so_that_its_command_works_again(tiny_config):
+    config = resolve(tiny_config, open_manifest(tiny_config.data.uri))
+    record = claim_folder(override(config, LEGACY)) / "config.toml"
+    age(record)
+    for _ in range(2):
+        older = as_begun(config, record)
+        assert older == override(config, LEGACY)
+        claim_folder(older)
+        assert predated(record.read_text()) == LEGACY
+
+
+def test_what_is_set_on_purpose_is_refused_against_a_record_that_has_another(tiny_config):
+    config = resolve(tiny_config, open_manifest(tiny_config.data.uri))
+    record = claim_folder(override(config, OLDER)) / "config.toml"
+    assert as_begun(config, record) == config, "the record knows the setting"
+    with pytest.raises(ValueError, match=r"(?s)other settings.*text_skip: False -> True"):
+        claim_folder(as_begun(config, record))
+
+
+def test_without_a_record_nothing_changes(tiny_config, tmp_path):
+    assert as_begun(tiny_config, tmp_path / "config.toml") is tiny_config
+    assert changes(tiny_config, tiny_config) == ""
+    assert dict(flatten(tiny_config))["model.semantic.text_skip"] is True
