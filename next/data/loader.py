@@ -118,20 +118,33 @@ def train_batches(
 
 
 def evaluation_batches(
-    samples: SampleSet, *, config: RunConfig, device: torch.device | str
+    samples: SampleSet,
+    *,
+    config: RunConfig,
+    device: torch.device | str,
+    steps: range | None = None,
 ) -> Iterator[Batch]:
-    """All samples once, in order, not augmented; ``selection.batch`` at a time."""
+    """All samples once, in order, not augmented; ``selection.batch`` at a time.
+
+    Args:
+        samples: what to read.
+        config: settings; reads selection.batch, data and captions.
+        device: where the batches are left.
+        steps: numbers of the batches that are wanted; None: all.
+    """
     size = config.selection.batch
+    wanted = range(-(-len(samples) // size)) if steps is None else steps
     maker = _Maker(samples, config, device)
 
-    def prepare(step: int) -> Batch:
+    def prepare(place: int) -> Batch:
+        step = wanted[place]
         rows = np.arange(step * size, min(len(samples), (step + 1) * size))
         text = None
         if samples.captions is not None:
             text = samples.captions.evaluate(samples.rows[rows], modalities=samples.columns)
         return maker.batch(rows, samples.present[rows], text, samples.labels.pid[rows])
 
-    return maker.batches(prepare, -(-len(samples) // size))
+    return maker.batches(prepare, len(wanted))
 
 
 def open_samples(

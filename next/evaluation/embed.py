@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from next.data.loader import Batch
+from next.config import RunConfig
+from next.data.loader import Batch, SampleSet, evaluation_batches
+from next.evaluation.share import ALONE, Share
 from next.model.network import NEXT, Routing
 from next.model.routing import normalised_entropy
 
@@ -30,8 +32,8 @@ class SampleUsage:
     """[n, M, E] share of a structure expert's dispatch that falls on each modality, mean over its
     slots; sums to one over modalities, 0 where absent."""
 
-    def take(self, rows: np.ndarray) -> SampleUsage:
-        """The usage of ``rows``, in that order."""
+    def take(self, rows: np.ndarray | slice) -> SampleUsage:
+        """The usage of ``rows``, in that order; a view where they are a slice."""
         return SampleUsage(
             *(
                 None if part is None else part[rows]
@@ -51,8 +53,8 @@ class Embeddings:
     usage: SampleUsage
     """Of the same samples."""
 
-    def take(self, places: np.ndarray) -> Embeddings:
-        """The embeddings at ``places``, in that order."""
+    def take(self, places: np.ndarray | slice) -> Embeddings:
+        """The embeddings at ``places``, in that order; a view where they are a slice."""
         return replace(
             self,
             features=self.features[places],
@@ -81,7 +83,13 @@ class ExpertUsage:
     """[C, M, E]."""
 
 
-def embed(model: NEXT, batches: Iterable[Batch], device: torch.device | str) -> Embeddings:
+def embed(
+    model: NEXT,
+    batches: Iterable[Batch],
+    device: torch.device | str,
+    *,
+    count: int | None = None,
+) -> Embeddings:
     """The L2-normalised features of all samples of ``batches``.
 
     The model runs in evaluation mode, without gradients, and is left in the modes it was in.
@@ -90,40 +98,122 @@ def embed(model: NEXT, batches: Iterable[Batch], device: torch.device | str) -> 
         model: the network, on ``device``.
         batches: of one sample set.
         device: where the model is.
+        count: samples in all, for which memory is taken once; None: it grows with the batches, and
+            may come to twice of what is needed.
 
     Raises:
         ValueError: there is no batch.
     """
-    features, rows = [], []
-    semantic: list[Tensor] = []
-    structure: list[Tensor] = []
-    share: list[Tensor] = []
-    slots = model.config.structure.slots
-    sampled = model.config.semantic.tokens_per_expert
-    with _evaluating(model):
-        for batch in batches:
-            batch = batch.to(device)
-            output = model(batch.images, batch.present, batch.text, batch.camera)
-            features.append(F.normalize(output.embedding.float(), dim=1))
-            rows.append(batch.rows)
-            routing: Routing = output.routing
-            if routing.semantic is not None:
-                semantic.append(_semantic_entropy(routing.semantic, batch.present, sampled))
-            if routing.structure is not None:
-                dispatch = routing.structure.unflatten(3, (-1, slots))
-                share.append(dispatch.sum(2).mean(-1))
-                structure.append(_structure_entropy(dispatch, batch.present))
-    if not features:
+    rows = _Rows(model, count or 0)
+    end = rows.fill(model, batches, device)
+    if not end:
         raise ValueError("there is nothing to embed: the sample set gave no batch")
-    return Embeddings(
-        features=_gathered(features),
-        rows=_gathered(rows),
-        usage=SampleUsage(
-            semantic_entropy=_gathered(semantic) if semantic else None,
-            structure_entropy=_gathered(structure) if structure else None,
-            structure_share=_gathered(share) if share else None,
-        ),
-    )
+    return rows.found(end)
+
+
+def embed_all(
+    model: NEXT,
+    sides: Sequence[SampleSet],
+    *,
+    config: RunConfig,
+    device: torch.device | str,
+    share: Share = ALONE,
+) -> Embeddings:
+    """All samples of some sets, one set after the other; every rank gets all of them.
+
+    Ranks take whole batches, the same as one process would make. So a sample's neighbours in its
+    batch, and with them each bit of its features, do not depend on the number of ranks; with fewer
+    batches than ranks some only wait. Each rank needs the images of its own batches alone.
+
+    Args:
+        model: the network, alike on all ranks, on ``device``.
+        sides: sample sets; :attr:`Embeddings.rows` counts within each.
+        config: settings; reads selection.batch, data and captions.
+        device: where the model is.
+        share: which of the ranks this process is.
+
+    Raises:
+        ValueError: there is no sample.
+    """
+    size = config.selection.batch
+    steps = [
+        (side, step)
+        for side, samples in enumerate(sides)
+        for step in range(-(-len(samples) // size))
+    ]
+    if not steps:
+        raise ValueError("there is nothing to embed: the sample sets are empty")
+    before = np.cumsum([0, *map(len, sides)]).tolist()
+    starts = [before[side] + step * size for side, step in steps]
+    starts.append(before[-1])
+    own = share.of(len(steps))
+    rows = _Rows(model, before[-1])
+    end = starts[own.start]
+    for side, samples in enumerate(sides):
+        mine = [step for of, step in steps[own.start : own.stop] if of == side]
+        if mine:
+            some = range(mine[0], mine[-1] + 1)
+            batches = evaluation_batches(samples, config=config, device=device, steps=some)
+            end = rows.fill(model, batches, device, end)
+    parts = [range(starts[part.start], starts[part.stop]) for part in share.parts(len(steps))]
+    for part in rows.parts:
+        share.gather(part, parts, device)
+    return rows.found(before[-1])
+
+
+class _Rows:
+    """Memory for the embeddings of samples, taken once where their number is known."""
+
+    def __init__(self, model: NEXT, count: int) -> None:
+        self._semantic = model.semantic is not None
+        self._structure = model.structure is not None
+        modalities, experts = model.modalities, model.config.structure.experts
+        widths: list[tuple[int, ...]] = [(model.embedding_size,)]
+        widths += [(modalities, model.config.semantic.experts)] * self._semantic
+        widths += [(experts,), (modalities, experts)] * self._structure
+        self.parts = [np.empty((count, *width), dtype=np.float32) for width in widths]
+        """Features and usage, ``[n, ...]`` each, in the order of :class:`SampleUsage`."""
+        self.parts.insert(1, np.empty(count, dtype=np.int64))
+
+    def found(self, end: int) -> Embeddings:
+        """The first ``end`` rows."""
+        features, rows, *usage = (part[:end] for part in self.parts)
+        semantic = usage.pop(0) if self._semantic else None
+        structure, share = usage if self._structure else (None, None)
+        return Embeddings(features, rows, SampleUsage(semantic, structure, share))
+
+    def fill(
+        self, model: NEXT, batches: Iterable[Batch], device: torch.device | str, start: int = 0
+    ) -> int:
+        """Embed batches into the rows from ``start`` on; returns where they end."""
+        slots, sampled = model.config.structure.slots, model.config.semantic.tokens_per_expert
+        waiting: list[Tensor] = []
+        with _evaluating(model):
+            for batch in batches:
+                batch = batch.to(device)
+                output = model(batch.images, batch.present, batch.text, batch.camera)
+                routing: Routing = output.routing
+                given = [F.normalize(output.embedding.float(), dim=1), batch.rows]
+                if routing.semantic is not None:
+                    given.append(_semantic_entropy(routing.semantic, batch.present, sampled))
+                if routing.structure is not None:
+                    dispatch = routing.structure.unflatten(3, (-1, slots))
+                    given.append(_structure_entropy(dispatch, batch.present))
+                    given.append(dispatch.sum(2).mean(-1))
+                # The batch before, while a GPU works on this one.
+                start = self._write(waiting, start)
+                waiting = given
+        return self._write(waiting, start)
+
+    def _write(self, given: list[Tensor], start: int) -> int:
+        if not given:
+            return start
+        end = start + len(given[0])
+        if end > len(self.parts[0]):
+            self.parts = [_grown(part, max(end, 2 * len(part))) for part in self.parts]
+        for part, values in zip(self.parts, given, strict=True):
+            torch.from_numpy(part[start:end]).copy_(values)
+        return end
 
 
 def route(model: NEXT, batch: Batch) -> Routing:
@@ -206,8 +296,10 @@ def _structure_entropy(dispatch: Tensor, present: Tensor) -> Tensor:
     return normalised_entropy(dispatch.flatten(1, 2), candidates, dim=1).mean(-1)
 
 
-def _gathered(parts: list[Tensor]) -> np.ndarray:
-    return torch.cat(parts).cpu().numpy()
+def _grown(rows: np.ndarray, count: int) -> np.ndarray:
+    larger = np.empty((count, *rows.shape[1:]), dtype=rows.dtype)
+    larger[: len(rows)] = rows
+    return larger
 
 
 def _mean(values: np.ndarray) -> np.ndarray:

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from next.data.labels import Labels
+from next.evaluation.share import ALONE, Share
 
 RULES = ("none", "camera", "scene")
 """Which gallery rows of a query's own identity are removed: none, its camera's, its scene's."""
@@ -80,6 +82,8 @@ def retrieval_metrics(
     rule: str = "camera",
     max_rank: int = 50,
     own: np.ndarray | None = None,
+    share: Share = ALONE,
+    device: torch.device | str = "cpu",
 ) -> RetrievalMetrics:
     """mAP, mINP and CMC of ranking the gallery for each query by ascending squared distance.
 
@@ -101,6 +105,9 @@ def retrieval_metrics(
         max_rank: length of the CMC.
         own: [Q] gallery row that holds the query's own image, -1 where there is none; it is never
             a match. Camera and scene rules remove it anyway.
+        share: which of the ranks this process is that measure the same together; each ranks for a
+            part of the queries.
+        device: kind of device of their process group.
 
     Raises:
         ValueError: shapes, labels or the rule do not fit, a feature is not finite, or no query
@@ -122,7 +129,8 @@ def retrieval_metrics(
     penalty = np.full(count, np.nan)
     first_match = np.zeros(count, dtype=np.int64)
     rows_of = _Matcher(query_labels, gallery_labels, rule, own)
-    for row, distances in distance_rows(query, gallery):
+    part = share.of(count)
+    for row, distances in distance_rows(query[part.start : part.stop], gallery, part.start):
         matches, removed = rows_of(row)
         if not len(matches):
             continue
@@ -132,6 +140,8 @@ def retrieval_metrics(
         average_precision[row] = 100.0 * np.mean(found / ranks)
         penalty[row] = 100.0 * len(ranks) / ranks[-1]
         first_match[row] = ranks[0]
+    for scores in (average_precision, penalty, first_match):
+        share.gather(scores, share.parts(count), device)
 
     valid = first_match > 0
     if not valid.any():
@@ -193,8 +203,10 @@ def nearest(
     return found
 
 
-def distance_rows(query: np.ndarray, gallery: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Each query row with its [G] float32 distances, less the constant ``|q|^2``.
+def distance_rows(
+    query: np.ndarray, gallery: np.ndarray, first: int = 0
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Each query row, counted from ``first``, with its [G] float32 distances less ``|q|^2``.
 
     The array is reused: it may be written to, and is valid until the next one is asked for.
     """
@@ -204,7 +216,7 @@ def distance_rows(query: np.ndarray, gallery: np.ndarray) -> Iterator[tuple[int,
     for start in range(0, len(query), step):
         block = -2.0 * np.asarray(query[start : start + step], dtype=np.float32) @ gallery.T
         block += squares
-        yield from enumerate(block, start)
+        yield from enumerate(block, first + start)
 
 
 def check_rule(rule: str, query_labels: Labels, gallery_labels: Labels) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,8 +9,8 @@ import numpy as np
 import torch
 
 from next.config import RunConfig
-from next.data.loader import SampleSet, evaluation_batches
-from next.evaluation.embed import Embeddings, embed
+from next.data.loader import SampleSet
+from next.evaluation.embed import Embeddings, embed_all
 from next.evaluation.metrics import (
     Nearest,
     RetrievalMetrics,
@@ -19,6 +18,7 @@ from next.evaluation.metrics import (
     nearest,
     retrieval_metrics,
 )
+from next.evaluation.share import ALONE, Share
 from next.model.network import NEXT
 
 
@@ -60,8 +60,12 @@ def evaluate(
     config: RunConfig,
     device: torch.device | str,
     max_rank: int = 50,
+    share: Share = ALONE,
 ) -> Evaluation:
     """Embed each distinct sample once, rank the gallery for each query, and measure.
+
+    Several ranks deal the batches and then the queries among them; each comes to the whole, which
+    is what one process comes to.
 
     A query never matches itself; by the rule it does not match gallery samples of its identity
     and camera (or scene) either. Features are L2-normalised as a whole, distances are Euclidean.
@@ -74,6 +78,7 @@ def evaluate(
         config: settings; reads selection.batch, data and captions.
         device: where the model is.
         max_rank: length of the CMC.
+        share: which of the ranks this process is that all evaluate this together.
 
     Raises:
         ValueError: a side is empty or the rule does not fit the labels (both are found before
@@ -84,7 +89,7 @@ def evaluate(
             f"query and gallery must hold samples, but got {len(query)} and {len(gallery)}"
         )
     check_rule(rule, query.labels, gallery.labels)
-    pair = embed_pair(model, query, gallery, config=config, device=device)
+    pair = embed_pair(model, query, gallery, config=config, device=device, share=share)
     metrics = retrieval_metrics(
         pair.query.features,
         pair.gallery.features,
@@ -93,6 +98,8 @@ def evaluate(
         rule=rule,
         max_rank=max_rank,
         own=pair.own,
+        share=share,
+        device=device,
     )
     return Evaluation(metrics, *pair)
 
@@ -104,21 +111,28 @@ def embed_pair(
     *,
     config: RunConfig,
     device: torch.device | str,
+    share: Share = ALONE,
 ) -> Pair:
-    """Embed query and gallery, each distinct sample once; arguments as :func:`evaluate`."""
+    """Embed query and gallery, each distinct sample once; arguments as :func:`evaluate`.
+
+    The gallery's embeddings are a view of all that were made, so that none is held twice.
+    """
     own = _own_rows(query, gallery)
-    alike = _seen_alike(query, gallery, own)
-    others = np.flatnonzero(~alike)
-    batches = evaluation_batches(gallery, config=config, device=device)
-    if len(others):
-        rest = evaluation_batches(query.select(others), config=config, device=device)
-        batches = itertools.chain(batches, rest)
-    everything = embed(model, batches, device)
+    others = np.flatnonzero(~_seen_alike(query, gallery, own))
+    sides = [gallery, query.select(others)] if len(others) else [gallery]
+    everything = embed_all(model, sides, config=config, device=device, share=share)
     places = own.copy()
     places[others] = len(gallery) + np.arange(len(others))
-    of_query = everything.take(places)
-    of_gallery = everything.take(np.arange(len(gallery)))
+    of_query = everything.take(_as_slice(places))
+    of_gallery = everything.take(slice(len(gallery)))
     return Pair(of_query, of_gallery, own, len(everything.features))
+
+
+def _as_slice(places: np.ndarray) -> np.ndarray | slice:
+    """The same places; as a slice, which copies nothing, where they follow one another."""
+    first = int(places[0])
+    along = np.array_equal(places, np.arange(first, first + len(places)))
+    return slice(first, first + len(places)) if along else places
 
 
 def retrieved(

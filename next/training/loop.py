@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +27,7 @@ from next.config import LossConfig, OptimConfig, RunConfig
 from next.data.loader import Batch, SampleSet, train_batches
 from next.data.plan import occurrences, plan_hash, training_plan, worker_slice
 from next.evaluation.protocol import Evaluation, evaluate
+from next.evaluation.share import Share
 from next.model.losses import Losses, objective
 from next.model.network import NEXT
 from next.training.checkpoint import (
@@ -38,7 +41,7 @@ from next.training.cost import explain_shortage, is_shortage
 from next.training.interruption import Ask, Interrupted
 from next.training.optimizer import WeightAverage, build_optimizer, set_learning_rates
 from next.training.recording import Recording
-from next.training.report import Reporter
+from next.training.report import Reporter, TakeSnapshot
 from next.training.step_log import StepLog
 
 _log = logging.getLogger(__name__)
@@ -121,9 +124,9 @@ def train(
 
     taken: Snapshot | None = None
 
-    def snapshot() -> Snapshot:
+    def snapshot(of: Progress | None = None) -> Snapshot:
         nonlocal taken
-        now = replace(progress, rows=log.new_rows())
+        now = replace(of or progress, rows=log.new_rows())
         taken = take_snapshot(network, optimizer, now, config, average, over=taken)
         return taken
 
@@ -181,19 +184,21 @@ def train(
         if first < len(plan):  # a run may have stopped just before its evaluation
             log.row({"train/samples_per_second": plan[first:].size / seconds}, progress.step)
         train_loss = progress.loss_sum / len(plan)
+        trained = progress
         progress = replace(progress, epoch=done, step_in_epoch=0, loss_sum=0.0)
         if not evaluates:
             continue
 
-        # Every rank evaluates: features are needed everywhere only once, and ranks stay in step.
-        found = evaluate(
-            network if average is None else average.network,
-            data.query,
-            data.gallery,
-            rule=data.rule,
-            config=config,
-            device=worker.device,
-        )
+        with _rescuing(reporter, partial(snapshot, trained)):
+            found = evaluate(
+                network if average is None else average.network,
+                data.query,
+                data.gallery,
+                rule=data.rule,
+                config=config,
+                device=worker.device,
+                share=Share(worker.rank, worker.world),
+            )
         on_evaluation(found, progress.step)
         scores = {f"val/{name}": value for name, value in found.metrics.as_dict().items()}
         metrics = scores | {"epoch": done, "step": progress.step, "train/loss": train_loss}
@@ -356,6 +361,16 @@ def gather(local: Tensor) -> Tensor:
     """
     gathered: Tensor = _Gather.apply(local)
     return gathered
+
+
+@contextmanager
+def _rescuing(reporter: Reporter, take: TakeSnapshot) -> Iterator[None]:
+    """Hand over a checkpoint if the block raises; who continues from it begins with the block."""
+    try:
+        yield
+    except Exception:
+        reporter.rescue(take)
+        raise
 
 
 def _restore(

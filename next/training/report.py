@@ -34,6 +34,9 @@ class Reporter(Protocol):
     def keep(self, take: TakeSnapshot) -> None:
         """Hand over a checkpoint within an epoch."""
 
+    def rescue(self, take: TakeSnapshot) -> None:
+        """Hand over a checkpoint because an error ends the run; waits for no other rank."""
+
     def asked(self) -> Ask:
         """What the run is asked for, the same on every rank; called once a step."""
 
@@ -76,6 +79,9 @@ class FolderReporter:
 
     def keep(self, take: TakeSnapshot) -> None:
         self._writer.submit(take)
+
+    def rescue(self, take: TakeSnapshot) -> None:
+        self.keep(take)
 
     def asked(self) -> Ask:
         return self._bell.answer()
@@ -151,6 +157,10 @@ class TrainReporter:
         if self._rank == 0:
             self._writer.submit(take)
         self._hand_over(last=False)
+
+    def rescue(self, take: TakeSnapshot) -> None:
+        if self._rank == 0:
+            self._writer.submit(take)
 
     def asked(self) -> Ask:
         return self._asked()

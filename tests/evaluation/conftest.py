@@ -55,8 +55,7 @@ def make_model(config) -> Callable[..., NEXT]:
     return make
 
 
-@pytest.fixture
-def samples() -> SampleSet:
+def draw_samples() -> SampleSet:
     """24 samples of six identities and two cameras; some lack a modality."""
     generator = np.random.default_rng(0)
     rows = np.arange(24)
@@ -78,6 +77,12 @@ def samples() -> SampleSet:
         modalities=("RGB", "NI", "TI"),
         text_width=128,
     )
+
+
+@pytest.fixture
+def samples() -> SampleSet:
+    """Of :func:`draw_samples`."""
+    return draw_samples()
 
 
 @pytest.fixture

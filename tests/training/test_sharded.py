@@ -14,6 +14,8 @@ from next.data.cache import contents
 from next.data.ingest import prepare
 from next.data.plan import deal_shards, split_train, training_plan
 from next.data.shards import open_manifest
+from next.evaluation.protocol import evaluate
+from next.training.checkpoint import load_network
 from next.training.folder import claim_folder
 from next.training.inputs import resolve, training_data
 from next.training.interruption import Bell
@@ -88,16 +90,31 @@ def member(rank: int, meeting: str, config: str, folder: str, queue) -> None:
     reporter = TrainReporter(
         folder, rank, 2, send=lambda report: None, checkpoint=own.checkpoint, bell=Bell()
     )
+    scores: list[dict[str, float]] = []
     with reporter:
-        queue.put(train(own, data, reporter, Worker(rank, 2)).losses)
+        losses = train(
+            own,
+            data,
+            reporter,
+            Worker(rank, 2),
+            on_evaluation=lambda found, step: scores.append(found.metrics.as_dict()),
+        ).losses
+    queue.put((losses, scores))
     dist.destroy_process_group()
 
 
 def test_two_workers_decode_only_what_is_dealt_to_them(in_shards_of, tmp_path):
-    config = override(in_shards_of(1), {"optim.epochs": 1, "scaling.num_workers": 2})
+    settings = {"optim.epochs": 1, "scaling.num_workers": 2, "selection.batch": 8}
+    config = override(in_shards_of(1), settings)
     common = (str(tmp_path / "meeting"), to_toml(config), str(tmp_path / "run"))
-    losses, others = together(member, [(rank, *common) for rank in range(2)])
-    assert losses == others, "the loss is of the global batch"
+    (losses, scores), other = together(member, [(rank, *common) for rank in range(2)])
+    assert other == (losses, scores), "the loss is of the global batch, the scores of all samples"
+    network, trained = load_network(tmp_path / "run" / "last")
+    data = training_data(trained, open_manifest(trained.data.uri))
+    alone = evaluate(
+        network, data.query, data.gallery, rule=data.rule, config=trained, device="cpu"
+    )
+    assert scores == [alone.metrics.as_dict()]
     manifest = open_manifest(config.data.uri)
     pids = manifest.labels("train").pid
     rows, held_out = split_train(config, pids)
