@@ -20,7 +20,7 @@ from next.config import (
 
 _log = logging.getLogger(__name__)
 
-_MAY_CHANGE = (
+MAY_CHANGE = (
     "run.", "tracking.", "scaling.", "checkpoint.", "threads", "keep_memory", "data.cache",
     "data.uri", "model.backbone.file", "model.backbone.text_file",
 )  # fmt: skip
@@ -97,7 +97,7 @@ def changes(before: RunConfig, now: RunConfig) -> str:
     lines = [
         f"{setting}: {old!r} -> {new!r}"
         for setting, (old, new) in found.items()
-        if not setting.startswith(_MAY_CHANGE)
+        if not setting.startswith(MAY_CHANGE)
     ]
     if now.data.placement == "sharded" and "scaling.num_workers" in found:
         old, new = found["scaling.num_workers"]

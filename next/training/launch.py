@@ -23,7 +23,13 @@ from next.training.inputs import resolve, training_data
 from next.training.interruption import Bell, listening
 from next.training.loop import Outcome, Worker, train
 from next.training.process import assessing_device, configure_torch, device
-from next.training.record import data_tags, record_assessment, record_inputs, seed_tags
+from next.training.record import (
+    data_tags,
+    own_settings,
+    record_assessment,
+    record_inputs,
+    seed_tags,
+)
 from next.training.registration import register_best, write_card
 from next.training.report import FolderReporter
 from next.training.store import CheckpointStore
@@ -32,7 +38,6 @@ __all__ = [
     "RunResult",
     "configure_torch",
     "device",
-    "headline",
     "launch",
     "read_history",
     "run_tags",
@@ -83,7 +88,7 @@ def launch(config: RunConfig) -> RunResult:
             "experiment": config.tracking.experiment or manifest.benchmark.name,
             "name": folder.name,
             "folder": str(folder),
-            "params": headline(config),
+            "params": own_settings(config, manifest.benchmark),
             "tags": run_tags(config, manifest),
             "system_seconds": config.tracking.system_seconds,
         }
@@ -142,21 +147,6 @@ def read_history(folder: Path) -> list[tuple[int, dict[str, float]]]:
 def run_tags(config: RunConfig, manifest: Manifest) -> dict[str, str]:
     """What is needed to reproduce a run beside its configuration."""
     return provenance_tags() | data_tags(config, manifest) | seed_tags(config)
-
-
-def headline(config: RunConfig) -> dict[str, Any]:
-    """The few settings that make a single run's row readable; the rest is in config.toml."""
-    return {
-        "seed": config.seed,
-        "optim.lr": config.optim.lr,
-        "optim.epochs": config.optim.epochs,
-        "batch.size": config.batch.size,
-        "model.backbone.name": config.model.backbone.name,
-        "model.semantic.experts": config.model.semantic.experts,
-        "model.structure.experts": config.model.structure.experts,
-        "model.routing.temperature": config.model.routing.temperature,
-        "captions.sampling": config.captions.sampling,
-    }
 
 
 def write_result(folder: Path, outcome: Outcome, assessment: Assessment) -> None:

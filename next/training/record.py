@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from next.config import RunConfig, to_toml
+from next.config import RunConfig, differences, override, to_toml
+from next.data.benchmark import Benchmark
 from next.data.plan import plan_hash, split_train, training_plan
 from next.data.shards import Manifest
 from next.tracking.provenance import provenance_diff
 from next.tracking.run import Run
+from next.training.folder import MAY_CHANGE
 
 if TYPE_CHECKING:  # a trial's process does without what draws and compares: a second, 56 MiB
     from next.training.assessment import Assessment
@@ -43,6 +45,35 @@ def record_assessment(run: Run, assessment: Assessment, *, step: int) -> None:
         run.log_artifact(picture, "figures")
         run.log_image(picture, f"figures/{picture.stem}", step=0)
     run.log_table(assessment.queries, "queries.json")
+
+
+_FROM_THE_DATA = (
+    "model.modalities", "model.image_size", "model.identities", "model.cameras",
+    "model.backbone.sha256", "model.backbone.text_sha256",
+)  # fmt: skip
+"""What ``resolve`` fills in, the same for all runs on these data and weights."""
+
+
+def own_settings(config: RunConfig, benchmark: Benchmark) -> dict[str, Any]:
+    """The settings in which a run differs from its card's recipe, and its seed.
+
+    They are the run's columns in MLflow, under their own names; the whole is ``config.toml``.
+
+    Args:
+        config: resolved settings.
+        benchmark: card of the data.
+    """
+    recipe = override(RunConfig(), benchmark.recipe)
+    given = {
+        "data.modalities": recipe.data.modalities or benchmark.modalities,
+        "data.image_size": recipe.data.image_size or benchmark.image_size,
+    }
+    found = differences(config, override(recipe, given))
+    return {"seed": config.seed} | {
+        name: value
+        for name, (value, _) in found.items()
+        if not name.startswith((*MAY_CHANGE, *_FROM_THE_DATA))
+    }
 
 
 def data_schema(manifest: Manifest) -> dict[str, str]:
