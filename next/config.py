@@ -267,16 +267,27 @@ class OptimConfig(Section):
     tower_lr: float = Field(default=5e-6, gt=0)
     """Peak learning rate of the visual tower."""
     weight_decay: float = Field(default=1e-4, ge=0)
-    """Weight decay; not on norms, biases and embeddings."""
+    """Weight decay of what ``decay`` says."""
+    decay: Literal["matrices", "all"] = "matrices"
+    """matrices: no norms, biases and embeddings are decayed; all: every tensor, as the public codes
+    do."""
+    bias_lr_factor: float = Field(default=1.0, gt=0)
+    """Multiplies the learning rate of the biases outside of the visual tower."""
     epochs: int = Field(default=50, ge=1)
     """Epochs to train; with pruning, the most a trial gets."""
     schedule: Literal["cosine", "peers"] = "cosine"
     """cosine: every group rises from zero to its own peak, then falls along half a cosine; peers:
-    as the public codes do it, which warm all groups up from 0.1 x ``lr``, the tower too."""
-    warmup_epochs: float = Field(default=10, ge=0)
-    """Linear warm-up, in epochs."""
+    as the public codes do it, which warm all groups up from 0.1 x ``schedule_lr``, the tower
+    too."""
+    warmup_epochs: float | None = Field(default=None, ge=0)
+    """Linear warm-up, in epochs; None: a fifth of ``epochs``, at most 10."""
     final_lr_share: float = Field(default=0.01, ge=0, le=1)
-    """Learning rate at the end, as a share of the group's peak (peers: of ``lr``)."""
+    """Learning rate at the end, as a share of the group's peak (peers: of ``schedule_lr``)."""
+    schedule_lr: float | None = Field(default=None, gt=0)
+    """peers: the rate whose shares the schedule begins and ends with; None: ``lr``."""
+    lr_noise: bool = False
+    """peers: multiply the learning rates of an epoch by a random number of 0.33 to 1.67, as the
+    public codes do; it is drawn from the epoch's number alone."""
     clip_norm: float | None = Field(default=None, gt=0)
     """Largest norm of the whole gradient; None: not clipped."""
     collapse_steps: int | None = Field(default=200, ge=1)
@@ -298,11 +309,26 @@ class OptimConfig(Section):
     keeps its activations' memory during evaluation too."""
 
     @model_validator(mode="after")
-    def _warmup_fits(self) -> OptimConfig:
-        if self.warmup_epochs > self.epochs:
+    def _noise_belongs_to_the_peers(self) -> OptimConfig:
+        if self.schedule != "peers" and (self.lr_noise or self.schedule_lr is not None):
+            name = "optim.lr_noise" if self.lr_noise else "optim.schedule_lr"
             raise ValueError(
-                f"optim.warmup_epochs must not exceed optim.epochs, "
-                f"but got {self.warmup_epochs} > {self.epochs}"
+                f"{name} belongs to optim.schedule = peers, but got {self.schedule}; leave it out, "
+                f"or set the schedule"
+            )
+        return self
+
+    @property
+    def warmup(self) -> float:
+        """Epochs of the warm-up, also where ``warmup_epochs`` is left to ``epochs``."""
+        return min(10.0, 0.2 * self.epochs) if self.warmup_epochs is None else self.warmup_epochs
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> OptimConfig:
+        if self.warmup > self.epochs:
+            raise ValueError(
+                f"optim.warmup_epochs must not exceed optim.epochs, but got {self.warmup_epochs} > "
+                f"{self.epochs}; lower it, or set it to none, which is a fifth of the epochs"
             )
         return self
 
@@ -416,6 +442,9 @@ class TrackingConfig(Section):
     ``candidate``; None: it is not registered (``jobs/promote.py`` can do it later)."""
     system_seconds: float | None = Field(default=10.0, ge=0.1)
     """Seconds between samples of CPU, memory and GPUs (``system/*``); None: none are taken."""
+    every_steps: int = Field(default=20, ge=1)
+    """Read the losses of so many optimizer steps from the device at once, log them, and end the run
+    if one is not finite. Fewer: seen sooner, and a GPU is waited for more often."""
 
 
 class RunConfig(Section):
@@ -536,9 +565,15 @@ def flatten(config: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def differences(ours: RunConfig, theirs: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Dotted names whose values differ, with both values."""
+    """Dotted names whose values differ, with both values.
+
+    A warm-up that is left to the number of epochs equals the same one that was given.
+    """
     other = dict(flatten(theirs))
-    return {name: (value, other[name]) for name, value in flatten(ours) if value != other[name]}
+    found = {name: (value, other[name]) for name, value in flatten(ours) if value != other[name]}
+    if ours.optim.warmup == theirs.optim.warmup:
+        found.pop("optim.warmup_epochs", None)
+    return found
 
 
 def load_recipe(path: str | Path) -> dict[str, Any]:

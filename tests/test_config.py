@@ -28,6 +28,16 @@ def test_override_replaces_and_leaves_the_original_alone():
     }
 
 
+def test_fewer_epochs_alone_are_no_error_and_a_warm_up_of_the_same_length_no_difference():
+    short = override(RunConfig(), {"optim.epochs": 5})
+    assert (short.optim.warmup_epochs, short.optim.warmup) == (None, 1.0)
+    assert from_toml(to_toml(short)) == short
+    given = override(RunConfig(), {"optim.warmup_epochs": 10.0})
+    assert differences(given, RunConfig()) == {}, "as runs recorded it when ten was the default"
+    other = override(RunConfig(), {"optim.warmup_epochs": 9})
+    assert differences(other, RunConfig()) == {"optim.warmup_epochs": (9.0, None)}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -38,7 +48,7 @@ def test_override_replaces_and_leaves_the_original_alone():
         ({"batch.identities": "many"}, r"batch.identities: .*valid integer.*'many'"),
         ({"captions.sampling": "some"}, r"captions.sampling: .*'all', 'subset'"),
         ({"augment.erase_area": (0.5, 0.1)}, r"0 < low <= high <= 1, but got \(0.5, 0.1\)"),
-        ({"optim.warmup_epochs": 99}, r"must not exceed optim.epochs, but got 99"),
+        ({"optim.warmup_epochs": 99}, r"must not exceed optim.epochs, but got 99.*to none, which"),
         ({"optim.cuda_graph": True}, r"cuda_graph needs scaling.use_gpu = true .* got False and 1"),
         ({"scaling.num_workers": 3}, r"multiple of scaling.num_workers.* 64 over 3"),
         ({"scaling.num_workers": (1, 4)}, r"multiple of scaling.num_workers.* 64 over 3; 12 and"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from next.config import BackboneConfig
 from next.model.attention import attend
 from next.model.blocks import Blocks
 from next.model.positions import patch_grid, resize_positions
-from next.model.weights import Origin, fill, read_weights, weights_path
+from next.model.weights import Origin, file_metadata, fill, read_weights, weights_path
 
 _CUSTOM_BLOCKS = {
     "block_type", "qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn",
@@ -32,6 +33,10 @@ _CONSTANTS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "
 _DEFAULT_TEXT = "ViT-B-16"
 _QUICK = 1.702
 """The factor of QuickGELU."""
+
+IMAGE_SIZE = "next.image_size"
+"""Metadata of a weights file: height and width that its position embedding is for, as JSON. Other
+files are of the model's own size."""
 
 open_clip.add_model_config(Path(__file__).with_name("next-tiny.json"))
 
@@ -61,6 +66,10 @@ class ClipTower(nn.Module):
         self.patch_grid: tuple[int, int] = grid
         self.stream_width: int = vit.conv1.out_channels
         self.width: int = vit.proj.shape[1]
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the position and class embeddings, which are not decayed."""
+        return {"vit.positional_embedding", "vit.class_embedding"}
 
     def forward(self, images: Tensor, shift: Tensor | None = None) -> Tensor:
         """All tokens, the class token first: ``[n, 1 + N, D]``.
@@ -212,6 +221,9 @@ def load_clip(
             spread_random_text(clip.text)
         return clip
     path = weights_path(config)
+    trained_at = file_metadata(path).get(IMAGE_SIZE)
+    if trained_at is not None:
+        settings["vision_cfg"]["image_size"] = tuple(json.loads(trained_at))
     weights = {name: value for name, value in read_weights(path).items() if name not in _CONSTANTS}
     if "text_projection" in weights:
         weights = open_clip.model.convert_to_custom_text_state_dict(weights)

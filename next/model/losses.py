@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
 from next.config import LossConfig
 from next.model.routing import at_least_float32
@@ -38,6 +39,13 @@ class Losses(NamedTuple):
     """``<branch>/{identity,triplet,positive,negative}`` of each branch, detached."""
     dominance: Mapping[str, Tensor] = MappingProxyType({})
     """Largest share of a branch's attention that one of its experts gets; detached."""
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Losses:
+        """The losses with every tensor changed."""
+        found: Losses = tree_map(
+            lambda value: change(value) if isinstance(value, Tensor) else value, self
+        )
+        return found
 
 
 def identity_loss(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:

@@ -65,6 +65,10 @@ class TimmTower(nn.Module):
         self.stream_width: int = vit.embed_dim
         self.width: int = vit.num_classes or vit.embed_dim
 
+    def no_weight_decay(self) -> set[str]:
+        """Names of the position, class and register embeddings, which are not decayed."""
+        return {f"vit.{name}" for name in self.vit.no_weight_decay()}
+
     def forward(self, images: Tensor, shift: Tensor | None = None) -> Tensor:
         """All tokens, the class token first: ``[n, 1 + N, width]``.
 

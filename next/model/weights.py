@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -167,6 +168,21 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         for name, value in found.items()
         if isinstance(value, Tensor)
     }
+
+
+def file_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself; nothing for other kinds of files.
+
+    Raises:
+        ValueError: it is named like one and is none.
+    """
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{path} must hold weights, but cannot be read: {error}") from None
 
 
 def misfits(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[str]:

@@ -30,10 +30,10 @@ import safetensors
 import safetensors.torch
 import torch
 
-from next.config import RunConfig, from_toml, to_toml
+from next.config import OptimConfig, RunConfig, from_toml, to_toml
 from next.model.network import NEXT
 from next.model.weights import misfits
-from next.training.optimizer import WeightAverage
+from next.training.optimizer import WeightAverage, load_optimizer
 
 DRAFT = ".draft-"
 """Beginning of the name of a folder that is being written."""
@@ -232,6 +232,7 @@ def load_training_state(
     folder: Path,
     network: NEXT,
     optimizer: torch.optim.Optimizer,
+    config: OptimConfig,
     average: WeightAverage | None = None,
 ) -> Progress:
     """Continue from a checkpoint: weights, their average, optimizer, RNG.
@@ -246,7 +247,7 @@ def load_training_state(
         load_weights(folder, average.network)
         load_weights(folder, network, "trained.safetensors")
     state: dict[str, Any] = torch.load(Path(folder) / "optimizer.pt", weights_only=True)
-    optimizer.load_state_dict(state["optimizer"])
+    load_optimizer(optimizer, state["optimizer"], network, config)
     torch.set_rng_state(state["rng"])
     if "cuda_rng" in state and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(state["cuda_rng"])

@@ -117,7 +117,7 @@ def train(
     optimizer = build_optimizer(network, config.optim)
     average = WeightAverage(network, config.optim.ema) if config.optim.ema is not None else None
     with reporter.latest() as folder:
-        progress = _restore(folder, network, optimizer, average, data.digest)
+        progress = _restore(folder, network, optimizer, config.optim, average, data.digest)
     log = StepLog(
         log_metrics if worker.rank == 0 else None, progress.rows, config.optim.collapse_steps
     )
@@ -170,10 +170,10 @@ def train(
 
             asked = reporter.asked()
             due = is_due(progress.step + len(losses), config.checkpoint.every_steps)
-            if asked is not Ask.GO_ON or (due and not (evaluates and index == len(plan))):
-                progress = log.steps(losses, progress)
-                losses = []
-                reporter.keep(snapshot)
+            keeps = asked is not Ask.GO_ON or (due and not (evaluates and index == len(plan)))
+            if keeps or len(losses) == config.tracking.every_steps:
+                progress, losses = log.steps(losses, progress), []
+                reporter.hand_over(snapshot if keeps else None)
             if asked is Ask.STOP:
                 raise Interrupted(progress.step)
 
@@ -227,6 +227,8 @@ def training_step(
 ) -> Losses:
     """Forward, backward and update on one batch; nothing is read back from the device.
 
+    The losses come without the graph that they were computed in, which would live as long as they.
+
     Args:
         batch_loss: a :class:`GlobalLoss`, bare or within ``DistributedDataParallel``.
         optimizer: over its parameters.
@@ -256,12 +258,12 @@ def training_step(
 
 
 def forward_and_backward(batch_loss: nn.Module, batch: Batch, config: OptimConfig) -> Losses:
-    """Losses of a batch; their gradient is added to that of the parameters."""
+    """Losses of a batch, detached; their gradient is added to that of the parameters."""
     device = batch.images.device
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
         losses: Losses = batch_loss(batch)
     losses.total.backward()
-    return losses
+    return losses.each(Tensor.detach)
 
 
 def record(batch_loss: nn.Module, config: OptimConfig) -> Recording:
@@ -377,12 +379,13 @@ def _restore(
     folder: Path | None,
     network: NEXT,
     optimizer: torch.optim.Optimizer,
+    config: OptimConfig,
     average: WeightAverage | None,
     digest: str,
 ) -> Progress:
     if folder is None:
         return Progress(data_digest=digest)
-    progress = load_training_state(folder, network, optimizer, average)
+    progress = load_training_state(folder, network, optimizer, config, average)
     require_data(progress, digest)
     _log.info(
         "continuing after epoch %d (step %d, %d in the epoch)",

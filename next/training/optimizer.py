@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,28 +13,25 @@ from torch import Tensor, nn
 from next.config import OptimConfig
 from next.model.network import NEXT
 
+_TOWER = "backbone.tower."
 
-def build_optimizer(network: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """Adam or AdamW over four groups: visual tower or not, weight decay or not.
 
-    Norms, biases (the experts' batched ones too) and embeddings are not decayed. Each group
-    carries its name and its peak learning rate in ``peak_lr``.
+def build_optimizer(network: NEXT, config: OptimConfig) -> torch.optim.Optimizer:
+    """Adam or AdamW over groups of tensors: visual tower or not, weight decay or not.
+
+    Norms, biases (the experts' batched ones too) and embeddings are not decayed, of the tower
+    those that it names itself. With ``optim.decay = all`` every tensor is. Biases outside of the
+    tower are groups of their own where ``optim.bias_lr_factor`` is not 1. Each group carries its
+    name and its peak learning rate in ``peak_lr``.
     """
-    tower = {id(parameter) for parameter in network.get_submodule("backbone.tower").parameters()}
-    groups: dict[str, list[nn.Parameter]] = {}
-    for name, parameter in network.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        where = "tower" if id(parameter) in tower else "heads"
-        decays = parameter.ndim >= 2 and not any(part in name for part in ("embedding", "bias"))
-        groups.setdefault(where if decays else f"{where}_no_decay", []).append(parameter)
+    groups = _groups(network, config, network.backbone.tower.no_weight_decay())
     optimizers = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
     return optimizers[config.name](
         [
             {
                 "params": parameters,
                 "name": name,
-                "peak_lr": config.tower_lr if name.startswith("tower") else config.lr,
+                "peak_lr": _peak(name, config),
                 "weight_decay": 0.0 if name.endswith("no_decay") else config.weight_decay,
             }
             for name, parameters in sorted(groups.items())
@@ -40,6 +39,65 @@ def build_optimizer(network: nn.Module, config: OptimConfig) -> torch.optim.Opti
         lr=config.lr,
         fused=True,
     )
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    network: NEXT,
+    config: OptimConfig,
+) -> None:
+    """Continue from a saved state, with the groups that it was saved with.
+
+    Earlier versions decayed the embeddings of timm's towers. A run that began so goes on so.
+
+    Args:
+        optimizer: of :func:`build_optimizer`, not yet used.
+        state: of an optimizer over the same network.
+        network: that it is over.
+        config: that it was built with.
+
+    Raises:
+        ValueError: the state's groups are neither today's nor those of earlier versions.
+    """
+    saved = [len(group["params"]) for group in state["param_groups"]]
+    if saved != [len(group["params"]) for group in optimizer.param_groups]:
+        former = [parameters for _, parameters in sorted(_groups(network, config, set()).items())]
+        if saved != [len(parameters) for parameters in former]:
+            raise ValueError(
+                f"the checkpoint's optimizer has groups of {saved} tensors, which is no way in "
+                f"which this version divides the network; use the version that began the run, or "
+                f"start a new run"
+            )
+        for group, parameters in zip(optimizer.param_groups, former, strict=True):
+            group["params"] = parameters
+    optimizer.load_state_dict(state)
+
+
+def _groups(network: NEXT, config: OptimConfig, spared: set[str]) -> dict[str, list[nn.Parameter]]:
+    """The trained tensors by the name of their group; ``spared`` names those of the tower."""
+    groups: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        in_tower = name.startswith(_TOWER)
+        group = "tower" if in_tower else "heads"
+        if "bias" in name and not in_tower and config.bias_lr_factor != 1:
+            group += "_bias"
+        if config.decay == "matrices" and (
+            parameter.ndim < 2
+            or any(part in name for part in ("embedding", "bias"))
+            or name.removeprefix(_TOWER) in spared
+        ):
+            group += "_no_decay"
+        groups.setdefault(group, []).append(parameter)
+    return groups
+
+
+def _peak(group: str, config: OptimConfig) -> float:
+    if group.startswith("tower"):
+        return config.tower_lr
+    return config.lr * (config.bias_lr_factor if group.startswith("heads_bias") else 1.0)
 
 
 def learning_rate(peak: float, epoch: float, config: OptimConfig) -> float:
@@ -56,25 +114,44 @@ def learning_rate(peak: float, epoch: float, config: OptimConfig) -> float:
         lr = 0.1 * lr0 + (peak - 0.1 * lr0) * e / warmup             while e < warmup
         lr = final * lr0 + (peak - final * lr0) * (1 + cos(pi * e / epochs)) / 2    after it
 
-    where ``lr0 = optim.lr`` and ``e`` is the number of the epoch, from one. Start and end are
-    shares of ``lr0`` for the tower too, so with the usual rates the tower starts seven times above
-    its peak and falls to it. Differs from the public codes in that the random noise that some of
-    them add to the learning rate is left out.
+    where ``lr0 = optim.schedule_lr`` (``optim.lr`` where it is left out) and ``e`` is the number
+    of the epoch, from one. Start and end are shares of ``lr0`` for the tower too, so with the usual
+    rates the tower starts seven times above its peak and falls to it. With ``optim.lr_noise`` the
+    rate of each epoch but the last is multiplied by ``1 + z`` (:func:`noise`), as in theirs.
     """
-    warmup, final = config.warmup_epochs, config.final_lr_share
+    warmup, final = config.warmup, config.final_lr_share
     if config.schedule == "peers":
         number = max(1, math.ceil(epoch))
-        start, end = 0.1 * config.lr, final * config.lr
-        if number < warmup:
-            return start + (peak - start) * number / warmup
-        cosine = (1 + math.cos(math.pi * min(number / config.epochs, 1.0))) / 2
-        return end + (peak - end) * cosine
+        rate = _peers_rate(peak, number, config)
+        return rate * (1 + noise(number)) if config.lr_noise and number < config.epochs else rate
     if epoch < warmup:
         return peak * epoch / warmup
     rest = config.epochs - warmup
     progress = (epoch - warmup) / rest if rest else 1.0
     cosine = (1 + math.cos(math.pi * min(progress, 1.0))) / 2
     return peak * (final + (1 - final) * cosine)
+
+
+def _peers_rate(peak: float, number: int, config: OptimConfig) -> float:
+    base = config.lr if config.schedule_lr is None else config.schedule_lr
+    start, end = 0.1 * base, config.final_lr_share * base
+    if number < config.warmup:
+        return start + (peak - start) * number / config.warmup
+    cosine = (1 + math.cos(math.pi * min(number / config.epochs, 1.0))) / 2
+    return end + (peak - end) * cosine
+
+
+@cache
+def noise(number: int) -> float:
+    """What the public codes draw for an epoch: standard normal, drawn again beyond +-0.67.
+
+    They do so with timm's scheduler, whose generator has the seed 42 + ``number`` in each epoch.
+    """
+    generator = torch.Generator().manual_seed(42 + number)
+    while True:
+        drawn = torch.randn(1, generator=generator).item()
+        if abs(drawn) < 0.67:
+            return drawn
 
 
 def set_learning_rates(

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from next.data.loader import Batch
 from next.model.losses import Losses
@@ -23,8 +22,8 @@ class Recording:
     The graph keeps the memory of its activations as long as it lives.
 
     Args:
-        run: computes the losses of a batch and adds their gradient to that of ``parameters``; it
-            may neither read from the device nor draw random numbers.
+        run: computes the losses of a batch, detached, and adds their gradient to that of
+            ``parameters``; it may neither read from the device nor draw random numbers.
         parameters: those whose ``grad`` it fills.
     """
 
@@ -41,7 +40,7 @@ class Recording:
         if self._graph is None and self._seen < _EAGER:
             self._seen += 1
             self._clear()
-            return _each(self._run(batch), Tensor.detach)
+            return self._run(batch)
         if self._graph is None:
             self._graph = self._record(batch)
         assert self._batch is not None
@@ -50,7 +49,7 @@ class Recording:
             assert own.shape == given.shape, "a plan's batches are of one size"
             own.copy_(given)
         self._graph.replay()
-        return _each(self._losses, Tensor.clone)  # the next replay overwrites them
+        return self._losses.each(Tensor.clone)  # the next replay overwrites them
 
     def _record(self, batch: Batch) -> torch.cuda.CUDAGraph:
         self._clear()
@@ -58,17 +57,9 @@ class Recording:
         graph = torch.cuda.CUDAGraph()
         # The thread that prepares batches may go on meanwhile.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._losses = _each(self._run(self._batch), Tensor.detach)
+            self._losses = self._run(self._batch)
         return graph
 
     def _clear(self) -> None:
         for parameter in self._parameters:
             parameter.grad = None
-
-
-def _each(losses: Losses, change: Callable[[Tensor], Tensor]) -> Losses:
-    """The losses with each tensor changed."""
-    found: Losses = tree_map(
-        lambda value: change(value) if isinstance(value, Tensor) else value, losses
-    )
-    return found

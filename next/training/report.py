@@ -31,8 +31,11 @@ class Reporter(Protocol):
     def report(self, metrics: Metrics, take: TakeSnapshot) -> None:
         """Hand over the metrics of an evaluation, and a checkpoint."""
 
-    def keep(self, take: TakeSnapshot) -> None:
-        """Hand over a checkpoint within an epoch."""
+    def hand_over(self, take: TakeSnapshot | None) -> None:
+        """Pass on what was logged within an epoch, and a checkpoint if there is to be one.
+
+        Every rank calls it at the same step.
+        """
 
     def rescue(self, take: TakeSnapshot) -> None:
         """Hand over a checkpoint because an error ends the run; waits for no other rank."""
@@ -77,11 +80,12 @@ class FolderReporter:
         finally:
             self._writer.submit(take)
 
-    def keep(self, take: TakeSnapshot) -> None:
-        self._writer.submit(take)
+    def hand_over(self, take: TakeSnapshot | None) -> None:
+        if take is not None:  # what was logged is in the journal already
+            self._writer.submit(take)
 
     def rescue(self, take: TakeSnapshot) -> None:
-        self.keep(take)
+        self._writer.submit(take)
 
     def asked(self) -> Ask:
         return self._bell.answer()
@@ -151,12 +155,12 @@ class TrainReporter:
         self._rows.append((step, metrics))
 
     def report(self, metrics: Metrics, take: TakeSnapshot) -> None:
-        self.keep(take)
+        self.hand_over(take)
 
-    def keep(self, take: TakeSnapshot) -> None:
-        if self._rank == 0:
+    def hand_over(self, take: TakeSnapshot | None) -> None:
+        if take is not None and self._rank == 0:
             self._writer.submit(take)
-        self._hand_over(last=False)
+        self._tell(last=False)
 
     def rescue(self, take: TakeSnapshot) -> None:
         if self._rank == 0:
@@ -171,8 +175,8 @@ class TrainReporter:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._writer.close(error)
         if error is None or isinstance(error, _ALIKE_ON_ALL_RANKS):
-            self._hand_over(last=True)
+            self._tell(last=True)
 
-    def _hand_over(self, *, last: bool) -> None:
+    def _tell(self, *, last: bool) -> None:
         self._send({"rows": self._rows, "first": self._first, "last": last})
         self._rows, self._first = [], False

@@ -54,7 +54,7 @@ def test_everything_comes_back(trained, config, tmp_path):
     other_optimizer = build_optimizer(other, config.optim)
     torch.manual_seed(99)
     torch.rand(10)
-    assert load_training_state(folder, other, other_optimizer) == progress
+    assert load_training_state(folder, other, other_optimizer, config.optim) == progress
     assert torch.equal(torch.rand(3), drawn)
     for (name, ours), theirs in zip(
         network.state_dict().items(), other.state_dict().values(), strict=True

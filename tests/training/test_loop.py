@@ -1,9 +1,12 @@
 """The loop on real shards of a tiny benchmark: same bits, resume, world size, failures."""
 
+import gc
 import inspect
 import math
+import weakref
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -12,10 +15,11 @@ from safetensors.torch import load_file
 
 from next.config import RunConfig, from_toml, override, to_toml
 from next.data.shards import open_manifest
+from next.model.network import NEXT
 from next.training.checkpoint import load_network, read_progress
 from next.training.inputs import resolve, training_data
 from next.training.interruption import Ask, Bell, Interrupted
-from next.training.loop import Outcome, Worker, train
+from next.training.loop import GlobalLoss, Outcome, Worker, train
 from next.training.report import FolderReporter, TrainReporter
 from next.training.step_log import NonFiniteLossError, RouterCollapseError
 from tests.training.conftest import together
@@ -25,6 +29,10 @@ def run(config: RunConfig, folder: Path) -> Outcome:
     data = training_data(config, open_manifest(config.data.uri))
     with FolderReporter(folder) as reporter:
         return train(config, data, reporter)
+
+
+LONGER = {"batch.instances": 2, "selection.every": 100}
+"""Seven small steps an epoch instead of three, and one evaluation."""
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -55,6 +63,19 @@ class Ringing(Bell):
 
 class Killed(Exception):
     """The process dies here."""
+
+
+class Watching(Bell):
+    """Shows the loop's variables after each step to a function."""
+
+    def __init__(self, look: Callable[[dict[str, Any]], None]) -> None:
+        super().__init__()
+        self._look = look
+
+    def answer(self) -> Ask:
+        frames = [frame for frame in inspect.stack(0) if frame.function == "train"]
+        self._look(frames[0].frame.f_locals)
+        return super().answer()
 
 
 class Dying(Bell):
@@ -226,6 +247,130 @@ def test_metrics_are_logged_for_every_step_once(ready, tmp_path):
     assert validated[-1] == outcome.step
 
 
+def test_losses_are_logged_within_an_epoch_and_how_often_changes_no_result(ready, tmp_path):
+    ready = override(ready, LONGER | {"optim.epochs": 2})
+    runs = {}
+    for every in (1, 4, 1000):
+        rows, seen = Rows(), []
+
+        def look(loop, rows=rows, seen=seen):
+            seen.append(len([step for step, row in rows if "train/loss" in row]))
+
+        config = override(ready, {"tracking.every_steps": every})
+        outcome = run_until(config, tmp_path / str(every), rows, Watching(look))
+        runs[every] = (outcome, rows.values(), seen)
+    steps = len(runs[1][2]) // 2
+    assert steps == 7
+    assert runs[1][2] == list(range(2 * steps)), "all but the step that was just taken"
+    assert runs[4][2] == [0, 0, 0, 0, 4, 4, 4, 7, 7, 7, 7, 11, 11, 11]
+    assert set(runs[1000][2]) == {0, steps}, "at the end of an epoch whatever is left"
+    for every in (4, 1000):
+        assert runs[every][:2] == runs[1][:2]
+    losses = runs[1][0].losses
+    assert runs[1][0].metrics["train/loss"] == sum(losses[steps:]) / steps
+
+
+class Counted:
+    """A hook that is alive as long as the graph of autograd that it is hooked to."""
+
+    alive: ClassVar[weakref.WeakSet] = weakref.WeakSet()
+
+    def __init__(self) -> None:
+        self.alive.add(self)
+
+    def __call__(self, *gradients: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("settings", [{}, {"optim.accumulate": 2}])
+def test_no_step_leaves_its_graph_behind_and_no_more_than_its_losses(ready, tmp_path, settings):
+    """Nothing of the graphs of an epoch, and of the tensors only the losses not yet read."""
+    ready = override(ready, LONGER | {"optim.epochs": 3, "tracking.every_steps": 3} | settings)
+    tensors: list[tuple[int, int]] = []
+
+    def look(loop):
+        gc.collect()
+        assert not Counted.alive
+        tensors.append(
+            (
+                len(loop["losses"]),
+                sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects()),
+            )
+        )
+
+    def hook(module, inputs, output):
+        if isinstance(module, GlobalLoss):
+            output.total.grad_fn.register_hook(Counted())
+
+    hooked = torch.nn.modules.module.register_module_forward_hook(hook)
+    try:
+        run_until(ready, tmp_path, bell=Watching(look))
+    finally:
+        hooked.remove()
+    settled = tensors[3:]  # the optimizer's moments are made in the first step
+    counts = {waiting: {found for seen, found in settled if seen == waiting} for waiting in (1, 2)}
+    assert len(settled) > 9
+    assert all(len(found) == 1 for found in counts.values()), counts
+
+
+def test_nan_is_found_within_so_many_steps_and_not_at_the_end_of_the_epoch(ready, tmp_path):
+    taken = []
+
+    def spoil(loop):
+        taken.append(len(taken) + 1)
+        if len(taken) == 2:
+            next(iter(loop["network"].parameters())).data.fill_(math.nan)
+
+    ready = override(ready, LONGER | {"optim.epochs": 1, "tracking.every_steps": 2})
+    with pytest.raises(NonFiniteLossError, match=r"is nan from step 3 on, to step 4 at least"):
+        run_until(ready, tmp_path, bell=Watching(spoil))
+    assert taken[-1] == 4
+
+
+def test_workers_tell_what_they_logged_within_an_epoch(ready, tmp_path):
+    """Ray gets each row once, at the step where it was read."""
+    ready = override(ready, LONGER | {"optim.epochs": 1, "tracking.every_steps": 2})
+    sent: list[dict] = []
+    bell = Watching(lambda loop: None)
+    reporter = TrainReporter(
+        tmp_path, 0, 1, send=sent.append, checkpoint=ready.checkpoint, bell=bell
+    )
+    data = training_data(ready, open_manifest(ready.data.uri))
+    with reporter:
+        done = train(ready, data, reporter, log_metrics=reporter.log_metrics)
+    told = [[step for step, row in one["rows"] if "train/loss" in row] for one in sent]
+    assert told[:3] == [[1, 2], [3, 4], [5, 6]]
+    assert [step for steps in told for step in steps] == list(range(1, done.step + 1))
+
+
+@pytest.mark.parametrize("stop", [None, 3])
+def test_the_average_counts_the_steps_of_the_whole_run(ready, tmp_path, stop):
+    """Also beyond what was read last, beyond an epoch, and after a resume."""
+    average = {"optim.ema": 0.99, "optim.epochs": 2, "tracking.every_steps": 4}
+    ready = override(ready, LONGER | average)
+    torch.manual_seed(ready.seed)
+    expected = [weight.detach().clone() for weight in NEXT(ready.model).parameters()]
+    steps = 0
+
+    def look(loop):
+        nonlocal steps
+        steps += 1
+        decay = min(0.99, (1 + steps) / (10 + steps))
+        for mean, weight in zip(expected, loop["network"].parameters(), strict=True):
+            mean.mul_(decay).add_(weight.detach(), alpha=1 - decay)
+        for mean, found in zip(expected, loop["average"].network.parameters(), strict=True):
+            torch.testing.assert_close(found, mean, rtol=1e-5, atol=1e-6)
+        if steps == stop:
+            bell.ring(Ask.STOP)
+
+    bell = Watching(look)
+    if stop is not None:
+        with pytest.raises(Interrupted):
+            run_until(ready, tmp_path, bell=bell)
+    run_until(ready, tmp_path, bell=Watching(look))
+    assert steps == 14
+
+
 def test_nan_stops_the_run_and_names_steps_part_and_remedy(ready, tmp_path):
     wild = override(ready, {"optim.lr": 1e12, "optim.tower_lr": 1e12, "optim.warmup_epochs": 0})
     with pytest.raises(
@@ -323,6 +468,7 @@ def assert_close(losses: list[float], expected: list[float]) -> None:
 @pytest.mark.slow
 def test_world_size_is_invisible_also_through_a_stop_and_a_resume(ready, tmp_path):
     """1, 2 and 4 workers see the same global batches and come to the same losses."""
+    ready = override(ready, {"tracking.every_steps": 2})
     longer = override(ready, {"optim.epochs": 6, "selection.every": 6})
     alone = run(longer, tmp_path / "alone").losses
     assert len(alone) >= 20

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from next.config import LossConfig, OptimConfig
+from next.config import LossConfig, OptimConfig, RunConfig, override
 from next.data.loader import Batch
 from next.model.losses import objective
 from next.training.loop import GlobalLoss, record, training_step
@@ -154,3 +154,93 @@ def test_the_benchmark_runs_with_neither_ray_nor_mlflow_installed(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "aten::" in done.stdout
     assert out.exists()
+
+
+def gradient_norm(model: torch.nn.Module) -> float:
+    found = [value.grad.square().sum() for value in model.parameters() if value.grad is not None]
+    return torch.stack(found).sum().sqrt().item()
+
+
+def test_the_whole_gradient_is_clipped_to_its_norm_and_only_if_asked():
+    norms = {}
+    for clip in (None, 0.5, 1e6):
+        model = network()
+        config = OPTIM.model_copy(update={"clip_norm": clip})
+        loss = GlobalLoss(model, LossConfig(), 1)
+        training_step(loss, build_optimizer(model, config), batch(6), config)
+        norms[clip] = gradient_norm(model)
+    assert norms[None] > 1
+    assert norms[0.5] == pytest.approx(0.5, rel=1e-3)
+    assert norms[1e6] == pytest.approx(norms[None], rel=1e-5)
+
+
+def naive_shares(aggregation: torch.nn.Module, inputs: tuple) -> list[float]:
+    """Attention of each expert token, mean over heads, samples and present modalities."""
+    cls, experts, present = inputs
+    query = aggregation.query(aggregation.norm_query(cls))
+    key, _ = aggregation.key_value(aggregation.norm_expert(experts)).chunk(2, dim=-1)
+    width = cls.shape[-1] // aggregation.heads
+    total, rows = torch.zeros(experts.shape[1]), 0
+    for sample in range(len(cls)):
+        for modality in range(cls.shape[1]):
+            if not present[sample, modality]:
+                continue
+            rows += 1
+            for head in range(aggregation.heads):
+                part = slice(head * width, (head + 1) * width)
+                scores = [
+                    query[sample, modality, part] @ token[part] / width**0.5
+                    for token in key[sample]
+                ]
+                total += torch.stack(scores).softmax(0) / aggregation.heads
+    return (total / rows).tolist()
+
+
+def test_the_dominance_is_the_largest_share_of_an_expert_over_all_its_slots():
+    """Against loops; one sample lacks a modality, and the structure experts have two slots."""
+    model = network(model__structure__experts=3, model__structure__slots=2)
+    for parameter in model.aggregation.parameters():  # else attention is nearly even
+        parameter.data.add_(torch.randn(parameter.shape) * 0.2)
+    seen = {}
+    for name, aggregation in model.aggregation.items():
+        aggregation.register_forward_pre_hook(
+            lambda module, inputs, name=name: seen.update({name: inputs})
+        )
+    given = batch(6)
+    given.present[0, 1] = False
+    losses = GlobalLoss(model.train(), LossConfig(), 1)(given)
+    for name, experts in (("semantic", 2), ("structure", 3)):
+        with torch.no_grad():
+            tokens = naive_shares(model.aggregation[name], seen[name])
+        slots = len(tokens) // experts
+        shares = [sum(tokens[one * slots : (one + 1) * slots]) for one in range(experts)]
+        assert sum(shares) == pytest.approx(1, abs=1e-5)
+        assert losses.dominance[name].item() == pytest.approx(max(shares), abs=1e-5)
+        assert max(shares) > 1 / experts + 0.01
+
+
+@pytest.mark.parametrize(("parts", "sizes"), [(1, [6]), (2, [3, 3]), (4, [2, 2, 2]), (6, [1] * 6)])
+def test_accumulation_takes_no_more_than_its_share_of_the_batch_at_a_time(parts, sizes):
+    model, seen = network(), []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    GlobalLoss(model, LossConfig(), 1, parts)(batch(6))
+    assert seen == sizes
+
+
+def test_accumulation_in_more_parts_than_a_worker_has_samples_is_refused():
+    """The share of the largest world counts; as many parts as samples are fine."""
+    shape = {"batch.identities": 2, "batch.instances": 4, "scaling.num_workers": (1, 2)}
+    override(RunConfig(), shape | {"optim.accumulate": 4})
+    with pytest.raises(ValueError, match=r"must not exceed the 4 samples .* got 5"):
+        override(RunConfig(), shape | {"optim.accumulate": 5})
+
+
+def test_what_a_step_returns_holds_no_graph():
+    """The losses wait to be read; a graph that waits with them is memory for every step."""
+    model = network()
+    loss = GlobalLoss(model, LossConfig(), 1)
+    losses = training_step(loss, build_optimizer(model, OPTIM), batch(6), OPTIM)
+    found = [losses.total, losses.identity, losses.triplet]
+    found += [*losses.parts.values(), *losses.dominance.values()]
+    assert len(found) == 13
+    assert not any(value.requires_grad or value.grad_fn for value in found)
