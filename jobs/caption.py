@@ -69,7 +69,7 @@ class RunJob:
     rewrite: str | None = None
     """Name of a model of the file that rewrites sentences; checked, one by one."""
     ledger: Path | None = None
-    """Folder of the ledger, which all machines must see; None: ledger/ in --out."""
+    """Folder of the ledger, on the machine that this job runs on; None: ledger/ in --out."""
     shards: str | None = None
     """Folder of new shards with the new captions, local or s3://."""
     labels: Path | None = None

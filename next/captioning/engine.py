@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from next.captioning.endpoint import Endpoint
-from next.captioning.ledger import LedgerPart, Row, Status, row_key
+from next.captioning.ledger import LedgerPart, Row, RowWriter, Status, row_key
 from next.captioning.models import ModelConfig
 from next.captioning.prompt import Prompt
 from next.captioning.source import Picture
@@ -123,7 +123,7 @@ async def ask_all(
     pictures: Iterable[Picture],
     questions: Questions,
     endpoints: Sequence[Endpoint],
-    part: LedgerPart,
+    part: RowWriter,
     purse: AsyncPurse | None,
     report: Callable[[Asked], None],
 ) -> int:
@@ -182,7 +182,7 @@ class _Run:
     def __init__(
         self,
         questions: Questions,
-        part: LedgerPart,
+        part: RowWriter,
         purse: AsyncPurse | None,
         report: Callable[[Asked], None],
     ) -> None:

@@ -19,7 +19,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 from filelock import FileLock, Timeout
 
@@ -60,6 +60,13 @@ def row_key(image: str, prompt: str, model: str, settings: dict[str, Any]) -> by
     """Hash of what decides an answer, 16 bytes."""
     parts = json.dumps([image, prompt, model, settings], sort_keys=True)
     return hashlib.sha256(parts.encode()).digest()[:16]
+
+
+class RowWriter(Protocol):
+    """What takes answers."""
+
+    def append(self, row: Row) -> None:
+        """Write a row, or send it to who does."""
 
 
 class LedgerPart:

@@ -1,9 +1,10 @@
 """Asks from many processes, on as many machines as the cluster has: Ray Data feeds the workers.
 
-Every worker writes its answers to a part of the ledger of its own before it hands them on, so what
-is lost with a worker, its machine or the driver is only what was under way. The folder of the
-ledger must be one that all machines see. A worker that is given a block again (because another one
-died with it) first reads what has been answered since.
+Every answer is in the ledger before it is handed on, so what is lost with a worker, its machine or
+the driver is only what was under way. The ledger lies on the driver's machine: a worker there
+writes a part of its own, one elsewhere sends its answers to an actor beside the driver. A worker
+that is given a block again (because another one died with it) first hears what has been answered
+since.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import ray
 import ray.data
+from ray.exceptions import RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from next.captioning.endpoint import Endpoint
 from next.captioning.engine import Asked, AsyncPurse, Questions, ask_all, first_cause, first_open
@@ -62,7 +65,7 @@ def run_on_ray(
     Args:
         source: images; every machine must be able to read them at the same place.
         questions: prompts, models and what is finished.
-        ledger: folder, which the caller holds and every machine can write to.
+        ledger: folder on this machine, which the caller holds.
         budget: of all workers together.
         report: called in this process for each image that is done.
         workers: processes; a model's concurrency and limits are shared out evenly.
@@ -75,16 +78,22 @@ def run_on_ray(
         PermissionError: a key is not accepted.
         ValueError: a model or key is missing.
     """
+    own = not ray.is_initialized() and not os.environ.get("RAY_ADDRESS")
     started = _start_ray(workers)
     purse = None
     if budget.tokens is not None or budget.money is not None:
         purse = ray.remote(num_cpus=0)(Purse).remote(budget)
+    folder = str(Path(ledger).resolve())
+    known = tuple(sorted(Path(ledger).glob("*.jsonl")))
+    here = ray.get_runtime_context().get_node_id()
     job = _Job(
         models=questions.models,
         prompts=questions.prompts,
         finished=frozenset(questions.finished),
-        known_parts=tuple(sorted(Path(ledger).glob("*.jsonl"))),
-        ledger=str(Path(ledger).resolve()),
+        known_parts=known,
+        ledger=folder,
+        here=here,
+        keeper=None if own else _start_keeper(folder, known, here),
         share=1 / workers,
         purse=purse,
     )
@@ -127,6 +136,11 @@ class _Job(NamedTuple):
     finished: frozenset[bytes]
     known_parts: tuple[Path, ...]
     ledger: str
+    """Folder on the driver's machine."""
+    here: str
+    """The driver's node."""
+    keeper: Any
+    """Handle of the actor that writes for workers of other machines; None: there are none."""
     share: float
     purse: Any
     """Handle of the purse's actor; None: no budget."""
@@ -146,6 +160,59 @@ class _FarPurse:
         await self._actor.settle.remote(reserved, cost)
 
 
+class _Keeper:
+    """What the workers of one process write to the ledger, and hear of it."""
+
+    def __init__(self, folder: str, known: Sequence[Path]) -> None:
+        self._folder = folder
+        self._tail = LedgerTail(folder, known)
+        self._part: LedgerPart | None = None
+        self._answered: list[bytes] = []
+
+    def append(self, row: Row) -> None:
+        """Write an answer."""
+        if self._part is None:
+            self._part = LedgerPart(self._folder)
+        self._part.append(row)
+
+    def answered(self, known: int) -> list[bytes]:
+        """Keys that this run has answered, less the first ``known``."""
+        self._answered.extend(self._tail.keys())
+        return self._answered[known:]
+
+
+class _FarKeeper:
+    """The keeper beside the driver, for a worker of another machine."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+        self._sent: list[ray.ObjectRef] = []
+
+    def append(self, row: Row) -> None:
+        self._sent.append(self._actor.append.remote(row))
+
+    def answered(self, known: int) -> list[bytes]:
+        keys: list[bytes] = ray.get(self._actor.answered.remote(known))
+        return keys
+
+    def settle(self) -> None:
+        """Return when all that was sent is written.
+
+        Raises:
+            OSError: it cannot be.
+        """
+        sent, self._sent = self._sent, []
+        try:
+            ray.get(sent)
+        except RayTaskError as error:
+            raise error.cause from None
+
+
+def _start_keeper(folder: str, known: Sequence[Path], node: str) -> Any:
+    place = NodeAffinitySchedulingStrategy(node, soft=False)
+    return ray.remote(num_cpus=0)(_Keeper).options(scheduling_strategy=place).remote(folder, known)
+
+
 class _Worker:
     """Asks about batches of images; its loop, connections and ledger part outlive a batch."""
 
@@ -154,19 +221,21 @@ class _Worker:
         self._job = job
         self._read = read
         self._questions = Questions(job.prompts, job.models, job.finished)
-        self._tail = LedgerTail(job.ledger, job.known_parts)
+        self._heard = 0
         self._purse: AsyncPurse | None = _FarPurse(job.purse) if job.purse is not None else None
         self._endpoints: list[Endpoint] = []
-        self._part: LedgerPart | None = None
+        self._keeper: _Keeper | _FarKeeper | None = None
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
 
     def __call__(self, batch: _Columns) -> dict[str, list[str]]:
         """Ask about a batch; one JSON text for each image, or one for an error."""
-        self._questions.finished.update(self._tail.keys())
         asked: list[Asked] = []
         try:
+            self._hear()
             left = self._wait_for(self._ask(self._read(batch), asked.append))
+            if isinstance(self._keeper, _FarKeeper):
+                self._keeper.settle()
         except tuple(_ERRORS.values()) as error:
             # Raised here, it would reach the driver as one of Ray's errors, without its type.
             kind = next(name for name, one in _ERRORS.items() if isinstance(error, one))
@@ -178,21 +247,35 @@ class _Worker:
             lines.append(json.dumps({"image": one[:4], "rows": rows, "left": unasked}))
         return {"asked": lines}
 
+    def _hear(self) -> None:
+        """Take up what has been answered since the last batch."""
+        if self._keeper is None:
+            here = ray.get_runtime_context().get_node_id() == self._job.here
+            if here or self._job.keeper is None:
+                self._keeper = _Keeper(self._job.ledger, self._job.known_parts)
+            else:
+                self._keeper = _FarKeeper(self._job.keeper)
+        answered = self._keeper.answered(self._heard)
+        self._heard += len(answered)
+        self._questions.finished.update(answered)
+
     async def _ask(self, pictures: Iterator[Picture], report: Callable[[Asked], None]) -> int:
-        if self._part is None:
+        assert self._keeper is not None
+        if not self._endpoints:
             first = first_open(pictures, self._questions, report)
             if first is None:  # so nothing is sent, not even a probe
                 return 0
             pictures = itertools.chain([first], pictures)
+            probed = []
             for model in self._job.models:
                 concurrency = max(1, round(model.concurrency * self._job.share))
                 fair = model.model_copy(update={"concurrency": concurrency})
                 endpoint = Endpoint(fair, self._job.share)
                 await endpoint.probe()
-                self._endpoints.append(endpoint)
-            self._part = LedgerPart(self._job.ledger)
+                probed.append(endpoint)
+            self._endpoints = probed
         return await ask_all(
-            pictures, self._questions, self._endpoints, self._part, self._purse, report
+            pictures, self._questions, self._endpoints, self._keeper, self._purse, report
         )
 
     def _wait_for(self, work: Coroutine[Any, Any, _T]) -> _T:
