@@ -35,7 +35,7 @@ test: style ## lint, types and every test
 test-fast: $(VENV)/.ready ## the tests that take less than ten seconds each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
 
-test-network: $(VENV)/.ready ## two hosts on one machine, their link cut in the middle of a run (needs root)
+test-network: $(VENV)/.ready ## a cluster of machines that share nothing, in namespaces of this one (needs root)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m network -rs
 
 browser: ## Chromium for the tests that look at pages (Debian's package; needs root), else they are skipped

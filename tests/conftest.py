@@ -54,7 +54,7 @@ TINY = {
 """Settings that train in a second."""
 
 
-_FIRST_DRILLS = ("training/test_faults", "network/test_two_hosts", "tuning/test_workers")
+_FIRST_DRILLS = ("training/test_faults", "tuning/test_workers")
 """They take as long as all other tests that start Ray, without the last one."""
 _LAST_DRILL = "tuning/test_kills"
 """Who is done with the others takes it. More than one would all go to the same process."""
@@ -85,6 +85,8 @@ def _place(item) -> int:
     module = f"{item.path.parent.name}/{item.path.stem}"
     if module == _LAST_DRILL:
         return _LAST
+    if item.path.parent.name == "cluster":
+        return 1
     return 1 if module in _FIRST_DRILLS else 2
 
 
@@ -174,6 +176,24 @@ class S3Server(NamedTuple):
         return self.environment | keys
 
 
+def guarded(endpoint: str) -> S3Server:
+    """A server of moto, which checks every request's signature and rights from now on."""
+    anybody = {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "first",
+        "AWS_SECRET_ACCESS_KEY": "first",
+        "AWS_REGION": "us-east-1",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    user = S3Server(endpoint, anybody).new_user("s3:*", "iam:*")
+    check = urllib.request.Request(
+        f"{endpoint}/moto-api/reset-auth", data=b"0", headers={"Content-Type": "text/plain"}
+    )
+    urllib.request.urlopen(check, timeout=60).close()
+    return S3Server(endpoint, user)
+
+
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory) -> Iterator[S3Server]:
     """A real S3 server on loopback; the tests that want it in their environment take ``s3``."""
@@ -189,21 +209,7 @@ def s3_server(tmp_path_factory) -> Iterator[S3Server]:
                 break
             assert process.poll() is None, log.read_text()
             time.sleep(0.1)
-        anybody = {
-            "AWS_ENDPOINT_URL": endpoint,
-            "AWS_ACCESS_KEY_ID": "first",
-            "AWS_SECRET_ACCESS_KEY": "first",
-            "AWS_REGION": "us-east-1",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-        }
-        user = S3Server(endpoint, anybody).new_user("s3:*", "iam:*")
-        # From now on every request's signature and rights are checked.
-        check = urllib.request.Request(
-            f"{endpoint}/moto-api/reset-auth", data=b"0", headers={"Content-Type": "text/plain"}
-        )
-        urllib.request.urlopen(check, timeout=60).close()
-        yield S3Server(endpoint, user)
+        yield guarded(endpoint)
     finally:
         process.kill()
         process.wait()

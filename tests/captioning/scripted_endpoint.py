@@ -132,8 +132,11 @@ class Stats:
 class ScriptedEndpoint:
     """The server; ``with scripted(...) as endpoint`` runs it in a thread."""
 
-    def __init__(self, source: Path | None, script: Script | None = None) -> None:
+    def __init__(
+        self, source: Path | None, script: Script | None = None, host: str = "127.0.0.1"
+    ) -> None:
         self.script = script or Script()
+        self.host = host
         self.stats = Stats()
         self.port = 0
         self._truth: dict[str, tuple[str, str, dict[str, str]]] = {}
@@ -149,7 +152,7 @@ class ScriptedEndpoint:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/v1"
+        return f"http://{self.host}:{self.port}/v1"
 
     def _learn(self, source: Path) -> None:
         """Every image's bytes, with its modality, whether the modality fails, and the truth."""
@@ -173,7 +176,7 @@ class ScriptedEndpoint:
             self._answer(model, self.script.personas[model], digest, {}, None)
 
     async def serve(self, port: int = 0) -> asyncio.Server:
-        server = await asyncio.start_server(self._connection, "127.0.0.1", port, limit=2**24)
+        server = await asyncio.start_server(self._connection, self.host, port, limit=2**24)
         self.port = server.sockets[0].getsockname()[1]
         return server
 
@@ -459,9 +462,11 @@ def colour_of(image: bytes | None) -> str:
 
 
 @contextlib.contextmanager
-def scripted(source: Path | None, script: Script | None = None) -> Iterator[ScriptedEndpoint]:
+def scripted(
+    source: Path | None, script: Script | None = None, host: str = "127.0.0.1"
+) -> Iterator[ScriptedEndpoint]:
     """The server in a thread of its own."""
-    endpoint = ScriptedEndpoint(source, script)
+    endpoint = ScriptedEndpoint(source, script, host)
     loop = asyncio.new_event_loop()
     ready = threading.Event()
 

@@ -1,4 +1,4 @@
-"""What docs/running.md tells a user to type exists; tests/network runs the local commands."""
+"""What docs/running.md tells a user to type exists; tests/cluster runs the local commands."""
 
 import re
 import shlex
@@ -6,7 +6,8 @@ from pathlib import Path
 
 from next.cli import parse
 from next.config import setting_names
-from tests.network import test_two_hosts
+from tests.cluster.cluster import BLOCKS as RUN
+from tests.cluster.cluster import commands, job
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "running.md").read_text()
@@ -32,11 +33,12 @@ def test_every_job_line_is_one_that_its_job_accepts():
     assert seen >= 7
 
 
-def test_the_blocks_that_the_network_test_runs_are_on_the_page():
-    names = re.findall(r"<!-- run: (\w+) -->", PAGE)
-    assert sorted(names) == ["head", "mlflow", "submit", "worker"]
-    for name in names:
-        assert test_two_hosts.commands(name)
+def test_the_blocks_that_the_tests_of_a_cluster_run_are_on_the_page():
+    assert sorted(re.findall(r"<!-- run: (\w+) -->", PAGE)) == sorted(RUN)
+    for name in RUN:
+        assert commands(name)
+    for name in ("train", "prepare", "caption run", "sweep", "evaluate", "promote"):
+        assert job(name).startswith(f"python jobs/{name.split()[0]}.py ")
 
 
 def test_every_block_is_shell_that_parses():
@@ -93,5 +95,5 @@ def test_settings_that_the_page_names_are_settings():
     assert flags <= set(setting_names())
 
 
-def test_the_target_of_the_network_test_is_in_the_makefile():
+def test_the_target_of_the_tests_of_a_cluster_is_in_the_makefile():
     assert re.search(r"^test-network:.*\n.*-m network", (ROOT / "Makefile").read_text(), re.M)

@@ -1,0 +1,128 @@
+"""Every job by ``ray job submit``, as docs/running.md has it, where machines share nothing."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from next.config import RunConfig, override
+from next.data.shards import open_manifest
+from next.tracking.journal import FILE_NAME
+from next.tracking.run import read_metrics
+from next.training.launch import launch
+from tests.cluster.cluster import commands, job
+from tests.cluster.machines import RUNS
+from tests.conftest import TINY
+from tests.deploy.conftest import end_tree, wait_for
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.network, pytest.mark.timeout(900)]
+EPOCHS = 40
+
+
+def test_prepare_writes_the_same_shards_as_one_machine_does(prepared, demo_shards):
+    [digest] = re.findall(r"^digest +(\w+)$", prepared.stdout, re.MULTILINE)
+    assert digest == open_manifest(str(demo_shards)).digest
+
+
+def test_the_doctor_finds_nothing_that_stands_in_the_way(cluster, recipe):
+    [line] = re.findall(r"^python jobs/doctor.*$", commands("submit"), re.MULTILINE)
+    submit = commands("submit")
+    done = cluster.services.machine.run(submit[: submit.index(line)] + line, 100)
+    assert done.returncode == 0, done.stdout
+    assert "ok    capacity" in done.stdout
+    assert "the cluster's 3 nodes" in done.stdout
+
+
+def test_one_worker_trains_where_there_are_cpus_which_the_head_has_not(cluster, recipe):
+    done = cluster.submit(job("train", run__name="one", scaling__num_workers="1", recipe=recipe))
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert read_result(cluster, "one")["test"]["test/mAP"] > 0
+    assert [key for key in cluster.services.keys("s3://data/checkpoints/one/") if "state" in key]
+
+
+def read_result(cluster, name: str) -> dict:
+    return json.loads(cluster.head.path(f"{RUNS}/{name}/result.json").read_text())
+
+
+def test_two_workers_outlive_a_cut_of_the_link_between_them(cluster, recipe, demo_shards, tmp_path):
+    settings = {"data.uri": str(demo_shards), "run.storage_path": str(tmp_path)}
+    undisturbed = launch(override(RunConfig(), TINY | settings | {"optim.epochs": EPOCHS}))
+    # Two CPUs each, so that there is a worker on each machine.
+    longer = {"optim__epochs": f"{EPOCHS}", "scaling__cpus_per_worker": "2"}
+    line = job("train", recipe=recipe, **longer)
+    submission = cluster.submitting(line)
+    said = lambda: cluster.services.machine.said(submission)  # noqa: E731
+
+    def trained() -> int:
+        assert submission.poll() is None, said()
+        journal = cluster.head.path(f"{RUNS}/first/{FILE_NAME}")
+        rows = read_metrics(journal.parent) if journal.exists() else []
+        return sum("val/mAP" in row["values"] for row in rows)
+
+    reached = wait_for("the first scores", trained, 180, said)
+    assert reached < 3 * EPOCHS // 4, "the link is cut in the middle"
+    lost = cluster.workers[3]
+    lost.cable("down")
+    wait_for(
+        "Ray to give the machine up", lambda: cluster.nodes()[lost.address] == "DEAD", 60, said
+    )
+    lost.cable("up")
+    assert submission.wait(timeout=400) == 0, said()
+
+    result = read_result(cluster, "first")
+    assert result["steps"] == undisturbed.outcome.step
+    expected = undisturbed.assessment.metrics["test/mAP"]
+    assert result["test"]["test/mAP"] == pytest.approx(expected, abs=3)
+    [run] = [run for run in cluster.services.runs("demo") if run.name == "first"]
+    assert run.status == "FINISHED"
+    evaluated = cluster.services.steps(run, "val/mAP")
+    assert len(evaluated) == len(set(evaluated)) == EPOCHS, "no score is lost, none is doubled"
+
+
+def test_evaluate_finds_the_scores_of_the_run_and_promote_makes_it_the_champion(cluster, recipe):
+    cluster.wait_for_nodes(2, 3)
+    if not cluster.head.path(f"{RUNS}/first/result.json").exists():
+        pytest.skip("the run of the test before this one did not end")
+    done = cluster.submit(job("evaluate"))
+    assert done.returncode == 0, done.stdout[-4000:]
+    score = read_result(cluster, "first")["test"]["test/mAP"]
+    assert f"test/mAP {score:.1f}" in done.stdout
+
+    line = job("promote").replace("50'", f"{score - 1:.1f}'")
+    done = cluster.submit(line)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert re.search(r"^champion +models:/reid/1$", done.stdout, re.MULTILINE)
+    alias = cluster.services.mlflow("registered-models/alias?name=reid&alias=champion")
+    assert alias["model_version"]["version"] == "1"
+
+
+def test_caption_asks_from_every_machine_and_keeps_the_answers_where_the_driver_is(
+    cluster, recipe, demo_raw
+):
+    from tests.captioning.scripted_endpoint import scripted
+
+    machine = cluster.services.machine
+    with machine.network(), scripted(Path(demo_raw), host=machine.address) as server:
+        cluster.head.path("/srv/models.toml").write_text(
+            f'[[models]]\nname = "scripted-large"\nbase_url = "{server.url}"\nconcurrency = 8\n'
+        )
+        line = job("caption run", models="/srv/models.toml")
+        done = cluster.submit(line)
+        assert done.returncode == 0, done.stdout[-4000:]
+        assert "asked     396 (396 answered), 0 known before" in done.stdout
+        asked = server.stats.requests
+        done = cluster.submit(line)
+        assert done.returncode == 0, done.stdout[-4000:]
+        assert "asked     0 (nothing), 396 known before" in done.stdout
+        assert server.stats.requests == asked
+    assert cluster.head.path(f"{RUNS}/captions/text/train_RGB.json").is_file()
+
+
+def test_mlflow_of_the_page_answers_on_the_head(cluster):
+    server = cluster.head.start(commands("mlflow"))
+    url = f"http://{cluster.head.address}:5000/health"
+    wait_for(
+        "MLflow", lambda: cluster.services.answers(url), 120, lambda: cluster.head.said(server)
+    )
+    end_tree(server.pid)
