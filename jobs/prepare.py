@@ -17,11 +17,13 @@ import tyro
 from next.cli import USER_ERROR, ProgressLine, base_config, parse, run_job
 from next.data.audit import Audit, audit
 from next.data.benchmark import load_card
+from next.data.holdout import split_train
 from next.data.ingest import ScanOptions, prepare, scan
 from next.data.manifest import SplitEntry
-from next.data.plan import epoch_plan, plan_hash, split_train, worker_slice
+from next.data.plan import epoch_plan, plan_hash, worker_slice
 from next.data.shards import Manifest, open_manifest
 from next.data.writer import Run
+from next.evaluation.queries import HELD_OUT, TEST, measurable
 
 LOOKS = ("check", "peek", "verify_order")
 """Flags that look at shards instead of writing them."""
@@ -63,7 +65,8 @@ class PrepareJob:
     epochs: Annotated[int, tyro.conf.arg(metavar="N")] = 3
     """Epochs of --verify-order, 1 or more."""
     recipe: Path | None = None
-    """Settings of --verify-order beside those of the card (seed, batch.*, selection.holdout)."""
+    """Settings of --check (selection.*) and --verify-order (seed, batch.*, selection.*) beside
+    those of the card."""
     dry_run: bool = False
     """List, join and count, but decode and write nothing."""
     json: bool = False
@@ -150,17 +153,27 @@ def _look(job: PrepareJob, looks: Sequence[str]) -> int:
 def _check(job: PrepareJob, manifest: Manifest) -> int:
     with ProgressLine("check") as progress:
         found = audit(manifest, progress)
-    verdict = "every byte and every image is as it should be" if not found.problems else "NOT sound"
+    config = base_config(manifest.benchmark, job.recipe)
+    told, missing = ({}, {}) if found.damaged else measurable(config, manifest)
+    problems = [*found.problems, *([missing[TEST]] if TEST in missing else [])]
     summary = _summary(manifest) | {
-        "problems": found.problems,
+        "problems": problems,
+        "queries": {name: queries.as_json() for name, queries in told.items()},
+        "unmeasurable": missing,
         "leaked_identities": found.leaked,
         "images_decoded": found.images,
     }
-    closing = [*_closing_lines(manifest), *_audit_lines(manifest, found), f"checked   {verdict}"]
-    _print(job, summary, manifest.splits, closing)
-    for problem in found.problems:
+    verdict = "NOT sound" if problems else "every byte and every image is as it should be"
+    closing = [*_closing_lines(manifest), *_audit_lines(manifest, found)]
+    # A run may do without held-out identities (selection.split = test); none does without a test.
+    closing += [f"WARNING   {missing[HELD_OUT]}"] if HELD_OUT in missing else []
+    for name, queries in told.items():
+        closing.append(f"queries   {name}: {queries}")
+        closing += [f"WARNING   {name}: {warning}"] if (warning := queries.warning()) else []
+    _print(job, summary, manifest.splits, [*closing, f"checked   {verdict}"])
+    for problem in problems:
         sys.stderr.write(f"error: {problem}\n")
-    return USER_ERROR if found.problems else 0
+    return USER_ERROR if problems else 0
 
 
 def _audit_lines(manifest: Manifest, found: Audit) -> list[str]:
@@ -200,8 +213,8 @@ def _verify_order(job: PrepareJob, manifest: Manifest) -> int:
     if job.epochs < 1:
         raise ValueError(f"--epochs must be 1 or more, but got {job.epochs}")
     config = base_config(manifest.benchmark, job.recipe)
-    pids = manifest.labels("train").pid
-    pids, size = pids[split_train(config, pids)[0]], config.batch
+    labels, size = manifest.labels("train"), config.batch
+    pids = labels.pid[split_train(config, labels, manifest.benchmark.rule).train]
     epochs: list[dict[str, Any]] = []
     for epoch in range(job.epochs):
         plan = epoch_plan(pids, seed=config.seed, epoch=epoch, p=size.identities, k=size.instances)

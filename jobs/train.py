@@ -54,7 +54,7 @@ def _rehearse(job: TrainJob, config: RunConfig) -> int:
     config = resolve(config, manifest)
     configure_torch(config)
     rehearsal = rehearse(config, manifest, device(config))
-    print(json.dumps(rehearsal._asdict()) if job.json else "\n".join(rehearsal.lines()))
+    print(json.dumps(rehearsal.as_json()) if job.json else "\n".join(rehearsal.lines()))
     return 0
 
 

@@ -22,6 +22,7 @@ Fraction = float
 
 LEGACY: dict[str, Any] = {
     "model.semantic.text_skip": False,
+    "selection.draw": "any",
 }
 """What versions that did not know a setting behaved like, where that is not its default. A run, a
 sweep or a checkpoint whose record lacks the setting goes on so (:func:`from_toml`). The record of
@@ -338,8 +339,20 @@ class SelectionConfig(Section):
 
     split: Literal["val", "test"] = "val"
     """val: held-out train identities; test: as the public codes do, which flatters the result."""
+    draw: Literal["evaluable", "any"] = "evaluable"
+    """evaluable: held out are identities that can be queries under the card's rule, and
+    distractors; any: whichever are drawn, measurable or not (as earlier versions did)."""
     holdout: float = Field(default=0.15, ge=0, lt=1)
-    """Share of train identities held out for ``val``."""
+    """Share of train identities held out for ``val`` as queries; at most half of those that can be
+    queries where these are not all. Not read with several folds."""
+    distractors: Fraction = Field(default=0.1, ge=0, lt=1)
+    """Share of the train identities that cannot be queries, which are held out beside them to be
+    searched only."""
+    folds: int = Field(default=1, ge=1)
+    """k > 1: cross-validation. Every identity that can be a query is held out in one of k folds;
+    in a sweep each next seed of a setting takes the next fold."""
+    fold: int = Field(default=0, ge=0)
+    """The fold that this run holds out, from 0; in a sweep that of the search."""
     seed: int = Field(default=0, ge=0)
     """Seed of the choice of held-out identities; the same for every trial of a sweep."""
     every: int = Field(default=1, ge=1)
@@ -353,6 +366,16 @@ class SelectionConfig(Section):
             raise ValueError(
                 "selection.holdout must be positive with selection.split = val, but got 0; "
                 "hold out a share of train identities, or set selection.split = test"
+            )
+        if self.fold >= self.folds:
+            raise ValueError(
+                f"selection.fold must be below selection.folds = {self.folds}, but got "
+                f"{self.fold}; folds are counted from 0"
+            )
+        if self.split == "test" and self.folds > 1:
+            raise ValueError(
+                f"selection.folds divides the train identities for selection.split = val, but got "
+                f"{self.folds} with selection.split = test; leave it out"
             )
         return self
 

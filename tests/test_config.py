@@ -55,6 +55,8 @@ def test_fewer_epochs_alone_are_no_error_and_a_warm_up_of_the_same_length_no_dif
         ({"scaling.num_workers": (4, 2)}, r"1 <= least <= most, but got \(4, 2\)"),
         ({"run.storage_path": "s3://b/runs"}, r"a local folder.*set checkpoint.storage_path"),
         ({"selection.holdout": 0}, r"selection.holdout must be positive.*selection.split = test"),
+        ({"selection.folds": 3, "selection.fold": 3}, r"fold must be below selection.folds = 3"),
+        ({"selection.split": "test", "selection.folds": 2}, r"selection.folds divides the train"),
         ({"run.name": "../up"}, r"run.name: .*pattern"),
     ],
 )

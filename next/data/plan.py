@@ -238,51 +238,6 @@ def worker_slice(plan: np.ndarray, rank: int, world: int) -> np.ndarray:
     return plan[:, rank * share : (rank + 1) * share]
 
 
-def holdout_rows(pids: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the identities to train on, and of those held out for validation.
-
-    Which identities are held out depends on their numbers and the seed alone, not on the order of
-    rows or on how many rows they have.
-
-    Args:
-        pids: ``[n]`` identity of each row.
-        share: share of identities to hold out, in [0, 1); 0 holds out none, anything else at
-            least two and leaves at least two.
-        seed: seed of the choice.
-
-    Returns:
-        int64 rows to train on and int64 rows held out, each ascending.
-
-    Raises:
-        ValueError: the share is out of range, or there are fewer than four identities to share.
-    """
-    if not 0 <= share < 1:
-        raise ValueError(f"selection.holdout must lie in [0, 1), but got {share}")
-    pids = np.asarray(pids)
-    identities, code = np.unique(pids, return_inverse=True)
-    if share == 0:
-        return np.arange(len(pids)), np.empty(0, dtype=np.int64)
-    if len(identities) < 4:
-        raise ValueError(
-            f"selection.holdout needs at least 4 train identities, two to train on and two to "
-            f"hold out, but got {len(identities)}; set selection.holdout = 0 and "
-            f"selection.split = test, or add identities"
-        )
-    number = min(max(2, round(share * len(identities))), len(identities) - 2)
-    rank = uniform("holdout", seed, identities)[:, 0]
-    chosen = np.zeros(len(identities), dtype=bool)
-    chosen[np.argsort(rank, kind="stable")[:number]] = True
-    held_out = chosen[code]
-    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
-
-
-def split_train(config: RunConfig, pids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of ``train`` that are trained on, and the held-out rows that choose the best epoch."""
-    if config.selection.split == "test":
-        return np.arange(len(pids)), np.empty(0, dtype=np.int64)
-    return holdout_rows(pids, config.selection.holdout, config.selection.seed)
-
-
 def _runs(ordered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Where each run of equal values starts in a sorted array, and how long it is."""
     changes = np.ones(len(ordered), dtype=bool)

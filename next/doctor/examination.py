@@ -21,6 +21,7 @@ CHECKS: dict[str, Callable[[Inquiry], Finding]] = {
     "tracking": services.tracking,
     "clock": services.clock,
     "data": services.data,
+    "queries": services.queries,
     "cache": machine.cache,
 }
 """Every check by its name, in the order of the table."""

@@ -20,6 +20,7 @@ from next.data.audit import shard_damage
 from next.data.shards import open_manifest
 from next.doctor.finding import Finding, Inquiry
 from next.doctor.machine import GIB, clock_behind_files, clock_differs
+from next.evaluation.queries import measurable
 from next.storage import open_folder
 from next.tracking.journal import FILE_NAME, Tags, read_records
 from next.tracking.run import check_server
@@ -228,6 +229,24 @@ def data(inquiry: Inquiry) -> Finding:
         if time.monotonic() - began > _READING_SECONDS:
             break
     return Finding("data", "ok", f"{found}; every byte of {read} of {len(shards)} shards agrees")
+
+
+def queries(inquiry: Inquiry) -> Finding:
+    """Whether a run on these data has anything to be measured on, and how surely."""
+    uri = inquiry.config.data.uri
+    if uri is None:
+        return Finding("queries", "skipped", "no --data was given")
+    try:
+        told, problems = measurable(inquiry.config, open_manifest(uri))
+    except OSError as error:  # of which the check of the data has more to say
+        return Finding("queries", "skipped", f"the labels cannot be read: {error}")
+    if problems:
+        return Finding("queries", "error", "; ".join(problems.values()))
+    found = "; ".join(f"{name}: {one}" for name, one in told.items())
+    few = "; ".join(f"{name}: {one.warning()}" for name, one in told.items() if one.warning())
+    if few:
+        return Finding("queries", "warning", f"{found}; {few}", "--selection.holdout MORE")
+    return Finding("queries", "ok", found)
 
 
 def cluster_address() -> str | None:

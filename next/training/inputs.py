@@ -9,9 +9,12 @@ import numpy as np
 
 from next.config import BackboneConfig, RunConfig, near_matches, override
 from next.data.cache import cache_root
+from next.data.holdout import fold_of_rows, split_train
+from next.data.labels import Labels
 from next.data.loader import SampleSet, open_samples
-from next.data.plan import deal_shards, split_train
+from next.data.plan import deal_shards
 from next.data.shards import Manifest
+from next.evaluation.queries import check_measurable
 from next.model.backbone import resolve_weights
 from next.model.text import TextTower
 from next.training.loop import TrainingData
@@ -30,7 +33,8 @@ def resolve(config: RunConfig, manifest: Manifest) -> RunConfig:
 
     Raises:
         ValueError: a modality that the data lack, P larger than the number of train identities, a
-            model setting that contradicts the data, or shards that cannot be dealt to the workers.
+            model setting that contradicts the data, shards that cannot be dealt to the workers, or
+            nothing that the run could be measured on.
         ConnectionError: pretrained weights are neither on this machine nor can be fetched.
     """
     card = manifest.benchmark
@@ -43,14 +47,10 @@ def resolve(config: RunConfig, manifest: Manifest) -> RunConfig:
                 f"{', '.join(card.modalities)}" + (f"; did you mean {near[0]}?" if near else "")
             )
     labels = manifest.labels("train")
-    train_rows, _ = split_train(config, labels.pid)
+    train_rows = split_train(config, labels, card.rule).train
     identities = len(np.unique(labels.pid[train_rows]))
-    if config.batch.identities > identities:
-        raise ValueError(
-            f"batch.identities must not exceed the {identities} train identities that "
-            f"{manifest.uri} has after the held-out ones (selection.holdout = "
-            f"{config.selection.holdout}), but got {config.batch.identities}; lower it"
-        )
+    _check_identities(config, manifest, labels)
+    check_measurable(config, manifest)
     if config.data.placement == "sharded":
         _check_shards(config, labels.pid[train_rows], manifest.shard_of_row("train")[train_rows])
     image_size = config.data.image_size or card.image_size
@@ -94,7 +94,7 @@ def resolve(config: RunConfig, manifest: Manifest) -> RunConfig:
 def training_data(config: RunConfig, manifest: Manifest) -> TrainingData:
     """Sample sets of a resolved run; builds decoded cache and text bank where they are missing."""
     train = _samples(config, manifest, "train")
-    train_rows, held_out = split_train(config, train.labels.pid)
+    train_rows, held_out = split_train(config, train.labels, manifest.benchmark.rule)
     if config.selection.split == "test":
         test = test_data(config, manifest)
         query, gallery = test.query, test.gallery
@@ -111,6 +111,34 @@ def test_data(config: RunConfig, manifest: Manifest) -> TestData:
     same = manifest.resolve("query") == manifest.resolve("gallery")
     query = gallery if same else _samples(config, manifest, "query")
     return TestData(query, gallery, manifest.benchmark.rule)
+
+
+def for_fold(config: RunConfig, manifest: Manifest) -> RunConfig:
+    """A resolved configuration whose ``selection.fold`` was changed, fitted to its identities."""
+    labels = manifest.labels("train")
+    rows = split_train(config, labels, manifest.benchmark.rule).train
+    return override(config, {"model.identities": len(np.unique(labels.pid[rows]))})
+
+
+def _check_identities(config: RunConfig, manifest: Manifest, labels: Labels) -> None:
+    """Refuse a batch of more identities than are left to train on, in whichever fold.
+
+    Raises:
+        ValueError: the batch is too large.
+    """
+    everyone, code = np.unique(labels.pid, return_inverse=True)
+    held_out = [0]
+    if config.selection.split == "val":
+        fold = fold_of_rows(config.selection, labels, manifest.benchmark.rule)
+        held_out = [len(np.unique(code[fold == one])) for one in range(config.selection.folds)]
+    least = len(everyone) - max(held_out)
+    if config.batch.identities > least:
+        raise ValueError(
+            f"batch.identities must not exceed the {least} train identities that "
+            f"{manifest.uri} has after the held-out ones (selection.holdout = "
+            f"{config.selection.holdout}, selection.folds = {config.selection.folds}), but got "
+            f"{config.batch.identities}; lower it"
+        )
 
 
 def _check_shards(config: RunConfig, pids: np.ndarray, shards: np.ndarray) -> None:
@@ -150,14 +178,19 @@ def _samples(config: RunConfig, manifest: Manifest, split: str) -> SampleSet:
 def _parts(config: RunConfig, manifest: Manifest, split: str) -> list[np.ndarray]:
     """The rows of each shard; those held out for validation apart, since every worker reads them.
 
-    So a worker's disk holds its own shards and the held-out identities, not all of the split.
+    So a worker's disk holds its own shards and the held-out identities, not all of the split. With
+    several folds, each fold's rows of each shard are a part of their own: a run of another fold
+    finds all of them decoded.
     """
     shards = manifest.shard_of_row(split)
-    rows, held_out = np.arange(len(shards)), np.empty(0, dtype=np.int64)
-    if split == "train":
-        rows, held_out = split_train(config, manifest.labels(split).pid)
-    parts = [rows[shards[rows] == shard] for shard in np.unique(shards)]
-    return [part for part in [*parts, held_out] if len(part)]
+    fold = np.full(len(shards), -1)
+    if split == "train" and config.selection.split == "val":
+        fold = fold_of_rows(config.selection, manifest.labels(split), manifest.benchmark.rule)
+    if config.selection.folds == 1:
+        shards = np.where(fold < 0, shards, len(shards))
+    part = shards * (config.selection.folds + 1) + fold + 1
+    order = np.argsort(part, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(part[order])) + 1)
 
 
 @lru_cache(maxsize=1)

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from next.config import RunConfig, differences, override, to_toml
 from next.data.benchmark import Benchmark
-from next.data.plan import plan_hash, split_train, training_plan
+from next.data.holdout import split_train
+from next.data.plan import plan_hash, training_plan
 from next.data.shards import Manifest
 from next.tracking.provenance import provenance_diff
 from next.tracking.run import Run
@@ -88,8 +89,8 @@ def data_schema(manifest: Manifest) -> dict[str, str]:
 
 def data_tags(config: RunConfig, manifest: Manifest) -> dict[str, str]:
     """What the run learns from, and in which order: digest of the data, hash of the first plan."""
-    pids = manifest.labels("train").pid
-    rows, _ = split_train(config, pids)
+    labels = manifest.labels("train")
+    pids, rows = labels.pid, split_train(config, labels, manifest.benchmark.rule).train
     shards = manifest.shard_of_row("train")[rows]
     first = training_plan(config, pids[rows], shards, epoch=0, world=config.scaling.max_workers)
     return {"next.data_digest": manifest.digest, "next.plan_hash": plan_hash(first)}
@@ -100,5 +101,6 @@ def seed_tags(config: RunConfig) -> dict[str, str]:
     return {
         "next.seed": str(config.seed),
         "next.seed.selection": str(config.selection.seed),
+        "next.fold": str(config.selection.fold),
         "next.seed.backbone": str(config.model.backbone.seed),
     }

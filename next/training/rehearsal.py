@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from next.data.loader import evaluation_batches, train_batches
 from next.data.plan import occurrences, plan_hash, training_plan, worker_slice
 from next.data.shards import Manifest
 from next.evaluation.embed import embed
+from next.evaluation.queries import QuerySet, queries_held_out, queries_of_test
 from next.model.network import NEXT
 from next.training.cost import StepCost, free_bytes, measure_cost
 from next.training.inputs import training_data
@@ -32,6 +33,10 @@ class Rehearsal(NamedTuple):
     train_samples: int
     held_out_identities: int
     held_out_samples: int
+    held_out: QuerySet | None
+    """What the held-out identities can measure; None: the test split chooses the epoch."""
+    test: QuerySet
+    """What the test split can measure."""
     modalities: tuple[str, ...]
     image_size: tuple[int, int]
     batch: int
@@ -63,6 +68,8 @@ class Rehearsal(NamedTuple):
             f"plan          {self.plan_hash} (epoch 0)",
             f"train         {self.train_identities} identities, {self.train_samples} samples",
             f"held out      {self.held_out_identities} identities, {self.held_out_samples} samples",
+            *_measurable_lines("validation", self.held_out),
+            *_measurable_lines("test", self.test),
             f"modalities    {', '.join(self.modalities)} at {self.image_size[0]}x"
             f"{self.image_size[1]} (H x W)",
             f"batch         {self.batch} samples over {self.workers} worker(s)",
@@ -77,11 +84,24 @@ class Rehearsal(NamedTuple):
             f"estimate      {self.seconds_estimated / 60:.1f} minutes",
         ]
 
+    def as_json(self) -> dict[str, Any]:
+        """For scripts."""
+        sets = {"held_out": self.held_out, "test": self.test}
+        return self._asdict() | {name: found and found.as_json() for name, found in sets.items()}
+
     def _too_large(self) -> str:
         return (
             f", but only {self.free_bytes / 2**30:.1f} GiB are free: set optim.accumulate, "
             f"model.backbone.checkpointing or optim.precision = bfloat16, or lower the batch"
         )
+
+
+def _measurable_lines(name: str, found: QuerySet | None) -> list[str]:
+    """What a query set can measure, and a warning where that is little."""
+    if found is None:
+        return []
+    warning = found.warning()
+    return [f"{name:<14}{found}", *([f"WARNING       {warning}"] if warning else [])]
 
 
 def rehearse(config: RunConfig, manifest: Manifest, device: torch.device) -> Rehearsal:
@@ -135,6 +155,8 @@ def rehearse(config: RunConfig, manifest: Manifest, device: torch.device) -> Reh
         train_samples=len(pids),
         held_out_identities=len(np.unique(data.query.labels.pid)),
         held_out_samples=len(data.query.labels.pid),
+        held_out=queries_held_out(config, manifest),
+        test=queries_of_test(manifest),
         modalities=config.data.modalities,
         image_size=config.data.image_size,
         batch=config.batch.size,

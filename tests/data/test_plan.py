@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from next.data.plan import (
     deal_shards,
     epoch_plan,
-    holdout_rows,
     nominal_samples,
     occurrences,
     plan_hash,
@@ -229,37 +228,3 @@ def test_nominal_samples_are_those_of_the_public_codes(benchmark, identities, k,
     assert nominal_samples(pids, k) == samples
     plan = plan_of(pids, p=8, k=k)
     assert 0.8 * samples < plan.size <= samples
-
-
-@settings(deadline=None)
-@given(st.integers(4, 40), st.floats(0.01, 0.99), st.integers(0, 5), st.randoms())
-def test_a_holdout_shares_identities_whatever_the_order_of_rows(identities, share, seed, random):
-    pids = np.repeat(np.arange(identities) * 3, np.arange(identities) % 4 + 1)
-    train, held = holdout_rows(pids, share, seed)
-    assert sorted(np.concatenate([train, held]).tolist()) == list(range(len(pids)))
-    ours, theirs = set(pids[train].tolist()), set(pids[held].tolist())
-    assert not ours & theirs
-    assert min(len(ours), len(theirs)) >= 2
-    assert abs(len(theirs) - share * identities) <= 2
-
-    order = np.asarray(random.sample(range(len(pids)), len(pids)))
-    shuffled = pids[order]
-    assert set(shuffled[holdout_rows(shuffled, share, seed)[1]].tolist()) == theirs
-
-
-def test_another_seed_holds_out_other_identities():
-    pids = np.repeat(np.arange(100), 2)
-    assert len({tuple(holdout_rows(pids, 0.2, seed)[1].tolist()) for seed in range(5)}) == 5
-
-
-def test_no_holdout_leaves_every_row():
-    train, held = holdout_rows(np.arange(3), 0.0, 0)
-    assert train.tolist() == [0, 1, 2]
-    assert held.size == 0
-
-
-def test_a_holdout_of_too_few_identities_is_refused():
-    with pytest.raises(ValueError, match=r"at least 4 train identities.*but got 3"):
-        holdout_rows(np.repeat(np.arange(3), 5), 0.3, 0)
-    with pytest.raises(ValueError, match=r"selection\.holdout must lie in \[0, 1\), but got 1"):
-        holdout_rows(np.arange(8), 1.0, 0)

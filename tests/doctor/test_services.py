@@ -163,6 +163,19 @@ def test_missing_damaged_and_other_data_are_found(demo_shards, tmp_path):
     assert "its sha256 is not the manifest's" in found.found
 
 
+def test_few_queries_are_warned_of_and_none_is_an_error(demo_shards, tmp_path):
+    assert services.queries(inquire()).verdict == "skipped"
+    assert services.queries(inquire({"data.uri": str(tmp_path / "none")})).verdict == "skipped"
+    settings = {"data.uri": str(demo_shards), "selection.holdout": 0.34}
+    found = services.queries(inquire(settings))
+    assert found.verdict == "warning"
+    assert "held-out identities: 4 identities with 32 queries; standard error" in found.found
+    assert "few: settings that differ by less than 9.8 mAP cannot be told apart" in found.found
+    found = services.queries(inquire(settings | {"selection.folds": 7}))
+    assert found.verdict == "error"
+    assert "selection.folds = 7 needs at least 14 train identities that can be" in found.found
+
+
 def test_a_check_that_hangs_is_an_error_and_holds_nobody_up(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, says nothing
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"

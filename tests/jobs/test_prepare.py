@@ -10,7 +10,8 @@ from PIL import Image
 
 from next.cli import base_config
 from next.config import override
-from next.data.plan import epoch_plan, plan_hash, split_train
+from next.data.holdout import split_train
+from next.data.plan import epoch_plan, plan_hash
 from next.data.shards import open_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,6 +77,9 @@ def test_check_approves_sound_shards_and_points_at_a_flipped_byte(raw, tmp_path,
     assert re.search(r"images that do not decode +30 +0\n", done.stdout)
     assert re.search(r"train identities in gallery or query +3 +0\n", done.stdout)
     assert re.search(r"gallery identities with one sample +2 +0\n", done.stdout)
+    assert "queries   test split: 2 identities with 4 queries; standard error about" in done.stdout
+    assert "WARNING   test split: few: settings that differ by less than 13.9 mAP" in done.stdout
+    assert "WARNING   selection.holdout needs at least 4 train identities" in done.stdout
     assert "check  10/10 samples  100%" in done.stderr
     shard = tmp_path / "out" / "gallery" / "00000.parquet"
     data = bytearray(shard.read_bytes())
@@ -84,6 +88,16 @@ def test_check_approves_sound_shards_and_points_at_a_flipped_byte(raw, tmp_path,
     done = prepare("--check", tmp_path / "out")
     assert done.returncode == 2
     assert re.search(r"error: .*gallery/00000\.parquet: its sha256 is not", done.stderr)
+
+
+def test_check_refuses_data_on_which_nothing_can_be_measured(raw, tmp_path, prepare):
+    for path in (raw / "test").glob("*/*_cam2_*"):
+        path.unlink()
+    prepare("--card", CARD, "--source", raw, "--out", tmp_path / "out")
+    done = prepare("--check", tmp_path / "out")
+    assert done.returncode == 2
+    assert "queries   test split: 0 identities with 0 queries, 2 distractors\n" in done.stdout
+    assert re.search(r"error: nothing can be measured on the test split .*camera", done.stderr)
 
 
 def test_check_names_the_identities_that_leak(raw, tmp_path, prepare):
@@ -125,8 +139,9 @@ def test_the_order_is_shown_to_be_the_same_for_every_number_of_workers(raw, tmp_
     assert done.returncode == 0, done.stderr
     manifest = open_manifest(tmp_path / "out")
     config = override(base_config(manifest.benchmark, None), settings)
-    pids = manifest.labels("train").pid
-    plan = epoch_plan(pids[split_train(config, pids)[0]], seed=3, epoch=0, p=2, k=4)
+    labels = manifest.labels("train")
+    pids = labels.pid[split_train(config, labels, "camera").train]
+    plan = epoch_plan(pids, seed=3, epoch=0, p=2, k=4)
     first = done.stdout.splitlines()[1].split()
     assert first == ["0", str(len(plan)), str(plan.size), *[plan_hash(plan)[:12]] * 5]
     assert f"plan      {plan_hash(plan)} (epoch 0, seed 3" in done.stdout

@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from next.config import override
-from next.data.shards import open_manifest
+from next.data.shards import Manifest, open_manifest
 from next.storage import open_folder
-from next.training.inputs import resolve, training_data
+from next.training.inputs import for_fold, resolve, training_data
+from next.training.loop import TrainingData
 
 
 def test_a_second_trial_of_the_node_neither_encodes_nor_decodes(tiny_config, tmp_path):
@@ -40,3 +42,54 @@ def test_a_run_on_a_bucket_names_the_endpoint_for_workers_elsewhere(
     resolved = resolve(tiny_config, manifest)
     monkeypatch.delenv("AWS_ENDPOINT_URL")
     assert open_manifest(str(resolved.data.uri)).digest == manifest.digest
+
+
+def test_the_epoch_is_chosen_on_identities_that_are_not_trained_on(tiny_config):
+    manifest = open_manifest(tiny_config.data.uri)
+    data = training_data(resolve(tiny_config, manifest), manifest)
+    trained, chosen_by = set(data.train.labels.pid), set(data.query.labels.pid)
+    assert trained
+    assert chosen_by
+    assert not trained & chosen_by
+    assert not set(data.train.rows) & set(data.query.rows)
+    assert trained | chosen_by == set(manifest.labels("train").pid), "none is lost"
+    assert data.gallery is data.query
+
+
+def test_a_batch_must_fit_what_is_left_to_train_on_in_every_fold(tiny_config):
+    manifest = open_manifest(tiny_config.data.uri)
+    folds = {"selection.folds": 5, "selection.fold": 4}
+    assert resolve(override(tiny_config, folds), manifest).model.identities == 10
+    too_many = override(tiny_config, folds | {"batch.identities": 10})
+    with pytest.raises(ValueError, match=r"must not exceed the 9 train identities .*folds = 5"):
+        resolve(too_many, manifest)
+
+
+@pytest.mark.parametrize("placement", ["replicated", "sharded"])
+def test_another_fold_neither_encodes_nor_decodes(placement, tiny_config, tmp_path):
+    manifest = open_manifest(tiny_config.data.uri)
+    settings = {"data.cache": str(tmp_path), "data.placement": placement, "selection.folds": 4}
+    first = resolve(override(tiny_config, settings), manifest)
+    read_all(training_data(first, manifest))
+    files = written(tmp_path)
+    other = for_fold(override(first, {"selection.fold": 1}), manifest)
+    data = training_data(other, manifest)
+    read_all(data)
+    assert written(tmp_path) == files
+    assert len(files) > (2 if placement == "sharded" else 1)
+    assert other.model.identities == len(np.unique(data.train.labels.pid))
+    assert not set(data.train.labels.pid) & set(data.query.labels.pid)
+
+
+def read_all(data: TrainingData) -> None:
+    for samples in (data.train, data.query):
+        samples.prefetch(np.arange(len(samples)))
+
+
+def test_a_run_that_nothing_can_be_measured_on_is_refused_before_it_starts(tiny_config):
+    manifest = open_manifest(tiny_config.data.uri)
+    scenes = manifest.benchmark.model_copy(update={"rule": "scene"})
+    unknown = Manifest(manifest.folder, manifest.file.model_copy(update={"card": scenes}))
+    config = override(tiny_config, {"selection.split": "test"})
+    with pytest.raises(ValueError, match="rule scene needs the scene of every row"):
+        resolve(config, unknown)

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from next.config import RunConfig, from_toml, override, to_toml
 from next.data.benchmark import load_card
 from next.data.cache import contents
+from next.data.holdout import split_train
 from next.data.ingest import prepare
-from next.data.plan import deal_shards, split_train, training_plan
+from next.data.plan import deal_shards, training_plan
 from next.data.shards import open_manifest
 from next.evaluation.protocol import evaluate
 from next.training.checkpoint import load_network
@@ -116,8 +117,8 @@ def test_two_workers_decode_only_what_is_dealt_to_them(in_shards_of, tmp_path):
     )
     assert scores == [alone.metrics.as_dict()]
     manifest = open_manifest(config.data.uri)
-    pids = manifest.labels("train").pid
-    rows, held_out = split_train(config, pids)
+    labels = manifest.labels("train")
+    pids, (rows, held_out) = labels.pid, split_train(config, labels, "camera")
     shards = manifest.shard_of_row("train")[rows]
     owner = deal_shards(np.bincount(shards), 2, seed=config.seed, epoch=0)[shards]
     plan = training_plan(config, pids[rows], shards, epoch=0, world=2)
