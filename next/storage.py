@@ -7,8 +7,9 @@ region also from the URI: ``s3://bucket/prefix?endpoint_override=host:9000&schem
 
 What can be relied on:
 
-* A **file** appears whole, under its name, or not at all: locally by a temporary name and a rename,
-  in an object store because an object is there only when its upload is complete.
+* A **file** appears whole, under its name, or not at all, and until then the older one stays:
+  locally by a temporary name and a rename (:func:`write_whole` for files beside a folder), in an
+  object store because an object is there only when its upload is complete.
 * A **folder** appears whole only on this machine (:meth:`Folder.download`). An object store knows
   no folders and cannot rename them, so whoever writes several files writes last the one that says
   that the others are there (a manifest, a marker; ``last`` of :meth:`Folder.upload`), and whoever
@@ -18,13 +19,14 @@ What can be relied on:
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import shutil
-import threading
+import uuid
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -166,7 +168,7 @@ class Folder:
 
     def require_writable(self) -> None:
         """Write and remove a file, so that work that could not be kept is not begun."""
-        probe = f".writable-{os.getpid()}"
+        probe = f".writable-{uuid.uuid4().hex}"
         with self._errors("", writing=True), self._replacing(probe) as file:
             file.write(b"")
         self.delete(probe)
@@ -199,6 +201,34 @@ class Folder:
         # Not with pyarrow.fs.copy_files: it hides errors of closing, such as a missing bucket.
         with open(source, "rb") as local, self.writing(path) as file:
             shutil.copyfileobj(local, file, _BLOCK)
+
+    def move(self, suffix: str) -> bool:
+        """Put all of this folder aside, as a folder beside it whose name ends in ``.suffix``.
+
+        In an object store the files are copied there one by one, and only then removed here.
+
+        Returns:
+            Whether there was anything.
+        """
+        if self.is_local:
+            if not Path(self.base).exists():
+                return False
+            Path(self.base).rename(f"{self.base}.{suffix}")
+            return True
+        if not self.names():
+            return False
+        paths = list(self.walk())
+        with self._errors("", writing=True), ThreadPoolExecutor(THREADS) as pool:
+            list(
+                pool.map(
+                    lambda path: self.filesystem.copy_file(
+                        f"{self.base}/{path}", f"{self.base}.{suffix}/{path}"
+                    ),
+                    paths,
+                )
+            )
+        self.delete_tree()
+        return True
 
     def upload_tree(
         self, source: str | Path, below: str = "", *, last: Collection[str] = ()
@@ -257,16 +287,14 @@ class Folder:
     @contextmanager
     def _replacing(self, path: str) -> Iterator[Any]:
         if self.is_local:
-            with _replacing(Path(self._path(path))) as local:
+            with replacing(Path(self._path(path))) as local:
                 yield local
             return
         file = self.filesystem.open_output_stream(self._path(path))
         try:
             yield file
         except BaseException:
-            with suppress(OSError):  # closing it makes an object of what was written so far
-                file.close()
-                self.filesystem.delete_file(self._path(path))
+            _abandon(file)
             raise
         file.close()
 
@@ -418,16 +446,44 @@ def _local_error(error: OSError, name: str, writing: bool) -> OSError | None:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file of a temporary name beside ``path``, renamed at the end of the block."""
+def replacing(path: str | Path) -> Iterator[BinaryIO]:
+    """A local file to write to; it appears at the end of the block, whole, or not at all.
+
+    Until then an older one of its name stays. It is on the disk when it appears, so that a power
+    cut leaves the one or the other. Drafts are told apart from those of other machines, too, which
+    may write to the same folder.
+    """
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         with draft.open("wb") as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def write_whole(path: str | Path, content: bytes | str) -> Path:
+    """Write a local file by :func:`replacing`.
+
+    Raises:
+        OSError: the disk is full or not writable; an older file of this name is untouched.
+    """
+    with replacing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+    return Path(path)
+
+
+def _abandon(file: Any) -> None:
+    """Never close an upload: what was sent of it then never becomes an object.
+
+    Arrow completes an upload when its stream is closed, and closes it when nobody refers to it any
+    more; it has no other end for it. So one reference too many is kept until the process ends.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(file))
 
 
 def _path_of(info: Any) -> str:

@@ -1,12 +1,14 @@
 import os
 import pickle
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from next import storage
-from next.storage import open_folder
+from next.storage import open_folder, replacing, write_whole
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -103,6 +105,53 @@ def test_a_file_whose_writing_is_interrupted_does_not_appear(folder, size):
     with pytest.raises(KeyboardInterrupt):
         write()
     assert folder.names() == ["b"]
+    folder.write("a", b"old")
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert folder.read("a") == b"old", "the older one stays"
+    assert folder.names() == ["a", "b"]
+
+
+def test_an_interrupted_upload_does_not_appear_at_the_end_of_its_process_either(s3):
+    """Arrow completes an upload whose stream is closed, also by the end of the interpreter."""
+    code = (
+        "import sys\n"
+        "from next.storage import open_folder\n"
+        "folder = open_folder(sys.argv[1])\n"
+        "folder.write('a', b'old')\n"
+        "with folder.writing('a') as file:\n"
+        "    file.write(bytes(12 << 20))\n"
+        "    raise OSError('the source is gone')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, s3], capture_output=True, text=True, check=False
+    )
+    assert "the source is gone" in done.stderr
+    assert open_folder(s3).read("a") == b"old"
+
+
+def test_a_folder_is_put_aside_whole(folder):
+    fill(folder)
+    assert folder.move("20260101")
+    assert folder.names() == []
+    assert not folder.move("again"), "there is nothing"
+    beside = open_folder(f"{folder.uri}.20260101")
+    assert beside.walk() == {"a": 1, "b": 1, "sub/c": 5}
+
+
+def test_a_local_file_is_written_whole_or_not_at_all(tmp_path):
+    path = write_whole(tmp_path / "sub" / "a", "text")
+    assert path.read_text() == "text"
+
+    def fail() -> None:
+        with replacing(path) as file:
+            file.write(b"half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert path.read_text() == "text"
+    assert os.listdir(path.parent) == ["a"], "no draft stays"
 
 
 def test_an_error_of_a_source_is_not_taken_for_one_of_the_destination(folder, s3, monkeypatch):
