@@ -15,6 +15,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,11 +99,12 @@ class Delivery:
                 self._located = True
         return self.address
 
-    def deliver(self, *, retry_aside: bool = False) -> int:
+    def deliver(self, *, retry_aside: bool = False, until: int | None = None) -> int:
         """Send what is new in the journal.
 
         Args:
             retry_aside: send records again that the server refused before.
+            until: byte of the journal up to which it may be sent; None: to its end.
 
         Returns:
             Number of records that the server took.
@@ -119,7 +121,8 @@ class Delivery:
                     taken += 1
                     kept = [other for other in self.address.aside if other != start]
                     self._remember(replace(self.address, aside=kept))
-        for batch in _batches(read_records(self.folder, self.address.delivered)):
+        new = read_records(self.folder, self.address.delivered)
+        for batch in _batches(takewhile(lambda entry: until is None or entry.end <= until, new)):
             refused = [] if self._send(batch) else self._refused(batch)
             taken += len(batch) - len(refused)
             self._remember(
@@ -288,7 +291,7 @@ class Delivery:
         if address == self.address:
             return
         self.address = address
-        new = self.folder / "run.json.new"
+        new = self.folder / "run.json.new"  # sent again after a power cut, so it needs no disk
         try:
             new.write_text(json.dumps(asdict(address)))
             new.replace(self.folder / "run.json")

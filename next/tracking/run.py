@@ -38,6 +38,7 @@ from next.tracking.journal import (
     text_values,
 )
 from next.tracking.links import check_uri, compare_url, experiment_url, run_url
+from next.tracking.publication import Publication
 from next.tracking.replay import Replay, replay
 from next.tracking.sender import Sender
 from next.tracking.server import TrackingServer, start_server, view_command
@@ -71,7 +72,14 @@ _PATIENCE = 30.0
 class Run:
     """A run that is being written; :func:`open_run` makes it."""
 
-    def __init__(self, journal: Journal, key: str, uri: str | None, earlier: _Earlier) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        key: str,
+        uri: str | None,
+        earlier: _Earlier,
+        publication: Publication | None = None,
+    ) -> None:
         self.folder = journal.path.parent
         self.key = key
         """The run's own name, known at once; as ``parent`` of other runs it needs no server."""
@@ -79,7 +87,7 @@ class Run:
         self._journal = journal
         self._earlier = earlier
         self._checked: set[str] = set()
-        self._sender = Sender(journal, Delivery(self.folder, uri) if uri else None)
+        self._sender = Sender(journal, Delivery(self.folder, uri) if uri else None, publication)
         self._monitor: SystemMonitor | None = None
         self._closed = False
 
@@ -238,6 +246,15 @@ class Run:
         else:
             self.close("FAILED" if isinstance(error, Exception) else "KILLED")
 
+    def publish(self) -> None:
+        """Bring what was logged to the run's store now; nothing where it has none.
+
+        Raises:
+            OSError: the store cannot be reached or is full; what was logged is kept here.
+            TakenOverError: another process goes on with this run.
+        """
+        self._sender.publish()
+
     def monitor_system(self, every: float) -> None:
         """Log CPU, memory and GPUs of this machine as ``system/*`` until the run is closed.
 
@@ -269,11 +286,13 @@ def open_run(
     params: Mapping[str, Any] | None = None,
     tags: Mapping[str, Any] | None = None,
     system_seconds: float | None = None,
+    store: str | None = None,
 ) -> Run:
-    """Begin a run, or go on with the one of this folder.
+    """Begin a run, or go on with the one of this folder or of its store.
 
     The same folder is the same MLflow run: what an earlier process could not deliver is delivered
-    now, and a value that is logged again for the same step is not doubled.
+    now, and a value that is logged again for the same step is not doubled. So is the same store,
+    from whichever machine.
 
     Args:
         uri: ``http(s)://`` address of MLflow; None keeps the journal only.
@@ -285,8 +304,11 @@ def open_run(
         params: what MLflow shows as parameters: for a child only what the sweep varies.
         tags: provenance and the like.
         system_seconds: seconds between samples of CPU, memory and GPUs; None: none are taken.
+        store: address of the run's store, which gets the journal and the files that it names
+            (:mod:`next.tracking.publication`); None: they stay in ``folder``.
 
     Raises:
+        OSError: the store cannot be reached.
         ValueError: a bad address, a name that MLflow would not take, or a folder whose run belongs
             to another experiment.
         RuntimeError: another process writes this run.
@@ -296,6 +318,9 @@ def open_run(
         check_name(given)
     uri = check_uri(uri) if uri is not None else None
     folder = Path(folder).absolute()
+    publication = Publication(folder, store) if store is not None else None
+    if publication is not None:
+        publication.fetch()
     journal = Journal(folder)
     try:
         earlier = _Earlier(folder)
@@ -318,7 +343,7 @@ def open_run(
     except BaseException:
         journal.close()
         raise
-    run = Run(journal, opened.key, uri, earlier)
+    run = Run(journal, opened.key, uri, earlier, publication)
     if system_seconds is not None:
         run.monitor_system(system_seconds)
     return run

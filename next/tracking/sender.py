@@ -1,4 +1,4 @@
-"""The thread of a run: brings its journal to the disk, and to the server if there is one."""
+"""The thread of a run: brings its journal to the disk, to the run's store and to the server."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ import time
 from next.tracking.client import NotDelivered
 from next.tracking.delivery import Address, Delivery
 from next.tracking.journal import FILE_NAME, Journal
+from next.tracking.publication import Publication, TakenOverError
 
 _log = logging.getLogger(__name__)
 
 _PAUSE = 2.0
 """Seconds between deliveries; a request costs the server about 30 ms of a core."""
+_PUBLISH_SECONDS = 15.0
+"""Seconds between segments of the journal in the store, beside those at checkpoints."""
 _RETRY = 0.5
 """Seconds between attempts while the server may only be starting; twice that each time later."""
 _LONGEST_RETRY = 15.0
@@ -24,11 +27,22 @@ _STARTING = 20.0
 
 
 class Sender:
-    """Works until :meth:`finish`; owns the journal's closing."""
+    """Works until :meth:`finish`; owns the journal's closing.
 
-    def __init__(self, journal: Journal, delivery: Delivery | None) -> None:
+    Where the run has a store, the server gets what the store has.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        delivery: Delivery | None,
+        publication: Publication | None = None,
+    ) -> None:
         self._journal = journal
         self._delivery = delivery
+        self._publication = publication
+        self._publish_at = time.monotonic() + _PUBLISH_SECONDS
+        self._unpublished: OSError | None = None
         self._finishing = threading.Event()
         self._given_up = threading.Event()
         self._located = threading.Event()
@@ -44,6 +58,20 @@ class Sender:
         self._located.wait(max(timeout - self._away(), 0))
         return self._delivery.address
 
+    def publish(self) -> None:
+        """Bring the journal to the run's store now; nothing where it has none.
+
+        Raises:
+            OSError: the store cannot be reached or is full.
+            TakenOverError: another process goes on with this run.
+        """
+        if self._publication is not None:
+            self._publication.publish()
+            self._publish_at = time.monotonic() + _PUBLISH_SECONDS
+            if self._unpublished is not None:
+                _log.warning("the journal is in %s again", self._publication.store.uri)
+                self._unpublished = None
+
     def finish(self, timeout: float) -> None:
         """Deliver the rest within ``timeout`` seconds, or say how to do it later."""
         if self._away() > timeout:
@@ -51,6 +79,12 @@ class Sender:
         self._finishing.set()
         self._thread.join(timeout)
         self._given_up.set()
+        if self._unpublished is not None:
+            _log.warning(
+                "the end of the journal in %s is not in the run's store (%s); opening the run "
+                "again on this machine brings it there",
+                *(self._journal.path, self._unpublished),
+            )
         left = self._delivery.undelivered() if self._delivery else 0
         if self._delivery and left:
             folder, uri = str(self._delivery.folder), self._delivery.uri
@@ -67,8 +101,10 @@ class Sender:
             while not self._given_up.is_set():
                 last = self._finishing.wait(pause)
                 self._journal.sync()
-                if self._deliver(retry_aside=fresh or last):
+                published = self._published(now=last)
+                if self._deliver(retry_aside=fresh or last) and published:
                     if last:
+                        self._publish_address()
                         return
                     pause, fresh = _PAUSE, False
                 else:
@@ -79,6 +115,30 @@ class Sender:
         finally:
             self._journal.close()
 
+    def _published(self, *, now: bool) -> bool:
+        """Whether the store (if there is one) has what is due; for good if another has the run."""
+        if self._publication is None or not (now or time.monotonic() >= self._publish_at):
+            return True
+        try:
+            self.publish()
+        except OSError as error:
+            self._publish_at = time.monotonic() + _PUBLISH_SECONDS
+            if self._unpublished is None:
+                _log.warning("the journal waits for its store, training goes on: %s", error)
+            self._unpublished = error
+            return False
+        except TakenOverError as error:
+            self._publish_at = time.monotonic() + _PUBLISH_SECONDS
+            _log.debug("%s", error)  # who publishes with a checkpoint raises it
+        return True
+
+    def _publish_address(self) -> None:
+        if self._publication is not None and self._delivery is not None:
+            try:
+                self._publication.publish_address()
+            except OSError as error:
+                _log.debug("run.json is not in the store: %s", error)
+
     def _deliver(self, *, retry_aside: bool) -> bool:
         """Whether the server (if there is one) took everything that it would take."""
         if self._delivery is None:
@@ -86,7 +146,8 @@ class Sender:
         try:
             self._delivery.locate()
             self._located.set()
-            self._delivery.deliver(retry_aside=retry_aside)
+            until = None if self._publication is None else self._publication.published
+            self._delivery.deliver(retry_aside=retry_aside, until=until)
         except NotDelivered as error:
             self._note_absence(error)
             return False

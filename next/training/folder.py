@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +16,7 @@ from next.config import (
     predated,
     to_toml,
 )
+from next.storage import write_whole
 
 _log = logging.getLogger(__name__)
 
@@ -84,10 +84,7 @@ def claim_folder(config: RunConfig, *, prefix: str = "run") -> Path:
                 f"the same ones, choose another run.name, or set run.fresh. Changed:\n  {changed}"
             )
         _log.info("continuing run %s", folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / ".config.toml"
-    draft.write_text(to_toml(config, without=left_out))
-    os.replace(draft, record)
+    write_whole(record, to_toml(config, without=left_out))
     return folder
 
 

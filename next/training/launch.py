@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 
 from next.config import RunConfig
 from next.data.shards import Manifest, open_manifest
+from next.storage import write_whole
 from next.tracking.provenance import provenance_tags
 from next.tracking.run import check_server, open_run, read_metrics, start_server, view_command
 from next.training.assessment import Assessment, assess
@@ -32,7 +32,7 @@ from next.training.record import (
 )
 from next.training.registration import register_best, write_card
 from next.training.report import FolderReporter
-from next.training.store import CheckpointStore
+from next.training.store import CheckpointStore, store_address
 
 __all__ = [
     "RunResult",
@@ -79,6 +79,7 @@ def launch(config: RunConfig) -> RunResult:
     config = resolve(_as_begun(config), manifest)
     folder = claim_folder(config)
     configure_torch(config)
+    home = store_address(config, folder.name)
     store = _store(config, folder)
     if config.run.fresh:
         store.set_aside(time.strftime("%Y%m%d-%H%M%S"))
@@ -91,6 +92,7 @@ def launch(config: RunConfig) -> RunResult:
             "params": own_settings(config, manifest.benchmark),
             "tags": run_tags(config, manifest),
             "system_seconds": config.tracking.system_seconds,
+            "store": home,
         }
         outcome = _finished(store, config, manifest.digest)
         if outcome is None and config.scaling.num_workers == 1:
@@ -98,7 +100,7 @@ def launch(config: RunConfig) -> RunResult:
         elif outcome is None:
             outcome = _train_on_ray(config, manifest, folder, store.uri, tracked)
         checkpoint = store.best()
-        if config.checkpoint.storage_path:  # who registers a run looks in its own folder
+        if home is not None:  # who registers a run looks in its own folder
             checkpoint = CheckpointStore(folder / "checkpoints").adopt(checkpoint)
         with open_run(**tracked) as run:
             assessment = assess(
@@ -151,24 +153,17 @@ def run_tags(config: RunConfig, manifest: Manifest) -> dict[str, str]:
 
 def write_result(folder: Path, outcome: Outcome, assessment: Assessment) -> None:
     """``result.json``: the scores, for scripts."""
-    draft = folder / ".result.json"
-    draft.write_text(
-        json.dumps(
-            {
-                "selection": {"val/mAP": outcome.best},
-                "test": assessment.metrics,
-                "steps": outcome.step,
-                "losses": outcome.losses,
-            },
-            indent=2,
-        )
-    )
-    os.replace(draft, folder / "result.json")
+    found = {
+        "selection": {"val/mAP": outcome.best},
+        "test": assessment.metrics,
+        "steps": outcome.step,
+        "losses": outcome.losses,
+    }
+    write_whole(folder / "result.json", json.dumps(found, indent=2))
 
 
 def _store(config: RunConfig, folder: Path) -> CheckpointStore:
-    apart = config.checkpoint.storage_path
-    return CheckpointStore(f"{apart}/{folder.name}" if apart else folder / "checkpoints")
+    return CheckpointStore(store_address(config, folder.name) or folder / "checkpoints")
 
 
 def _as_begun(config: RunConfig) -> RunConfig:
@@ -202,7 +197,11 @@ def _finished(store: CheckpointStore, config: RunConfig, digest: str) -> Outcome
         )
     if progress.epoch < config.optim.epochs:
         return None
-    assert progress.best is not None
+    if progress.best is None:
+        raise ValueError(
+            f"{checkpoint} is of the run's last epoch and holds no score; set run.fresh to train "
+            f"it anew"
+        )
     _log.info(
         "run %s is finished (epoch %d, step %d): it is assessed again, and not trained; choose "
         "another run.name, or set run.fresh to train it anew",
@@ -221,7 +220,9 @@ def _train_here(
     with (
         open_run(**tracked) as run,
         listening(bell),
-        FolderReporter(checkpoints, checkpoint=config.checkpoint, bell=bell) as reporter,
+        FolderReporter(
+            checkpoints, checkpoint=config.checkpoint, bell=bell, publish=run.publish
+        ) as reporter,
     ):
         record_inputs(run, config, manifest)
         return train(

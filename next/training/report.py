@@ -63,9 +63,22 @@ class FolderReporter:
         *,
         checkpoint: CheckpointConfig = CheckpointConfig(),  # noqa: B008 (frozen)
         bell: Bell | None = None,
+        publish: Callable[[], None] = lambda: None,
     ) -> None:
+        """Nothing is read or written yet.
+
+        Args:
+            folder: of the checkpoints.
+            on_report: is told of each evaluation.
+            checkpoint: settings.
+            bell: by which another thread asks to stop.
+            publish: brings the journal to the run's store; done before each checkpoint, so that
+                who continues from one has all that was logged until then.
+        """
         self._store = CheckpointStore(folder, num_to_keep=checkpoint.num_to_keep)
-        self._writer = BackgroundWriter(self._store, patience_s=checkpoint.patience_s)
+        self._writer = BackgroundWriter(
+            self._store, patience_s=checkpoint.patience_s, before=publish
+        )
         self._on_report = on_report
         self._bell = bell or Bell()
 

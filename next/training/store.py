@@ -7,7 +7,8 @@ A store is a folder of checkpoints, named by their optimizer step::
     last, best                links to two of them (on disks)
 
 It keeps the two newest, so that there is one to fall back to, and the best ones. In an object store
-a checkpoint is uploaded with ``state.json`` last, and read by way of a temporary folder.
+a checkpoint is uploaded with ``state.json`` last, and read by way of a temporary folder. What else
+a run leaves may lie beside them (:mod:`next.tracking.publication`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pathlib import Path
 
 import torch
 
+from next.config import RunConfig
 from next.storage import open_folder
 from next.training.checkpoint import DRAFT, Snapshot, read_progress, write_snapshot
 from next.training.interruption import Interrupted
@@ -35,6 +37,23 @@ _log = logging.getLogger(__name__)
 _NEWEST = 2
 _FIRST_PAUSE = 0.5
 _LONGEST_PAUSE = 15.0
+
+
+def store_address(config: RunConfig, name: str) -> str | None:
+    """What a run or a trial (``SWEEP/trials/NAME``) leaves lies there; None: in its folder alone.
+
+    Example:
+        >>> config = RunConfig.model_validate({"checkpoint": {"storage_path": "/kept"}})
+        >>> store_address(config, "first")
+        '/kept/first'
+    """
+    if config.checkpoint.storage_path is None:
+        return None
+    return open_folder(config.checkpoint.storage_path).below(name).address
+
+
+class StoreError(OSError):
+    """A store could not be written for as long as it was tried."""
 
 
 class CheckpointStore:
@@ -87,18 +106,7 @@ class CheckpointStore:
 
     def set_aside(self, suffix: str) -> None:
         """Let a new run of this name begin without them; they go on under another name."""
-        if self.folder.is_local:
-            old = Path(self.folder.uri)
-            if old.exists():
-                old.rename(f"{old}.{suffix}")
-            return
-        if not self.folder.names():
-            return
-        filesystem, base = self.folder.filesystem, self.folder.base
-        for path in self.folder.walk():
-            filesystem.copy_file(f"{base}/{path}", f"{base}.{suffix}/{path}")
-        for name in self.folder.names():
-            self._remove(name)
+        self.folder.move(suffix)
 
     def latest(self) -> Path | None:
         """The newest whole checkpoint; None for a run that has written none.
@@ -131,6 +139,23 @@ class CheckpointStore:
         shutil.copytree(checkpoint, kept, dirs_exist_ok=True)
         self._point("best", kept.name)
         return kept
+
+    def bring_best(self, other: CheckpointStore) -> Path:
+        """The best checkpoint of a store elsewhere, in this local one; copied if it is not there.
+
+        Raises:
+            FileNotFoundError: no checkpoint there has a score yet.
+            ValueError: all that have one are torn.
+            OSError: the storage cannot be reached.
+        """
+        for name in _ranked(other._scores())[:1]:
+            here = Path(self.folder.uri) / name
+            try:
+                read_progress(here)
+            except (FileNotFoundError, ValueError):
+                continue
+            return here
+        return self.adopt(other.best())
 
     def fetch(self, name: str) -> Path:
         """A checkpoint by the name of its folder, on this machine; not checked."""
@@ -198,14 +223,23 @@ class BackgroundWriter:
     the one before. While a write fails (disk full, storage away), training goes on until then.
     """
 
-    def __init__(self, store: CheckpointStore, *, patience_s: float = 600.0) -> None:
+    def __init__(
+        self,
+        store: CheckpointStore,
+        *,
+        patience_s: float = 600.0,
+        before: Callable[[], None] = lambda: None,
+    ) -> None:
         """Starts no thread yet.
 
         Args:
             store: where to.
             patience_s: seconds for which a write is tried again.
+            before: brings to the storage what must be there before a checkpoint is; a part of the
+                write, so it may fail with ``OSError``.
         """
         self.store = store
+        self.before = before
         self.patience_s = patience_s
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._write: Future[None] | None = None
@@ -253,32 +287,61 @@ class BackgroundWriter:
         if bad is not None:
             _log.warning("step %d: %s is not finite; this checkpoint is not kept", step, bad)
             return
-        deadline, pause = time.monotonic() + self.patience_s, _FIRST_PAUSE
-        while True:
-            try:
-                self.store.save(snapshot)
-            except OSError as error:
-                if time.monotonic() + pause > deadline or self._giving_up.is_set():
-                    raise OSError(
-                        f"the checkpoint of step {step} could not be written for "
-                        f"{self.patience_s:.0f} s (checkpoint.patience_s): {error}; the last good "
-                        f"one is kept. Mend the storage and start the same command again"
-                    ) from error
-                if pause == _FIRST_PAUSE:
-                    _log.warning(
-                        "the checkpoint of step %d cannot be written (%s); training goes on, and "
-                        "it is tried again for %.0f s",
-                        *(step, error, self.patience_s),
-                    )
-                self._giving_up.wait(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE)
-            else:
-                if pause != _FIRST_PAUSE:
-                    _log.warning("the checkpoint of step %d is written now", step)
-                elif snapshot.progress.step_in_epoch:
-                    within = snapshot.progress.step_in_epoch
-                    _log.info("checkpoint of step %d, %d in the epoch, is written", step, within)
-                return
+        waited = persist(
+            lambda: self._store(snapshot),
+            f"the checkpoint of step {step}",
+            self.patience_s,
+            self._giving_up,
+        )
+        if snapshot.progress.step_in_epoch and not waited:
+            within = snapshot.progress.step_in_epoch
+            _log.info("checkpoint of step %d, %d in the epoch, is written", step, within)
+
+    def _store(self, snapshot: Snapshot) -> None:
+        self.before()
+        self.store.save(snapshot)
+
+
+def persist(
+    write: Callable[[], None],
+    what: str,
+    patience_s: float,
+    giving_up: threading.Event | None = None,
+) -> bool:
+    """Write, and try again while storage fails; whether it had to be tried again.
+
+    Args:
+        write: writes whole or not at all.
+        what: is written, for the log and the error.
+        patience_s: seconds for which it is tried again.
+        giving_up: when set, it is tried no more.
+
+    Raises:
+        StoreError: it could not be written.
+    """
+    giving_up = giving_up or threading.Event()
+    deadline, pause = time.monotonic() + patience_s, _FIRST_PAUSE
+    while True:
+        try:
+            write()
+        except OSError as error:
+            if time.monotonic() + pause > deadline or giving_up.is_set():
+                raise StoreError(
+                    f"{what} could not be written for {patience_s:.0f} s (checkpoint.patience_s): "
+                    f"{error}; the last good one is kept. Mend the storage and start the same "
+                    f"command again"
+                ) from error
+            if pause == _FIRST_PAUSE:
+                _log.warning(
+                    "%s cannot be written (%s); training goes on, and it is tried again for %.0f s",
+                    *(what, error, patience_s),
+                )
+            giving_up.wait(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+        else:
+            if pause != _FIRST_PAUSE:
+                _log.warning("%s is written now", what)
+            return pause != _FIRST_PAUSE
 
 
 def _not_finite(snapshot: Snapshot) -> str | None:
