@@ -62,6 +62,11 @@ class ResumeJob:
     """Name of the sweep below the storage path, or its folder."""
     storage_path: Path = Path("runs")
     """Folder of all runs."""
+    checkpoint_storage_path: Annotated[
+        str | None, tyro.conf.arg(name="checkpoint.storage_path")
+    ] = None
+    """Store that the sweep was started with, as s3://bucket/prefix: with it any head goes on, also
+    one that has nothing of the sweep; None: as the sweep was started."""
     trials: int | None = None
     """Trials in all, of a fork beside those that it takes over; None: as the sweep was started."""
     hours: float | None = None
@@ -160,7 +165,8 @@ def _resume(argv: Sequence[str]) -> int:
     }
     with redirect_stdout(sys.stderr):
         result = resume_sweep(
-            find_sweep(job.storage_path, job.name),
+            find_sweep(job.storage_path, job.name, stored=job.checkpoint_storage_path is not None),
+            storage=job.checkpoint_storage_path,
             changes={name: value for name, value in given.items() if value is not None},
             space=job.space,
             fork=job.fork,

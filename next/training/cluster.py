@@ -8,10 +8,13 @@ import os
 import socket
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from next.config import RunConfig, ScalingConfig
+from next.storage import Folder, open_folder
 
 _log = logging.getLogger(__name__)
 
@@ -122,15 +125,17 @@ def require_room(scaling: ScalingConfig, *, patience_s: float = _NODES_SECONDS) 
         time.sleep(0.5)
 
 
-def require_shared(config: RunConfig, checkpoints: str) -> None:
-    """Raise unless every node sees checkpoints and shards, where these are local paths.
+def require_shared(config: RunConfig, place: str) -> None:
+    """Raise unless every node reads and writes where a run is kept, and reads its shards.
 
     Args:
-        config: names the shards.
-        checkpoints: of the run; a file is put there for the other nodes to look for.
+        config: names the shards, and the setting that ``place`` comes from.
+        place: folder or store of the run, or of all runs; a file is put there for the other nodes
+            to look for.
 
     Raises:
-        ValueError: a node does not; the settings are named.
+        ValueError: a node does not; it is named, and so is the setting.
+        OSError: this node does not.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -139,38 +144,80 @@ def require_shared(config: RunConfig, checkpoints: str) -> None:
     others = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
     if not others:
         return
-    looked = {}
-    marker = Path(checkpoints) / f".seen-{uuid.uuid4().hex}"
-    if "://" not in checkpoints:
-        marker.parent.mkdir(parents=True, exist_ok=True)
-        marker.touch()
-        section = "checkpoint" if config.checkpoint.storage_path else "run"
-        looked[f"{section}.storage_path"] = str(marker)
-    if "://" not in str(config.data.uri):
-        looked["data.uri"] = str(Path(str(config.data.uri)) / "manifest.json")
-    look = ray.remote(num_cpus=0, max_retries=0)(_unseen)
-    try:
+    stored = config.checkpoint.storage_path is not None
+    setting = "checkpoint.storage_path" if stored else "run.storage_path"
+    folder, marker = open_folder(place), f".seen-{uuid.uuid4().hex}"
+    look = ray.remote(num_cpus=0, max_retries=0)(_problems)
+    asked = {setting: (folder.address, marker), "data.uri": (str(config.data.uri), "manifest.json")}
+    with _written(folder, marker):
         answers = {
             node["NodeManagerAddress"]: look.options(
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            ).remote(looked)
+            ).remote(asked, setting)
             for node in others
         }
         for address, answer in answers.items():
-            unseen = ray.get(answer, timeout=_LOOK_SECONDS)
-            if unseen:
-                folders = ", ".join(str(Path(looked[name]).parent) for name in unseen)
+            try:
+                problems = ray.get(answer, timeout=_LOOK_SECONDS)
+            except ray.exceptions.GetTimeoutError:
                 raise ValueError(
-                    f"{' and '.join(unseen)} must be seen by every node of the cluster, but node "
-                    f"{address} does not see {folders}; set checkpoint.storage_path and --data to "
-                    f"s3://bucket/prefix, or to folders that all nodes mount"
-                )
+                    f"node {address} did not say within {_LOOK_SECONDS:.0f} s whether it reads "
+                    f"{folder.uri} ({setting}); mend that node, or take it out of the cluster"
+                ) from None
+            _raise_problems(address, problems, asked, stored=stored)
+
+
+@contextmanager
+def _written(folder: Folder, marker: str) -> Iterator[None]:
+    """A file in a folder, which is left as it was found."""
+    local = Path(folder.base) if folder.is_local else None
+    made = []
+    while local is not None and not local.exists():
+        made.append(local)
+        local = local.parent
+    folder.write(marker, b"")
+    try:
+        yield
     finally:
-        marker.unlink(missing_ok=True)
+        folder.delete(marker)
+        for path in made:
+            path.rmdir()
 
 
-def _unseen(paths: dict[str, str]) -> list[str]:
-    return [name for name, path in paths.items() if not Path(path).exists()]
+def _raise_problems(
+    address: str, problems: dict[str, str], asked: dict[str, tuple[str, str]], *, stored: bool
+) -> None:
+    unseen = [setting for setting, problem in problems.items() if not problem]
+    if unseen:
+        folders = ", ".join(asked[setting][0] for setting in unseen)
+        needed = ["--data" if setting == "data.uri" else setting for setting in unseen]
+        if not stored and "run.storage_path" in needed:
+            needed[needed.index("run.storage_path")] = "checkpoint.storage_path"
+        raise ValueError(
+            f"{' and '.join(unseen)} must be seen by every node of the cluster, but node "
+            f"{address} does not see {folders}; set {' and '.join(needed)} to s3://bucket/prefix, "
+            f"or to a folder that all nodes mount"
+        )
+    for setting, problem in problems.items():
+        raise ValueError(
+            f"{setting} must be read and written by every node of the cluster, but on node "
+            f"{address}: {problem}"
+        )
+
+
+def _problems(asked: dict[str, tuple[str, str]], written: str) -> dict[str, str]:
+    """What keeps this node from each setting's place; empty text: the file is not there."""
+    found = {}
+    for setting, (place, file) in asked.items():
+        try:
+            folder = open_folder(place)
+            if folder.size(file) is None:
+                found[setting] = ""
+            elif setting == written:
+                folder.require_writable()
+        except (OSError, ValueError) as error:
+            found[setting] = str(error)
+    return found
 
 
 def _holds(nodes: list[dict[str, Any]], needs: dict[str, float]) -> int:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +29,7 @@ from next.evaluation.missing import missing_matrix
 from next.evaluation.protocol import Evaluation, evaluate
 from next.evaluation.reranking import Reranking, average_precisions, reranked
 from next.model.network import NEXT
+from next.storage import replacing, write_whole
 from next.training.checkpoint import load_network
 from next.training.inputs import training_data
 from next.training.loop import TrainingData
@@ -102,22 +102,20 @@ def measure_axes(
         found = evaluate(
             network, data.query, data.gallery, rule=data.rule, config=config, device=device
         )
-    np.savez_compressed(
-        folder / f".{FEATURES}.npz",
-        average_precision=found.metrics.average_precision,
-        query_pid=data.query.labels.pid,
-        query_id=data.query.labels.sample_id.astype(str),
-        query=found.query.features.astype(np.float16),
-        gallery=found.gallery.features.astype(np.float16),
-        own=found.own,
-    )
-    os.replace(folder / f".{FEATURES}.npz", folder / FEATURES)
+    with replacing(folder / FEATURES) as file:
+        np.savez_compressed(
+            file,
+            average_precision=found.metrics.average_precision,
+            query_pid=data.query.labels.pid,
+            query_id=data.query.labels.sample_id.astype(str),
+            query=found.query.features.astype(np.float16),
+            gallery=found.gallery.features.astype(np.float16),
+            own=found.own,
+        )
     answer: dict[str, Any] = {"usage": _usage(network, found, data)}
     if exhaustive:
         answer |= _sweep(network, config, manifest, data, found, device)
-    draft = folder / f".{AXES}"
-    draft.write_text(json.dumps(answer))
-    os.replace(draft, folder / AXES)
+    write_whole(folder / AXES, json.dumps(answer))
 
 
 def _sweep(

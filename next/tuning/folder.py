@@ -12,8 +12,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -25,9 +23,12 @@ import tomli_w
 from filelock import FileLock, Timeout
 
 from next.config import RunConfig, from_toml, near_matches, override
+from next.storage import open_folder, write_whole
 from next.training.folder import claim_folder
+from next.training.store import store_address
+from next.tuning.lease import CLAIMS, Lease
 from next.tuning.results import Setting, Trial, group, read_trials, starting_point
-from next.tuning.settings import SweepConfig
+from next.tuning.settings import RECORD, SweepConfig
 from next.tuning.space import Space
 from next.tuning.study import FILE, Studies, open_studies
 
@@ -88,15 +89,22 @@ def is_driven(folder: Path) -> bool:
         return True
 
 
-def find_sweep(storage: Path, name: str) -> Path:
+def find_sweep(storage: Path, name: str, *, stored: bool = False) -> Path:
     """The folder of the sweep ``name`` (or the folder itself, if it is one).
+
+    Args:
+        storage: folder of all runs.
+        name: of the sweep.
+        stored: its record is looked for in a store, so the folder need not be there.
 
     Raises:
         FileNotFoundError: there is none; the near matches are named.
     """
     for folder in (Path(name), storage / name):
-        if (folder / "sweep.toml").is_file():
+        if (folder / RECORD).is_file():
             return folder.absolute()
+    if stored:
+        return (storage / Path(name).name).absolute()
     known = list_sweeps(storage)
     near = near_matches(name, known) or known[:3]
     raise FileNotFoundError(
@@ -117,7 +125,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: there is no sweep in ``folder``.
     """
-    path = folder / "sweep.toml"
+    path = folder / RECORD
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no sweep (there is no sweep.toml)")
     return tomllib.loads(path.read_text())
@@ -135,15 +143,39 @@ def new_folder(base: RunConfig, space: Space) -> Path:
         base = override(base, {"run.name": name})
     folder = storage / str(base.run.name)
     if (folder / "config.toml").exists() and not base.run.fresh:
-        what = "sweep" if (folder / "sweep.toml").exists() else "run"
+        what = "sweep" if (folder / RECORD).exists() else "run"
         raise ValueError(
             f"a {what} named {base.run.name!r} exists in {storage}; "
             + ("go on with it by `jobs/sweep.py resume`, " if what == "sweep" else "")
             + "choose another run.name, or set run.fresh"
         )
-    if (folder / "sweep.toml").exists() and is_driven(folder):  # fresh would move it away
+    if (folder / RECORD).exists() and is_driven(folder):  # fresh would move it away
         raise ValueError(_driven(folder))
+    _clear_store(base)
     return claim_folder(base)
+
+
+def _clear_store(base: RunConfig) -> None:
+    """See that a new sweep's store is empty; ``run.fresh`` sets aside what is there.
+
+    Raises:
+        ValueError: a sweep or a run of this name is there.
+    """
+    address = store_address(base, str(base.run.name))
+    if address is None:
+        return
+    store = open_folder(address)
+    if not set(store.names()) - {CLAIMS}:
+        return
+    with Lease(store, str(base.run.name)):  # who drives it is said first
+        pass
+    if not base.run.fresh:
+        raise ValueError(
+            f"{store.uri} holds a sweep or a run of this name already; go on with a sweep by "
+            f"`jobs/sweep.py resume {base.run.name} --checkpoint.storage_path "
+            f"{base.checkpoint.storage_path}`, choose another run.name, or set run.fresh"
+        )
+    store.move(time.strftime("%Y%m%d-%H%M%S"))
 
 
 def write_record(
@@ -152,9 +184,9 @@ def write_record(
     """Write ``sweep.toml`` and the copy of the space."""
     copy = folder / "space.py"
     if space.path.absolute() != copy:
-        shutil.copyfile(space.path, copy)
-    draft = folder / ".sweep.toml"
-    draft.write_text(
+        write_whole(copy, space.path.read_bytes())
+    write_whole(
+        folder / RECORD,
         tomli_w.dumps(
             {
                 "space": space.name,
@@ -163,9 +195,8 @@ def write_record(
                 "description": dict(description),
                 "sweep": sweep.model_dump(mode="json", exclude_none=True),
             }
-        )
+        ),
     )
-    os.replace(draft, folder / "sweep.toml")
 
 
 @contextmanager
@@ -175,6 +206,7 @@ def driving(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: another one is at work.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / _LOCK, timeout=1.0)  # who asks holds it for an instant
     try:
         lock.acquire()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -16,6 +15,7 @@ from optuna.trial import TrialState
 
 from next.config import RunConfig, flatten
 from next.evaluation.blocks import SharedSeeds, shared_seeds
+from next.storage import write_whole
 from next.tuning.search import DEFAULT, best_of, read_curve
 from next.tuning.study import Studies
 
@@ -201,10 +201,7 @@ def fit_seeds(settings: Sequence[Setting]) -> SharedSeeds:
 
 def write_json(path: Path, content: Any) -> Path:
     """A JSON file, whole or not at all."""
-    draft = path.with_name(f".{path.name}")
-    draft.write_text(json.dumps(content, indent=2))
-    os.replace(draft, path)
-    return path
+    return write_whole(path, json.dumps(content, indent=2))
 
 
 def plain(trial: Trial) -> dict[str, Any]:
@@ -230,7 +227,7 @@ def _read(
     values = best_of(curve, way) if curve else ()
     return Trial(
         name=name,
-        folder=str(attributes.get("folder", folder / "trials" / name)),
+        folder=str(_folder(attributes.get("folder"), folder, name)),
         settings={key: value for key, value in settings.items() if key != "seed"},
         state=_STATES[frozen.state],
         epochs=curve[-1][0] if curve else 0,
@@ -244,3 +241,11 @@ def _read(
         rank=(values[0] if way == "max" else -values[0]) if values else -math.inf,
         inherited="inherited" in attributes,
     )
+
+
+def _folder(inherited: str | None, sweep: Path, name: str) -> Path:
+    """A run's own folder; one of another sweep beside this one where it is not where it was."""
+    if inherited is None:
+        return sweep / "trials" / name
+    origin = Path(inherited)
+    return origin if origin.is_dir() else sweep.parent.joinpath(*origin.parts[-3:])

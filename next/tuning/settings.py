@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from next.config import Fraction, Section
 
+RECORD = "sweep.toml"
+"""File in a sweep's folder: how the space is searched, and what the space was."""
 FEATURES, AXES = "features.npz", "axes.json"
 """Files in a trial's folder: what its best epoch gave each held-out sample, and its free axes."""
 
@@ -50,6 +52,9 @@ class SweepConfig(Section):
     """Seed of the sampler (exact only with one trial at a time)."""
     pictures: int = Field(default=4, ge=0)
     """Best settings of which pictures are drawn, for MLflow's image grid."""
+    lease_s: float = Field(default=60, gt=0)
+    """With checkpoint.storage_path: seconds after its last sign of life until a driver that is gone
+    is given up, so that another head may go on with the sweep."""
     gpus_per_trial: float | None = Field(default=None, gt=0, le=1)
     """Share of a GPU that a trial takes; None: the first trial gets one alone, and
     its peak memory says how many of the others share one. Read only with scaling.use_gpu, and by

@@ -10,13 +10,18 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import optuna
+
 from next.config import RunConfig, from_toml, override
 from next.data.shards import Manifest, open_manifest
+from next.storage import open_folder
 from next.tracking.run import (
     open_run,
     read_status,
@@ -30,19 +35,23 @@ from next.training.launch import read_history, run_tags, tracking_address
 from next.training.process import device
 from next.training.record import record_assessment, record_inputs
 from next.training.registration import register_best, write_card
+from next.training.store import store_address
 from next.tuning.comparison import comparison_link, record_pictures, set_up_comparison
 from next.tuning.folder import driving, new_folder, read_record, write_record
+from next.tuning.home import Home, mirror
+from next.tuning.lease import Lease
 from next.tuning.pictures import draw_overview
 from next.tuning.progress import Progress
+from next.tuning.record import StoredRecord, StoredSearch, fetch_record
 from next.tuning.report import report_sweep
+from next.tuning.resources import Places
 from next.tuning.results import Setting, Trial, group, read_trials, starting_point
 from next.tuning.search import DEFAULT, Repeat, Search
 from next.tuning.seeds import first_metric, next_racer
-from next.tuning.settings import SweepConfig
+from next.tuning.settings import RECORD, SweepConfig
 from next.tuning.space import Space, describe_space, load_space, space_difference
 from next.tuning.study import FILE, Studies, create_studies, inherit, open_studies
 from next.tuning.summary import OnTest, Summary, leaderboard, summarise
-from next.tuning.training import best_checkpoint
 from next.tuning.tuner import check_cluster, run_trials
 
 _log = logging.getLogger(__name__)
@@ -100,6 +109,8 @@ class _Sweep:
     studies: Studies
     manifest: Manifest
     say: Say
+    record: StoredRecord | None = None
+    """What brings the record to the sweep's store, if there is one."""
     ended: dict[int, Trial] = field(default_factory=dict)
     """Of :meth:`standing`."""
 
@@ -132,11 +143,13 @@ def run_sweep(
     manifest, base = prepare_sweep(base, sweep)
     description = describe_space(space, base)
     folder = new_folder(base, space)
-    with driving(folder):
+    with _driving(folder, store_address(base, folder.name), sweep.lease_s) as record:
         write_record(folder, space, sweep, description)
         studies = create_studies(folder / FILE, folder.name, space.objectives, sweep)
         say(f"sweep {folder.name}: {sweep.trials} trials over {', '.join(description)}")
-        return _drive(_Sweep(folder, base, space, list(description), sweep, studies, manifest, say))
+        return _drive(
+            _Sweep(folder, base, space, list(description), sweep, studies, manifest, say, record)
+        )
 
 
 def resume_sweep(
@@ -145,6 +158,7 @@ def resume_sweep(
     changes: Mapping[str, Any] | None = None,
     space: Path | None = None,
     fork: str | None = None,
+    storage: str | None = None,
     say: Say = _log.info,
 ) -> SweepResult:
     """Go on with a sweep whose driver has died or that has ended, perhaps with more trials.
@@ -153,19 +167,78 @@ def resume_sweep(
     their own name, and the sampler continues from all of them.
 
     Args:
-        folder: of the sweep.
+        folder: of the sweep; with a store it need not be there, as on another head.
         changes: fields of :class:`SweepConfig` that change, such as ``trials``.
         space: file of the space; None: the one that the sweep was started with.
         fork: name of a new sweep of a changed space, seeded by the trials that it could have drawn.
+        storage: ``checkpoint.storage_path``; None: the one that the sweep was started with.
         say: gets one line at a time.
 
     Raises:
-        FileNotFoundError: there is no sweep in ``folder``.
+        FileNotFoundError: there is no sweep in ``folder``, nor in the store.
         ValueError: the space has changed (its difference is listed), another driver is at work, or
             the study file is locked or damaged.
+        OSError: the store cannot be reached.
+    """
+    storage = storage or _storage_of(folder)
+    store = None if storage is None else open_folder(storage).below(folder.name).address
+    if fork is not None:
+        if store is not None:
+            fetch_record(folder, store)
+        known = _known(folder, storage, changes, space)
+        return _fork(folder, fork, known, say)
+    if not (folder / RECORD).is_file():
+        _require_record(folder, store)
+    with _driving(folder, store, _lease_seconds(folder, store)) as record:
+        if store is not None and fetch_record(folder, store):
+            say(f"the record of sweep {folder.name} is taken from {open_folder(store).uri}")
+        known = _known(folder, storage, changes, space)
+        changed = known.changed
+        if changed:
+            listed = "\n  ".join(changed)
+            raise ValueError(
+                f"the space of sweep {folder.name} has changed since it was started; put it back, "
+                f"or give --fork NEW-NAME for a new sweep seeded by the trials that fit. "
+                f"Changed:\n  {listed}"
+            )
+        studies = open_studies(folder / FILE, folder.name, known.sweep)
+        write_record(folder, known.space, known.sweep, known.description)
+        varied = list(known.description)
+        say(f"resuming sweep {folder.name}: {known.sweep.trials} trials over {', '.join(varied)}")
+        return _drive(
+            _Sweep(
+                *(folder, known.base, known.space, varied, known.sweep),
+                *(studies, known.manifest, say, record),
+            )
+        )
+
+
+class _Known(NamedTuple):
+    """A sweep as it is to go on."""
+
+    base: RunConfig
+    space: Space
+    sweep: SweepConfig
+    manifest: Manifest
+    description: dict[str, str]
+    changed: list[str]
+    """In which the space differs from the one that the sweep was started with."""
+
+
+def _known(
+    folder: Path, storage: str | None, changes: Mapping[str, Any] | None, space: Path | None
+) -> _Known:
+    """Read a sweep's record, and see that data and cluster fit.
+
+    Raises:
+        FileNotFoundError: there is no sweep in ``folder``.
+        ValueError: settings, data and the cluster do not fit.
     """
     record = read_record(folder)
-    base = from_toml((folder / "config.toml").read_text())
+    base = override(
+        from_toml((folder / "config.toml").read_text()),
+        {"checkpoint.storage_path": storage, "run.storage_path": str(folder.parent)},
+    )
     sweep = SweepConfig(**(record["sweep"] | dict(changes or {})))
     manifest, base = prepare_sweep(base, sweep)
     path = space or (Path(record["path"]) if Path(record["path"]).is_file() else None)
@@ -174,22 +247,43 @@ def resume_sweep(
     changed = space_difference(record["description"], description)
     if dict(chosen.objectives) != record["objectives"]:
         changed.append(f"objectives: {record['objectives']} -> {dict(chosen.objectives)}")
-    if fork is not None:
-        return _fork(folder, fork, base, chosen, sweep, manifest, description, say)
-    if changed:
-        listed = "\n  ".join(changed)
-        raise ValueError(
-            f"the space of sweep {folder.name} has changed since it was started; put it back, or "
-            f"give --fork NEW-NAME for a new sweep seeded by the trials that fit. Changed:\n  "
-            f"{listed}"
-        )
+    return _Known(base, chosen, sweep, manifest, dict(description), changed)
+
+
+def _storage_of(folder: Path) -> str | None:
+    config = folder / "config.toml"
+    return from_toml(config.read_text()).checkpoint.storage_path if config.is_file() else None
+
+
+def _require_record(folder: Path, store: str | None) -> None:
+    """Raise unless a sweep's record is in its store, before anything is made of it."""
+    if store is None or open_folder(store).size(RECORD) is None:
+        place = folder if store is None else f"{folder} nor in {open_folder(store).uri}"
+        raise FileNotFoundError(f"there is no sweep in {place} (there is no {RECORD})")
+
+
+def _lease_seconds(folder: Path, store: str | None) -> float:
+    """How long a driver that is gone holds the sweep, as the sweep was started."""
+    if (folder / RECORD).is_file():
+        record = read_record(folder)
+    elif store is not None:
+        record = tomllib.loads(open_folder(store).read(RECORD).decode())
+    return SweepConfig(**record["sweep"]).lease_s
+
+
+@contextmanager
+def _driving(folder: Path, store: str | None, lease_s: float) -> Iterator[StoredRecord | None]:
+    """Hold a sweep for one driver, on this machine and in its store; gives what stores its record.
+
+    Raises:
+        ValueError: another driver is at work.
+    """
     with driving(folder):
-        studies = open_studies(folder / FILE, folder.name, sweep)
-        write_record(folder, chosen, sweep, description)
-        say(f"resuming sweep {folder.name}: {sweep.trials} trials over {', '.join(description)}")
-        return _drive(
-            _Sweep(folder, base, chosen, list(description), sweep, studies, manifest, say)
-        )
+        if store is None:
+            yield None
+            return
+        with Lease(open_folder(store), folder.name, lease_s) as lease:
+            yield StoredRecord(folder, lease)
 
 
 def prepare_sweep(base: RunConfig, sweep: SweepConfig) -> tuple[Manifest, RunConfig]:
@@ -209,25 +303,16 @@ def prepare_sweep(base: RunConfig, sweep: SweepConfig) -> tuple[Manifest, RunCon
         )
     manifest = open_manifest(base.data.uri)
     base = resolve(base, manifest)
-    check_cluster(base.scaling)
+    check_cluster(base)
     return manifest, base
 
 
-def _fork(
-    old: Path,
-    name: str,
-    base: RunConfig,
-    space: Space,
-    sweep: SweepConfig,
-    manifest: Manifest,
-    description: Mapping[str, str],
-    say: Say,
-) -> SweepResult:
+def _fork(old: Path, name: str, known: _Known, say: Say) -> SweepResult:
     """A new sweep that begins with the trials of ``old`` that its space could have drawn."""
+    space, sweep, description = known.space, known.sweep, known.description
     source = open_studies(old / FILE, old.name, sweep)
     # Not fresh, whatever the old one was: that would set a sweep of the new name aside.
-    own = {"run.name": name, "run.storage_path": str(old.parent), "run.fresh": False}
-    base = override(base, own)
+    base = override(known.base, {"run.name": name, "run.fresh": False})
     folder = new_folder(base, space)
 
     def resolved(settings: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -236,7 +321,7 @@ def _fork(
         except ValueError:
             return None
 
-    with driving(folder):
+    with _driving(folder, store_address(base, name), sweep.lease_s) as record:
         write_record(folder, space, sweep, description)
         studies = create_studies(folder / FILE, name, space.objectives, sweep)
         taken = 0
@@ -246,13 +331,25 @@ def _fork(
                 studies.search,
                 resolved,
                 space.suggest,
-                lambda frozen: {
-                    "inherited": old.name,
-                    "folder": str(old / "trials" / f"trial-{frozen.number:04d}"),
-                },
+                lambda frozen: _origin(frozen, old),
             )
         say(f"sweep {name}: forked from {old.name}, {taken} of its trials fit the new space")
-        return _drive(_Sweep(folder, base, space, list(description), sweep, studies, manifest, say))
+        return _drive(
+            _Sweep(
+                *(folder, base, space, list(description), sweep),
+                *(studies, known.manifest, say, record),
+            )
+        )
+
+
+def _origin(frozen: optuna.trial.FrozenTrial, old: Path) -> dict[str, str]:
+    """Where an inherited trial was trained: in ``old``, or where that one has it from."""
+    return {
+        "inherited": frozen.user_attrs.get("inherited", old.name),
+        "folder": frozen.user_attrs.get(
+            "folder", str(old / "trials" / f"trial-{frozen.number:04d}")
+        ),
+    }
 
 
 def _drive(it: _Sweep) -> SweepResult:
@@ -263,6 +360,7 @@ def _drive(it: _Sweep) -> SweepResult:
     progress = Progress(it.sweep, metric, it.standing, it.say)
     with (
         progress.ticking(),
+        it.record or nullcontext(),
         tracking_address(base) as uri,
         open_run(
             uri=uri,
@@ -272,8 +370,10 @@ def _drive(it: _Sweep) -> SweepResult:
             params={"space": it.space.name, "sampler": it.sweep.sampler},
             tags=run_tags(base, it.manifest) | {"next.kind": "sweep"},
             system_seconds=base.tracking.system_seconds,
+            store=store_address(base, folder.name),
         ) as parent,
     ):
+        parent.publish()  # its key is what the trials' runs refer to
         record_inputs(parent, base, it.manifest)
         for name in ("sweep.toml", "space.py"):
             parent.log_artifact(folder / name)
@@ -287,9 +387,10 @@ def _drive(it: _Sweep) -> SweepResult:
             folder,
             tracked,
             progress,
-            lambda places: Search(it.studies, it.space, it.sweep, base, places, lambda: _race(it)),
+            lambda places: _new_search(it, places),
         )
         trials, settings = it.standing()
+        mirror(trials, base)
         _complete_children(folder, trials, tracked)
         if not any(setting.score is not None for setting in settings):
             raise RuntimeError(_all_failed(trials, metric))
@@ -300,7 +401,7 @@ def _drive(it: _Sweep) -> SweepResult:
             [
                 (run.name, best)
                 for run in drawn
-                if not run.inherited and (best := best_checkpoint(Path(run.folder)))
+                if not run.inherited and (best := Home(Path(run.folder), base).best())
             ],
             folder,
             it.manifest,
@@ -309,7 +410,7 @@ def _drive(it: _Sweep) -> SweepResult:
         )
         progress.enter("assessing the best trial on the test split, drawing the report")
         winner = next(trial for trial in trials if trial.name == summary.run)
-        checkpoint = _keep_best(winner, folder)
+        checkpoint = _keep_best(winner, folder, base)
         history = read_history(Path(winner.folder))
         assessment = assess(
             checkpoint, it.manifest, folder, device=device(base), history=history, missing=True
@@ -334,11 +435,18 @@ def _drive(it: _Sweep) -> SweepResult:
         )
         compare = comparison_link(parent)
         parent.close()
+        if it.record is not None:
+            it.record.save()
         register_best(folder, base, uri)
     serve = None if base.tracking.uri else view_command(folder.parent / "mlflow")
     return SweepResult(
         folder, it.varied, trials, settings, summary, assessment, checkpoint, compare, serve
     )
+
+
+def _new_search(it: _Sweep, places: Places) -> Search:
+    given = (it.studies, it.space, it.sweep, it.base, places, lambda: _race(it))
+    return Search(*given) if it.record is None else StoredSearch(it.record, it.folder, *given)
 
 
 def _all_failed(trials: list[Trial], metric: str) -> str:
@@ -349,9 +457,28 @@ def _all_failed(trials: list[Trial], metric: str) -> str:
     )
 
 
-def _keep_best(winner: Trial, folder: Path) -> Path:
-    best = best_checkpoint(Path(winner.folder))
-    assert best is not None, f"{winner.name} has a score and no checkpoint"
+def _keep_best(winner: Trial, folder: Path, base: RunConfig) -> Path:
+    """Copy the winner's best checkpoint to where the sweep keeps it.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    home = Home(Path(winner.folder), base)
+    best = home.best()
+    if best is None:
+        advice = (
+            "bring it back there"
+            if home.store
+            else "it is lost with the machine that trained it, unless you bring it back. For the "
+            "next sweep set checkpoint.storage_path to s3://bucket/prefix, or to a folder that all "
+            "nodes mount"
+        )
+        raise RuntimeError(
+            f"{winner.name} is the best trial with {winner.score:.4g}, but {home.checkpoints} "
+            f"holds no checkpoint of it; {advice}. All scores are kept: `jobs/sweep.py report "
+            f"{folder.name}` shows them, and `jobs/sweep.py resume {folder.name}` assesses the "
+            f"winner once its checkpoint is there"
+        )
     kept = folder / "checkpoints" / "best"
     shutil.rmtree(kept, ignore_errors=True)
     shutil.copytree(best, kept)

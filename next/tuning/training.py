@@ -8,7 +8,9 @@ from __future__ import annotations
 import gc
 import logging
 import resource
+import socket
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 from next.config import RunConfig, from_toml, override, to_toml
 from next.data.shards import Manifest, open_manifest
 from next.evaluation.protocol import Evaluation
+from next.storage import write_whole
 from next.tracking.provenance import git_tags
 from next.tracking.run import Run, open_run
 from next.tracking.views import SWEEP
@@ -27,10 +30,12 @@ from next.training.loop import Worker, train
 from next.training.process import configure_torch, device
 from next.training.record import data_tags, record_data, seed_tags
 from next.training.report import FolderReporter
-from next.training.store import CheckpointStore
+from next.training.store import StoreError
 from next.tuning import workers
 from next.tuning.axes import measure_axes
 from next.tuning.forkserver import Report
+from next.tuning.home import ERROR, Home
+from next.tuning.settings import AXES, FEATURES, RECORD
 
 _log = logging.getLogger(__name__)
 
@@ -50,20 +55,22 @@ def train_trial(
     """Train one trial to its end; True if Tune ended it, which it does within a report.
 
     What the training raises is reported (``failed``) and not raised on: Tune would repeat the same
-    error, while it repeats a trial whose process was killed, which goes on from its checkpoint.
+    error, while it repeats a trial whose process was killed, which goes on from its checkpoint. A
+    trial whose store fails for too long is told apart (``interrupted``): it can go on later.
 
     Args:
         name: of the trial.
         settings: what differs from ``base``.
         base: TOML of the settings that all trials share.
-        folder: of the sweep; the trial's own is ``trials/NAME`` below it.
+        folder: of the sweep, as the driver's machine has it; the trial's own is ``trials/NAME``
+            below it on this machine, and in ``checkpoint.storage_path`` where that is set.
         tracked: MLflow's address, the experiment and the parent run.
         free_axes: measure the best checkpoint with what only matters at evaluation.
         report: tells Tune of an evaluation; raises ``SystemExit`` where Tune ends the trial.
     """
-    own = Path(folder) / "trials" / name
-    own.mkdir(parents=True, exist_ok=True)
     config = override(from_toml(base), settings)
+    own = Path(folder) / "trials" / name
+    home = Home(own, config)
     configure_torch(config)
     gc.collect()  # what the last trial of this process left in reference cycles
     record = {
@@ -75,14 +82,28 @@ def train_trial(
         "params": settings,
         "tags": {"next.kind": "trial", SWEEP: tracked["parent"], **seed_tags(config)},
         "system_seconds": config.tracking.system_seconds,
+        "store": home.store,
     }
     try:
+        _require_home(Path(folder), home)
         with _alone_in(own):
-            return _until_tune_ends_it(config, own, record, free_axes, report)
+            home.clear_of_others(config)
+        with _alone_in(own):  # a folder that was set aside took its lock along
+            return _until_tune_ends_it(config, home, record, free_axes, report)
+    except StoreError as error:
+        if home.store is None:
+            return _failed(name, home, error, report)
+        return _report({"interrupted": f"{name}: {error}"}, report)
     except Exception as error:
-        (own / "error.txt").write_text(traceback.format_exc())
-        _log.info("%s failed: %r", name, error)
-        return _report_failure(f"{kind_of(error)}: {error}", report)
+        return _failed(name, home, error, report)
+
+
+def _failed(name: str, home: Home, error: Exception, report: Report) -> bool:
+    with suppress(OSError):  # the disk may be what failed
+        write_whole(home.folder / ERROR, traceback.format_exc())
+        home.publish(ERROR)
+    _log.info("%s failed: %r", name, error)
+    return _report({"failed": f"{kind_of(error)}: {error}"}, report)
 
 
 def kind_of(error: Exception) -> str:
@@ -97,20 +118,13 @@ def kind_of(error: Exception) -> str:
     return f"raised {type(error).__name__}"
 
 
-def best_checkpoint(folder: Path) -> Path | None:
-    """The best checkpoint of a trial's folder, None where none was written."""
-    try:
-        return CheckpointStore(folder / "checkpoints").best()
-    except FileNotFoundError:
-        return None
-
-
 def _alone_in(folder: Path) -> AcquireReturnProxy[FileLock]:
     """The trial's folder, once a process that outlives its killed driver has left it.
 
     Raises:
         RuntimeError: it does not leave.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".trial.lock", timeout=_PREDECESSOR_SECONDS)
     try:
         return lock.acquire()
@@ -121,43 +135,75 @@ def _alone_in(folder: Path) -> AcquireReturnProxy[FileLock]:
         ) from None
 
 
-def _report_failure(text: str, report: Report) -> bool:
+def _require_home(sweep: Path, home: Home) -> None:
+    """The driver can find what this trial will leave.
+
+    Raises:
+        ValueError: it cannot; a node may have joined that nobody asked when the sweep began.
+    """
+    if home.store is None and not (sweep / RECORD).is_file():
+        raise ValueError(
+            f"node {socket.gethostname()} does not see the sweep's folder {sweep}, in which the "
+            f"trial would leave its results; set checkpoint.storage_path to s3://bucket/prefix, or "
+            f"to a folder that all nodes mount, and start the sweep again"
+        )
+
+
+def _report(ending: dict[str, str], report: Report) -> bool:
     """Tell the search, which stops the trial; True, as Tune ends it within the report."""
     try:
-        report({"failed": text})
+        report(ending)
     except SystemExit:
         return True
     return False
 
 
 def _until_tune_ends_it(
-    config: RunConfig, folder: Path, record: dict[str, Any], free_axes: bool, report: Report
+    config: RunConfig, home: Home, record: dict[str, Any], free_axes: bool, report: Report
 ) -> bool:
     """Train and measure; True if Tune ended the trial, which it does within a report."""
     manifest = open_manifest(str(config.data.uri))
     here, seen = config.scaling.max_workers == 1, _Best()
     with open_run(**record) as run:
+        if here and _say_again(home.folder, config, report):
+            return True
         run.log_text(to_toml(config), "config.toml")
         run.set_tags(git_tags() | data_tags(config, manifest))
         record_data(run, manifest)
-        ended = here and _train_here(config, manifest, folder, run, report, seen)
+        ended = here and _train_here(config, manifest, home, run, report, seen)
     if not here:  # the journal is written beside Ray Train's controller, on this node
-        ended = workers.train_trial(config, manifest, folder, record, report)
-    best = best_checkpoint(folder)
-    if ended or best is None:
-        return ended
-    if here:
+        ended = workers.train_trial(config, manifest, home, record, report)
+    if ended:
+        return True
+    if not here:
+        workers.measure_trial(config, home.folder, exhaustive=free_axes)
+        return False
+    best = home.best()
+    if best is not None:
         measure_axes(
             best,
             config,
             manifest,
-            folder,
+            home.folder,
             device=device(config),
             exhaustive=free_axes,
             found=seen.of(best),
         )
-    else:
-        workers.measure_trial(best, config, folder, exhaustive=free_axes)
+        home.publish(FEATURES, AXES)
+    return False
+
+
+def _say_again(folder: Path, config: RunConfig, report: Report) -> bool:
+    """Report the evaluations that the journal has; True if Tune ended the trial within one.
+
+    The driver that they were reported to may be gone with what it had not stored. One that knows
+    them drops them.
+    """
+    try:
+        for evaluation in workers.Evaluations(folder, config.batch.size).new():
+            report(evaluation)
+    except SystemExit:
+        return True
     return False
 
 
@@ -179,7 +225,7 @@ class _Best:
 
 
 def _train_here(
-    config: RunConfig, manifest: Manifest, folder: Path, run: Run, report: Report, seen: _Best
+    config: RunConfig, manifest: Manifest, home: Home, run: Run, report: Report, seen: _Best
 ) -> bool:
     """Train; True if Tune ended the trial.
 
@@ -191,9 +237,10 @@ def _train_here(
         torch.cuda.reset_peak_memory_stats()
 
     reporter = FolderReporter(
-        folder / "checkpoints",
+        home.checkpoints,
         lambda metrics: report(metrics | _memory(where)),
         checkpoint=config.checkpoint,
+        publish=run.publish,
     )
     try:
         with reporter:

@@ -13,8 +13,8 @@ from typing import Any
 import ray
 from ray import tune
 
-from next.config import RunConfig, ScalingConfig, to_toml
-from next.training.cluster import require_room, start_ray
+from next.config import RunConfig, to_toml
+from next.training.cluster import require_room, require_shared, start_ray
 from next.tuning.forkserver import forking
 from next.tuning.progress import Progress
 from next.tuning.reservations import reclaiming
@@ -24,11 +24,15 @@ from next.tuning.settings import SweepConfig
 from next.tuning.trial import TARGET, run_trial
 
 
-def check_cluster(scaling: ScalingConfig) -> None:
-    """Raise unless a cluster that runs already can hold a trial; where none does, one will fit.
+def check_cluster(base: RunConfig) -> None:
+    """Raise unless a cluster that runs already can hold a trial, and what a trial leaves is found.
+
+    Where no cluster runs, one will fit.
 
     Raises:
-        ValueError: the cluster can never hold the workers of a single trial.
+        ValueError: the cluster can never hold the workers of a single trial, or a node does not
+            read and write where the trials are kept.
+        OSError: this node does not.
         ConnectionError: nothing answers at ``RAY_ADDRESS``.
     """
     connects = bool(os.environ.get("RAY_ADDRESS")) and not ray.is_initialized()
@@ -36,7 +40,8 @@ def check_cluster(scaling: ScalingConfig) -> None:
         start_ray(0)
     try:
         if ray.is_initialized():
-            require_room(scaling)
+            require_room(base.scaling)
+            require_shared(base, base.checkpoint.storage_path or base.run.storage_path)
     finally:
         if connects:
             ray.shutdown()

@@ -23,6 +23,8 @@ from next.training.process import configure_torch, device
 from next.training.workers import train_on_workers
 from next.tuning.axes import measure_axes
 from next.tuning.forkserver import Report
+from next.tuning.home import Home
+from next.tuning.settings import AXES, FEATURES
 
 _LOOK_SECONDS = 0.25
 
@@ -30,7 +32,7 @@ _LOOK_SECONDS = 0.25
 def train_trial(
     config: RunConfig,
     manifest: Manifest,
-    folder: Path,
+    home: Home,
     record: dict[str, Any],
     report: Report,
 ) -> bool:
@@ -39,17 +41,17 @@ def train_trial(
     Args:
         config: resolved settings of the trial.
         manifest: its data.
-        folder: of the trial.
+        home: of the trial.
         record: arguments of :func:`next.tracking.run.open_run`; the journal exists.
         report: tells Tune of an evaluation.
 
     Raises:
         Exception: what a worker raised, as it came.
     """
-    bell, told = Bell(), Evaluations(folder, config.batch.size)
+    bell, told = Bell(), Evaluations(home.folder, config.batch.size)
     with ThreadPoolExecutor(1, thread_name_prefix="workers") as thread:
         training = thread.submit(
-            train_on_workers, config, manifest, folder, str(folder / "checkpoints"), record, bell
+            train_on_workers, config, manifest, home.folder, home.checkpoints, record, bell
         )
         try:
             over = False
@@ -69,13 +71,13 @@ def train_trial(
     return False
 
 
-def measure_trial(best: Path, config: RunConfig, folder: Path, *, exhaustive: bool) -> None:
-    """:func:`next.tuning.axes.measure_axes` in the place of one worker."""
+def measure_trial(config: RunConfig, folder: Path, *, exhaustive: bool) -> None:
+    """:func:`next.tuning.axes.measure_axes` in the place of one worker, on whichever node."""
     needs = worker_resources(config.scaling)
     task = ray.remote(num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0), max_retries=0)(_measure)
     # By default it would be held to what the trial's actor has reserved, which is next to nothing.
     placed = task.options(scheduling_strategy="DEFAULT")
-    ray.get(placed.remote(str(best), to_toml(config), str(folder), exhaustive))
+    ray.get(placed.remote(to_toml(config), str(folder), exhaustive))
 
 
 def first_cause(error: ray.train.WorkerGroupError) -> Exception:
@@ -126,9 +128,13 @@ class Evaluations:
         return scores | self._last | {"step": step, "epoch": int(self._last["epoch"])}
 
 
-def _measure(best: str, settings: str, folder: str, exhaustive: bool) -> None:
+def _measure(settings: str, folder: str, exhaustive: bool) -> None:
     config = from_toml(settings)
     configure_torch(config)
-    manifest = open_manifest(str(config.data.uri))
-    where = device(config)
-    measure_axes(Path(best), config, manifest, Path(folder), device=where, exhaustive=exhaustive)
+    home = Home(Path(folder), config)
+    best = home.best()
+    if best is None:
+        return
+    manifest, where = open_manifest(str(config.data.uri)), device(config)
+    measure_axes(best, config, manifest, home.folder, device=where, exhaustive=exhaustive)
+    home.publish(FEATURES, AXES)

@@ -180,7 +180,7 @@ def test_a_storage_path_that_other_nodes_do_not_see_is_refused(cluster, tiny_con
         pytest.skip("no right to mount a file system here")
     assert done.returncode == 2, done.stderr
     assert "error: run.storage_path must be seen by every node of the cluster" in done.stderr
-    assert "set checkpoint.storage_path and --data to s3://bucket/prefix" in done.stderr
+    assert "set checkpoint.storage_path to s3://bucket/prefix, or to a folder that" in done.stderr
 
 
 def test_an_address_where_no_cluster_answers_is_said_at_once(tiny_config, monkeypatch):

@@ -8,12 +8,14 @@ from next.training.checkpoint import read_config
 from next.training.inputs import resolve
 from next.training.process import device
 from next.tuning.axes import measure_axes
+from next.tuning.home import Home
 from next.tuning.settings import AXES, FEATURES
-from next.tuning.training import best_checkpoint, train_trial
+from next.tuning.training import train_trial
 
 
 def test_what_a_trial_keeps_of_its_best_epoch_is_what_its_checkpoint_gives(tiny_config, tmp_path):
     manifest = open_manifest(str(tiny_config.data.uri))
+    (tmp_path / "sweep.toml").write_text("")
     told = []
     ended = train_trial(
         "trial-0000",
@@ -30,7 +32,7 @@ def test_what_a_trial_keeps_of_its_best_epoch_is_what_its_checkpoint_gives(tiny_
     kept = dict(np.load(own / FEATURES))
     usage = (own / AXES).read_bytes()
     assert np.nanmean(kept["average_precision"]) * 100 > max(r["val/mAP"] for r in told) - 1e-3
-    best = best_checkpoint(own)
+    best = Home(own, tiny_config).best()
     config = read_config(best)
     measure_axes(best, config, manifest, own, device=device(config), exhaustive=False)
     again = dict(np.load(own / FEATURES))

@@ -1,0 +1,140 @@
+"""Where a trial's results are: in its folder on a machine, and in its store if the sweep has one.
+
+A trial works in a folder of the machine that it runs on and publishes to its store, from which the
+driver brings what comparing needs into its own folder. Without a store that folder is the home, and
+nothing is copied.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from next.config import RunConfig, from_toml
+from next.storage import Folder, open_folder, write_whole
+from next.tracking.publication import Publication
+from next.training.folder import changes
+from next.training.store import CheckpointStore, persist, store_address
+from next.tuning.settings import AXES, FEATURES
+
+if TYPE_CHECKING:
+    from next.tuning.results import Trial
+
+_log = logging.getLogger(__name__)
+
+_MIRRORED_AT_A_TIME = 8
+
+ERROR = "error.txt"
+"""File of what the training raised."""
+_RESULTS = (FEATURES, AXES, ERROR)
+_SETTINGS = "artifacts/config.toml"
+
+
+class Home:
+    """The home of one trial.
+
+    Args:
+        folder: of the trial, ``SWEEP/trials/NAME``, on this machine.
+        config: names the storage of all sweeps.
+    """
+
+    def __init__(self, folder: Path, config: RunConfig) -> None:
+        self.folder = folder
+        # An inherited trial's folder lies in another sweep, and so does its store.
+        name = "/".join(folder.parts[-3:])
+        self.store = store_address(config, name)
+        self._patience_s = config.checkpoint.patience_s
+        self.checkpoints = self.store or str(folder / "checkpoints")
+        """Where the training keeps its checkpoints."""
+
+    def best(self) -> Path | None:
+        """The best checkpoint, on this machine; None where none was written.
+
+        Raises:
+            OSError: the store cannot be reached.
+        """
+        kept = CheckpointStore(self.checkpoints)
+        try:
+            if kept.folder.is_local:
+                return kept.best()
+            here = CheckpointStore(self.folder / "checkpoints")
+            return here.bring_best(kept)
+        except FileNotFoundError:
+            return None
+
+    def publish(self, *names: str) -> None:
+        """Bring files of the folder to the store; it is tried again while the store is away.
+
+        Raises:
+            StoreError: the store could not be written for ``checkpoint.patience_s``.
+        """
+        if self.store is None:
+            return
+        for name in names:
+            self._publish(open_folder(self.store), name)
+
+    def _publish(self, store: Folder, name: str) -> None:
+        persist(
+            lambda: store.upload(self.folder / name, name),
+            f"{name} of {self.folder.name}",
+            self._patience_s,
+        )
+
+    def mirror(self) -> None:
+        """Bring what comparing needs from the store: journal, features, axes, settings, error.
+
+        Raises:
+            OSError: the store cannot be reached, or the disk is full.
+        """
+        if self.store is None:
+            return
+        kept = open_folder(self.store)
+        names = kept.names()
+        if not names:
+            return
+        Publication(self.folder, self.store).fetch(writes=False)
+        for name in names:
+            here = self.folder / name
+            if name in _RESULTS and not (here.exists() and here.stat().st_size == kept.size(name)):
+                write_whole(here, kept.read(name))
+
+    def clear_of_others(self, config: RunConfig) -> bool:
+        """Set aside what a trial of this name and other settings left; whether there was any.
+
+        A driver that is lost with its last draw leaves a trial that the next one draws anew.
+
+        Raises:
+            OSError: the store cannot be reached.
+        """
+        places = [open_folder(self.folder)]
+        if self.store is not None:
+            places.append(open_folder(self.store))
+        found = False
+        for place in places:
+            if place.size(_SETTINGS) is None:
+                continue
+            other = from_toml(place.read(_SETTINGS).decode())
+            changed = changes(other, config)
+            if changed:
+                suffix = time.strftime("%Y%m%d-%H%M%S")
+                _log.warning("%s is of another trial: set aside.\n  %s", place.uri, changed)
+                place.move(suffix)
+                found = True
+        return found
+
+
+def mirror(trials: Sequence[Trial], config: RunConfig) -> None:
+    """:meth:`Home.mirror` for several trials at a time.
+
+    Raises:
+        OSError: a store cannot be reached, or the disk is full.
+    """
+    if config.checkpoint.storage_path is None:
+        return
+    homes = [Home(Path(trial.folder), config) for trial in trials]
+    with ThreadPoolExecutor(_MIRRORED_AT_A_TIME) as pool:
+        list(pool.map(Home.mirror, homes))

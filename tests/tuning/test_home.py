@@ -1,0 +1,176 @@
+"""A trial and its store: it goes on on another machine, and the driver finds what it left."""
+
+import shutil
+import sqlite3
+
+import numpy as np
+import pytest
+
+from next.config import RunConfig, override, to_toml
+from next.data.shards import open_manifest
+from next.storage import open_folder
+from next.tracking.journal import read_metrics, read_status
+from next.training.inputs import resolve
+from next.tuning.home import Home, mirror
+from next.tuning.results import Trial
+from next.tuning.settings import AXES, FEATURES
+from next.tuning.sweep import _keep_best
+from next.tuning.training import train_trial
+
+NAME = "trial-0000"
+
+
+@pytest.fixture(params=["local", "s3"])
+def stored(request, tiny_config, tmp_path) -> RunConfig:
+    """Settings of a sweep that has a store."""
+    local = request.param == "local"
+    place = str(tmp_path / "kept") if local else f"{request.getfixturevalue('s3')}/kept"
+    config = override(tiny_config, {"checkpoint.storage_path": place})
+    return resolve(config, open_manifest(str(config.data.uri)))
+
+
+class Machine:
+    """A folder of its own in place of a machine's disk."""
+
+    def __init__(self, folder, config: RunConfig, uri: str | None = None) -> None:
+        self.sweep, self.config = folder / "search", config
+        self.own = self.sweep / "trials" / NAME
+        self.home = Home(self.own, config)
+        self.tracked = {"uri": uri, "experiment": "demo", "parent": None}
+        self.told: list[dict] = []
+
+    def train(self, settings=None, *, ends_after: int | None = None) -> bool:
+        """Train the trial; it is ended within its evaluation ``ends_after``."""
+
+        def report(found: dict) -> None:
+            self.told.append(found)
+            if len(self.told) == ends_after:
+                raise SystemExit
+
+        return train_trial(
+            NAME,
+            settings or {"optim.lr": 3e-3},
+            base=to_toml(self.config),
+            folder=str(self.sweep),
+            tracked=self.tracked,
+            free_axes=False,
+            report=report,
+        )
+
+
+def losses(folder) -> list[int]:
+    return [row["step"] for row in read_metrics(folder) if "train/loss" in row["values"]]
+
+
+def trial(machine: Machine, **given) -> Trial:
+    return Trial(
+        name=NAME, folder=str(machine.own), settings={}, state="finished", epochs=3, score=50.0,
+        values=(50.0,), curve=[], seconds=1.0, error=None, seed=0, of=None, rank=50.0, **given,
+    )  # fmt: skip
+
+
+def test_a_trial_that_goes_on_elsewhere_comes_to_what_it_would_have_come_to(
+    server, stored, tiny_config, tmp_path
+):
+    undisturbed = Machine(tmp_path / "none", resolve(tiny_config, open_manifest(stored.data.uri)))
+    undisturbed.sweep.mkdir(parents=True)
+    (undisturbed.sweep / "sweep.toml").touch()
+    undisturbed.train()
+
+    one = Machine(tmp_path / "one", stored, server.uri)
+    assert one.train(ends_after=2), "its machine goes with epoch 2 in the store"
+    shutil.rmtree(one.sweep)
+    two = Machine(tmp_path / "two", stored, server.uri)
+    assert not two.train()
+    assert [report["epoch"] for report in two.told] == [1, 2, 3], "what was said is said again"
+    scores = [report["val/mAP"] for report in two.told]
+    assert scores == [report["val/mAP"] for report in undisturbed.told]
+    assert losses(two.own) == losses(undisturbed.own)
+
+    driver = Machine(tmp_path / "driver", stored)
+    mirror([trial(driver)], stored)
+    assert read_status(driver.own) == "FINISHED"
+    assert losses(driver.own) == losses(undisturbed.own)
+    kept, alone = np.load(driver.own / FEATURES), np.load(undisturbed.own / FEATURES)
+    np.testing.assert_array_equal(kept["average_precision"], alone["average_precision"])
+    assert (driver.own / AXES).read_bytes() == (undisturbed.own / AXES).read_bytes()
+    best, theirs = driver.home.best(), undisturbed.home.best()
+    assert best.name == theirs.name
+    weights = "model.safetensors"
+    assert (best / weights).read_bytes() == (theirs / weights).read_bytes()
+
+    runs = sqlite3.connect(server.folder / "mlflow.db")
+    found = runs.execute(
+        "select count(*), count(distinct key || ' ' || step) from metrics where key = 'train/loss' "
+        "and run_uuid in (select run_uuid from tags where key = 'next.run_key' and value = ?)",
+        (driver_key(driver),),
+    ).fetchone()
+    assert found == (len(losses(two.own)), len(losses(two.own))), "each once"
+
+
+def driver_key(driver: Machine) -> str:
+    from next.tracking.journal import Opened, read_records
+
+    (opened,) = [e.record for e in read_records(driver.own) if isinstance(e.record, Opened)]
+    return opened.key
+
+
+def test_the_driver_finds_what_a_trial_elsewhere_failed_of(stored, tmp_path):
+    machine = Machine(tmp_path / "one", stored)
+    assert not machine.train({"model.aggregation.heads": 5})
+    (failure,) = machine.told
+    assert failure["failed"].startswith("raised ValueError: ")
+    driver = Machine(tmp_path / "driver", stored)
+    mirror([trial(driver)], stored)
+    assert (driver.own / "error.txt").read_text().startswith("Traceback")
+
+
+def test_a_trial_of_other_settings_does_not_go_on_from_the_checkpoint_of_its_name(
+    stored, tmp_path, caplog
+):
+    one, two = Machine(tmp_path / "one", stored), Machine(tmp_path / "two", stored)
+    one.train({"optim.lr": 3e-3}, ends_after=2)
+    two.train({"optim.lr": 1e-3})
+    assert "is of another trial: set aside" in caplog.text
+    assert "optim.lr: 0.003 -> 0.001" in caplog.text
+    assert [report["epoch"] for report in two.told] == [1, 2, 3]
+    assert len(losses(two.own)) == len(set(losses(two.own)))
+    trials = open_folder(stored.checkpoint.storage_path).names("search/trials")
+    assert len(trials) == 2
+    assert trials[1].startswith(f"{NAME}.2")
+    one.train({"optim.lr": 3e-3}, ends_after=4)
+    assert "set aside" in caplog.text
+
+
+def test_the_winner_without_a_checkpoint_is_an_error_that_says_what_to_do(stored, tmp_path):
+    driver = Machine(tmp_path / "driver", stored)
+    with pytest.raises(
+        RuntimeError,
+        match=rf"{NAME} is the best trial with 50, but .*search/trials/{NAME}.* holds no "
+        r"checkpoint of it; bring it back there. All scores are kept: `jobs/sweep.py report sea",
+    ):
+        _keep_best(trial(driver), driver.sweep, stored)
+    alone = override(stored, {"checkpoint.storage_path": None})
+    with pytest.raises(RuntimeError, match=r"set checkpoint.storage_path to s3://bucket/prefix"):
+        _keep_best(trial(driver), driver.sweep, alone)
+
+
+def test_a_trial_whose_results_the_driver_would_not_find_fails_and_says_why(tiny_config, tmp_path):
+    config = resolve(tiny_config, open_manifest(str(tiny_config.data.uri)))
+    machine = Machine(tmp_path / "other", config)
+    assert not machine.train()
+    (failure,) = machine.told
+    assert "does not see the sweep's folder" in failure["failed"]
+    assert "set checkpoint.storage_path to s3://bucket/prefix" in failure["failed"]
+
+
+def test_without_a_store_nothing_is_written_beside_what_always_was(tiny_config, tmp_path):
+    config = resolve(tiny_config, open_manifest(str(tiny_config.data.uri)))
+    machine = Machine(tmp_path / "one", config)
+    machine.sweep.mkdir(parents=True)
+    (machine.sweep / "sweep.toml").touch()
+    machine.train()
+    mirror([trial(machine)], config)
+    assert sorted(path.name for path in machine.own.iterdir() if path.name[0] != ".") == [
+        "artifacts", "axes.json", "checkpoints", "features.npz", "journal.jsonl",
+    ]  # fmt: skip
