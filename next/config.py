@@ -384,8 +384,9 @@ class ScalingConfig(Section):
     """Named after ``ray.train.ScalingConfig``."""
 
     num_workers: Annotated[int, Field(ge=1)] | tuple[int, int] = 1
-    """1: train in this process (or in Tune's actor); more: through Ray Train. Two numbers, least
-    and most: as many as the cluster holds, fewer when a node is lost, more when one joins."""
+    """1: train in this process (or in a trial's); more, or a cluster (``RAY_ADDRESS``): through Ray
+    Train. Two numbers, least and most: as many as the cluster holds, fewer when a node is lost,
+    more when one joins."""
     use_gpu: bool = False
     """One GPU for each worker."""
     cpus_per_worker: float = Field(default=1.0, gt=0)

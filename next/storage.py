@@ -47,6 +47,11 @@ THREADS = 8
 """Files that are copied at a time."""
 _BLOCK = 8 * 2**20
 _OPTIONS = ("endpoint_override", "scheme", "region")
+_MOUNTS = Path("/proc/self/mountinfo")
+_NETWORK = frozenset(
+    ("nfs", "nfs4", "cifs", "smb3", "smbfs", "ceph", "glusterfs", "lustre", "gpfs", "beegfs", "afs")
+)
+"""Beside all of FUSE, by which buckets and other machines are mounted."""
 _REFUSED = ("ACCESS_DENIED", "SIGNATURE_DOES_NOT_MATCH", "INVALID_ACCESS_KEY_ID", "EXPIRED_TOKEN")
 """Arrow's names for what a server says to credentials, in the order of rising precision."""
 
@@ -367,6 +372,36 @@ class Folder:
 
     def _endpoint(self) -> str:
         return _endpoint(dict(parse_qsl(self.options))) or "AWS"
+
+
+def network_mount(path: str | Path) -> str | None:
+    """Type of the network file system that a local path lies on, such as ``nfs4``; None: on none.
+
+    The path need not exist yet.
+    """
+    real = Path(path).resolve()
+    deepest, found = -1, ""
+    for line in _MOUNTS.read_text().splitlines() if _MOUNTS.is_file() else ():
+        before, _, after = line.partition(" - ")
+        point = Path(before.split()[4].replace("\\040", " "))  # the kernel's way to write a blank
+        if real.is_relative_to(point) and len(point.parts) >= deepest:  # the later one hides others
+            deepest, found = len(point.parts), after.split()[0]
+    return found if found in _NETWORK or found.startswith("fuse.") else None
+
+
+def require_own_disk(path: str | Path, setting: str, what: str) -> None:
+    """Raise if a database would lie on a network file system, where SQLite's log is not safe.
+
+    Raises:
+        ValueError: it would; with the setting that says where.
+    """
+    kind = network_mount(path)
+    if kind is not None:
+        raise ValueError(
+            f"{setting} must be on a disk of this machine for {what}, which is an SQLite file with "
+            f"a write-ahead log, but {path} is on a network file system ({kind}), where it is "
+            f"damaged; give a local folder, and checkpoint.storage_path for what others must see"
+        )
 
 
 def open_folder(uri: str | Path) -> Folder:

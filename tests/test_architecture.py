@@ -31,6 +31,7 @@ HOMES = {
     "mlflow": ("next/tracking/",),
     "ray": (
         "next/training/cluster.py",
+        "next/training/nodes.py",
         "next/training/relay.py",  # of workers.py, what Ray's controller loads without the network
         "next/training/workers.py",
         "next/tuning/",

@@ -1,4 +1,8 @@
-"""The Ray cluster of a run: found or started, large enough, with folders that every node sees."""
+"""The Ray cluster of a run: found or started, large enough, with folders that every node sees.
+
+A cluster is given by ``RAY_ADDRESS``, which a job of ``ray job submit`` has as well. Its driver
+often sits on a head that has no GPU, and no CPU to give: then nothing is computed where it is.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,10 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from next.config import RunConfig, ScalingConfig
 from next.storage import Folder, open_folder
@@ -27,10 +31,17 @@ _ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "1",  # each trial trains in a new thread; glibc keeps a heap for each
 }
 
+Found = TypeVar("Found")
+
 _CONNECT_SECONDS = 5.0
 _NODES_SECONDS = 30.0
 """How long a node may take to join that is starting."""
 _LOOK_SECONDS = 60.0
+
+
+def on_cluster() -> bool:
+    """Whether a cluster is given; else Ray, if it is needed at all, runs on this machine alone."""
+    return os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
 
 
 def start_ray(cpus: float) -> None:
@@ -46,7 +57,7 @@ def start_ray(cpus: float) -> None:
 
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    if os.environ.get("RAY_ADDRESS"):
+    if on_cluster():
         check_address(os.environ["RAY_ADDRESS"])
         ray.init(log_to_driver=False)
         return
@@ -60,6 +71,56 @@ def start_ray(cpus: float) -> None:
     token = Path.home() / ".ray" / "auth_token"
     if token.exists():  # Ray writes its secret readable by everybody
         token.chmod(0o600)
+
+
+@contextmanager
+def connected(cpus: float = 0) -> Iterator[None]:
+    """A Ray that runs already, or one for this block; as :func:`start_ray`."""
+    import ray
+
+    started = not ray.is_initialized()
+    if started:
+        start_ray(cpus)
+    try:
+        yield
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def in_a_workers_place(
+    scaling: ScalingConfig, function: Callable[..., Found], *arguments: Any
+) -> Found:
+    """What ``function(*arguments)`` returns, computed where there is room for a worker.
+
+    Without a cluster that is this process; with one, a node of it. It is tried again where that
+    node dies.
+
+    Args:
+        scaling: what a worker takes.
+        function: of a module, so that the node finds it.
+        arguments: whatever can be pickled; paths must be seen by the node.
+
+    Raises:
+        Exception: what the function raised, as it came.
+        ValueError: the cluster can never hold a worker.
+    """
+    if not on_cluster():
+        return function(*arguments)
+    import ray
+
+    needs = worker_resources(scaling)
+    one = scaling.model_copy(update={"num_workers": 1})
+    task = ray.remote(num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0))(function)
+    with connected():
+        require_room(one)
+        # By default a task of an actor is held to what that has reserved, which may be nothing.
+        placed = task.options(scheduling_strategy="DEFAULT")
+        try:
+            found: Found = ray.get(placed.remote(*arguments))
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+    return found
 
 
 def check_address(address: str) -> None:
@@ -108,10 +169,8 @@ def require_room(scaling: ScalingConfig, *, patience_s: float = _NODES_SECONDS) 
     needs = worker_resources(scaling)
     deadline = time.monotonic() + patience_s
     while (holds := _holds(ray.nodes(), needs)) < scaling.min_workers:
-        most = _autoscaler_most()
-        if most is not None and all(
-            most.get(name, 0) >= need * scaling.min_workers for name, need in needs.items()
-        ):
+        most = most_workers(scaling)
+        if most is not None and most >= scaling.min_workers:
             _log.info("the cluster holds %d workers now; its autoscaler may add nodes", holds)
             return
         if most is not None or time.monotonic() > deadline:
@@ -119,10 +178,37 @@ def require_room(scaling: ScalingConfig, *, patience_s: float = _NODES_SECONDS) 
             raise ValueError(
                 f"scaling.num_workers needs room for {scaling.min_workers} workers of {each} each, "
                 f"but the cluster holds {holds} and "
-                + ("its autoscaler adds too few" if most is not None else "has no autoscaler")
+                + (f"{most:g} at its largest" if most is not None else "has no autoscaler")
                 + "; lower scaling.num_workers or scaling.cpus_per_worker, or add nodes"
             )
         time.sleep(0.5)
+
+
+def most_workers(scaling: ScalingConfig) -> float | None:
+    """Workers that the cluster holds at its largest; None: nobody adds nodes to it.
+
+    Infinite where an autoscaler is there, and what it may start is not known.
+    """
+    from next.training.nodes import most_that_fit
+
+    return most_that_fit(worker_resources(scaling))
+
+
+def check_cluster(config: RunConfig) -> None:
+    """Raise unless a cluster, which is there already, can hold a run and keep what it leaves.
+
+    Raises:
+        ValueError: it can never hold the workers, a node has other versions or another time, or
+            does not read and write where runs are kept.
+        OSError: this node does not.
+        ConnectionError: nothing answers at ``RAY_ADDRESS``.
+    """
+    from next.training.nodes import require_alike
+
+    with connected():
+        require_room(config.scaling)
+        require_alike()
+        require_shared(config, config.checkpoint.storage_path or config.run.storage_path)
 
 
 def require_shared(config: RunConfig, place: str) -> None:
@@ -227,11 +313,3 @@ def _holds(nodes: list[dict[str, Any]], needs: dict[str, float]) -> int:
         for node in nodes
         if node["Alive"]
     )
-
-
-def _autoscaler_most() -> dict[str, float] | None:
-    """Resources of the cluster at its largest; None: nobody adds nodes to it."""
-    from ray._private.state import state
-
-    most: dict[str, float] | None = state.get_max_resources_from_cluster_config()
-    return most

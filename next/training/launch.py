@@ -6,23 +6,24 @@ import json
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from next.config import RunConfig
 from next.data.shards import Manifest, open_manifest
-from next.storage import write_whole
+from next.storage import require_own_disk, write_whole
 from next.tracking.provenance import provenance_tags
 from next.tracking.run import check_server, open_run, read_metrics, start_server, view_command
-from next.training.assessment import Assessment, assess
+from next.training.assessment import Assessment
 from next.training.checkpoint import read_config, read_progress, require_data
-from next.training.cluster import start_ray
+from next.training.cluster import check_cluster, connected, on_cluster, start_ray
 from next.training.folder import as_begun, changes, claim_folder, run_folder
 from next.training.inputs import resolve, training_data
 from next.training.interruption import Bell, listening
 from next.training.loop import Outcome, Worker, train
-from next.training.process import assessing_device, configure_torch, device
+from next.training.placement import assess_in_place
+from next.training.process import configure_torch, device
 from next.training.record import (
     data_tags,
     own_settings,
@@ -77,13 +78,15 @@ def launch(config: RunConfig) -> RunResult:
         raise ValueError("data.uri is not set; give the folder that jobs/prepare.py wrote")
     manifest = open_manifest(config.data.uri)
     config = resolve(_as_begun(config), manifest)
+    if on_cluster():
+        check_cluster(config)
     folder = claim_folder(config)
     configure_torch(config)
     home = store_address(config, folder.name)
     store = _store(config, folder)
     if config.run.fresh:
         store.set_aside(time.strftime("%Y%m%d-%H%M%S"))
-    with tracking_address(config) as uri:
+    with connected() if on_cluster() else nullcontext(), tracking_address(config) as uri:
         tracked: dict[str, Any] = {
             "uri": uri,
             "experiment": config.tracking.experiment or manifest.benchmark.name,
@@ -95,7 +98,7 @@ def launch(config: RunConfig) -> RunResult:
             "store": home,
         }
         outcome = _finished(store, config, manifest.digest)
-        if outcome is None and config.scaling.num_workers == 1:
+        if outcome is None and config.scaling.num_workers == 1 and not on_cluster():
             outcome = _train_here(config, manifest, store.uri, tracked)
         elif outcome is None:
             outcome = _train_on_ray(config, manifest, folder, store.uri, tracked)
@@ -103,13 +106,8 @@ def launch(config: RunConfig) -> RunResult:
         if home is not None:  # who registers a run looks in its own folder
             checkpoint = CheckpointStore(folder / "checkpoints").adopt(checkpoint)
         with open_run(**tracked) as run:
-            assessment = assess(
-                checkpoint,
-                manifest,
-                folder,
-                device=assessing_device(config),
-                history=read_history(folder),
-                missing=True,
+            assessment = assess_in_place(
+                config, checkpoint, store.uri, manifest, folder, history=read_history(folder)
             )
             record_assessment(run, assessment, step=outcome.step)
             run.set_tags({"next.checkpoint_uri": str(checkpoint)})
@@ -126,7 +124,8 @@ def tracking_address(config: RunConfig) -> Iterator[str | None]:
     """MLflow's address while the block runs: the one set, or a local server; None: no tracking.
 
     Raises:
-        ValueError: ``tracking.uri`` is no http(s) address.
+        ValueError: ``tracking.uri`` is no http(s) address, or the local server's database would be
+            on a network file system.
         ConnectionError: nobody answers there.
         PermissionError: the server wants other credentials.
     """
@@ -137,6 +136,7 @@ def tracking_address(config: RunConfig) -> Iterator[str | None]:
         yield config.tracking.uri
     else:
         folder = Path(config.run.storage_path).absolute() / "mlflow"
+        require_own_disk(folder, "run.storage_path", "MLflow's database")
         with start_server(folder, wait=False) as server:
             yield server.uri
 

@@ -27,9 +27,9 @@ def device(config: RunConfig) -> torch.device:
 
 
 def assessing_device(config: RunConfig) -> torch.device:
-    """Where the driver assesses a run: on a GPU if the run uses them and there is one here.
+    """Where a run is assessed on its own machine: on a GPU if it uses them and there is one here.
 
-    The workers of a cluster have GPUs, while the head, where the driver runs, often has none.
+    A run that was trained elsewhere may be assessed on a machine without.
     """
     has_one = config.scaling.use_gpu and torch.cuda.is_available()
     return torch.device("cuda" if has_one else "cpu")

@@ -23,10 +23,17 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 
 from next.config import RunConfig, from_toml, to_toml
 from next.data.shards import Manifest, open_manifest
-from next.training.cluster import require_room, require_shared, start_ray, worker_resources
+from next.training.cluster import (
+    connected,
+    on_cluster,
+    require_room,
+    require_shared,
+    worker_resources,
+)
 from next.training.inputs import training_data
 from next.training.interruption import Ask, Bell, Interrupted, listening
 from next.training.loop import Outcome, Worker, train
+from next.training.nodes import own_facts, require_versions
 from next.training.process import configure_torch
 from next.training.relay import LISTEN_SECONDS, JournalWriter, Line, on_the_line
 from next.training.report import TrainReporter
@@ -82,17 +89,14 @@ def train_on_workers(
         Interrupted: SIGTERM or Ctrl-C; the workers wrote a checkpoint.
         ray.train.TrainingFailedError: workers died more often than ``run.max_failures``.
     """
-    training_data(config, manifest)  # the node's cache and text bank, before workers ask for them
-    started = not ray.is_initialized()
-    if started:
-        start_ray(config.scaling.max_workers * config.scaling.cpus_per_worker)
-    try:
+    if not on_cluster() and not ray.is_initialized():
+        # The cache and the text bank, before workers ask for them. The driver of a cluster may be
+        # on a node that has no use for either; there, the first worker on a node makes them.
+        training_data(config, manifest)
+    with connected(config.scaling.max_workers * config.scaling.cpus_per_worker):
         require_room(config.scaling)
         require_shared(config, checkpoints)
         return _fit(config, folder, checkpoints, tracked, bell or Bell())
-    finally:
-        if started:
-            ray.shutdown()
 
 
 def _fit(
@@ -105,6 +109,7 @@ def _fit(
             "config": to_toml(config),
             "checkpoints": checkpoints,
             "line": line.name,
+            "versions": own_facts().versions,
         },
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.scaling.num_workers,
@@ -139,6 +144,7 @@ def _fit(
 
 def _work(settings: dict[str, Any]) -> dict[str, Any]:
     """One worker. What would only come again is returned: for what is raised, Ray starts anew."""
+    require_versions(settings["versions"])
     config = from_toml(settings["config"])
     configure_torch(config)
     context = ray.train.get_context()

@@ -1,17 +1,19 @@
 """Drills on a real cluster: workers, drivers and nodes die, and the run ends as if none had."""
 
+import json
 import re
 import socket
 import subprocess
 import sys
 
 import pytest
-from ray.util.state import list_actors
+from ray.util.state import list_actors, list_tasks
 
 from next.config import override, to_toml
 from next.tracking.run import read_status
 from next.training.cluster import check_address, require_room, start_ray
 from next.training.interruption import INTERRUPTED
+from next.training.launch import launch
 from tests.training.conftest import (
     ROOT,
     SETTINGS,
@@ -121,6 +123,33 @@ def test_a_run_whose_workers_and_driver_die_ends_with_the_bits_of_an_undisturbed
     _, *lives = said.split("training on 2 workers")
     assert len(lives) == 6
     assert all("ended: " in life for life in lives[:3]), "why Ray starts workers again is told"
+
+
+def test_one_worker_is_placed_by_ray_and_the_head_computes_nothing(
+    cluster, drill, tiny_config, monkeypatch, tmp_path
+):
+    brief = {"scaling__num_workers": 1, "optim__epochs": 2, "selection__every": 1}
+    empty = {"data__cache": str(tmp_path / "cache")}
+    run = drill("alone", **brief, **empty, tracking__enabled=False)
+    run.until(lambda: len(workers()) == 1, "no worker of Ray Train")
+    [worker] = list_actors(filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")])
+    assert worker.node_id != cluster.head_node.node_id
+    assert run.ends() == 0, run.said()[-3000:]
+    assert "training on 1 worker\n" in run.said()
+    placed = [task.name for task in list_tasks(limit=10_000) if task.state == "FINISHED"]
+    assert placed.count("_assess") == 1, "the test split, too, is where there is a CPU"
+    run.gave_everything_back()
+    monkeypatch.delenv("RAY_ADDRESS")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    settings = {name.replace("__", "."): value for name, value in brief.items()}
+    own = {"run.storage_path": str(tmp_path), "data.cache": tiny_config.data.cache}
+    here = launch(override(tiny_config, SETTINGS | settings | own))
+    alone = json.loads((run.folder / "result.json").read_text())
+    assert alone["test"] == here.assessment.metrics
+    assert alone["losses"] == here.outcome.losses
+    pictures = {path.name for path in here.assessment.pictures}
+    assert {path.name for path in (run.folder / "figures").iterdir()} == pictures
+    assert_same_bits(*(each / "checkpoints" / "last" for each in (run.folder, here.folder)))
 
 
 def test_the_driver_tells_of_each_epoch_as_a_run_in_one_process_does(undisturbed):
