@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import optuna
-import torch
 
+from next.config import RunConfig
 from next.data.shards import Manifest
 from next.tracking.links import view_url
 from next.tracking.run import Run, open_run
 from next.tracking.views import experiment_tags, sweep_view
-from next.training.assessment import assess
 from next.training.launch import read_history
+from next.training.placement import assess_in_place
 from next.training.record import record_assessment
+from next.tuning.home import Home
 from next.tuning.space import Space
 
 PICTURES = (
@@ -76,7 +77,7 @@ def record_pictures(
     trials: list[tuple[str, Path]],
     folder: Path,
     manifest: Manifest,
-    device: torch.device,
+    base: RunConfig,
     tracked: dict[str, str | None],
 ) -> None:
     """Draw trials on the held-out identities, and log that to their runs for the image grid.
@@ -85,19 +86,19 @@ def record_pictures(
         trials: name and best checkpoint of each.
         folder: of the sweep.
         manifest: the data.
-        device: where to compute.
+        base: settings that all trials share; what a worker takes, and where checkpoints are.
         tracked: address, experiment and parent of the runs.
     """
     for name, checkpoint in trials:
         own = folder / "trials" / name
-        assessment = assess(
+        assessment = assess_in_place(
+            base,
             checkpoint,
+            Home(own, base).checkpoints,
             manifest,
             own,
-            device=device,
             split="val",
             history=read_history(own),
-            missing=True,
         )
         with open_run(
             uri=tracked["uri"],

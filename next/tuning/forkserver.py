@@ -109,7 +109,7 @@ class Forked:
 
 
 @contextmanager
-def forking(target: str) -> Iterator[str]:
+def forking(target: str, *, here: bool = True) -> Iterator[str]:
     """A server on this node for as long as the block runs; gives the key by which it is found.
 
     It imports while the block goes on. With that key, :class:`Forked` starts one on other nodes,
@@ -117,8 +117,12 @@ def forking(target: str) -> Iterator[str]:
 
     Args:
         target: ``module:function``; the module is imported before anything is forked.
+        here: whether this node forks; the head of a cluster often has no room for a trial.
     """
     key = uuid.uuid4().hex
+    if not here:
+        yield key
+        return
     process = _start(key, target)
     try:
         yield key

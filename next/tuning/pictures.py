@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from next.config import RunConfig
 from next.data.shards import open_manifest
 from next.evaluation.figures import TrialPoint, sweep_overview
 from next.evaluation.metrics import nearest
 from next.evaluation.missingmaps import missing_map
 from next.evaluation.ranklists import RankList, Shown, rank_lists
+from next.training.cluster import in_a_workers_place
 from next.training.inputs import training_data
 from next.tuning.charts import (
     contour,
@@ -196,7 +198,15 @@ def query_pictures(found: Standing) -> list[Picture]:
             f"Gain of average precision of {ours.name} over {theirs.name}, each query a bar.",
         )
     ]
-    lists = _compared_lists(found, gains, (ours.name, left), (theirs.name, right))
+    lists = None
+    try:
+        lists = in_a_workers_place(
+            found.base.scaling,
+            _compared_lists,
+            *(found.base, gains, (ours.name, left), (theirs.name, right)),
+        )
+    except (OSError, ValueError) as error:
+        _log.warning("no rank lists in the report: %s", error)
     if lists is not None:
         modalities, ranked = lists
         pictures.append(
@@ -210,17 +220,13 @@ def query_pictures(found: Standing) -> list[Picture]:
 
 
 def _compared_lists(
-    found: Standing,
+    base: RunConfig,
     gains: np.ndarray,
     ours: tuple[str, dict[str, np.ndarray]],
     theirs: tuple[str, dict[str, np.ndarray]],
-) -> tuple[tuple[str, ...], list[RankList]] | None:
-    """Modalities, and both rankings of the queries that differ most; None: the data are away."""
-    try:
-        data = training_data(found.base, open_manifest(str(found.base.data.uri)))
-    except (OSError, ValueError) as error:
-        _log.warning("no rank lists in the report: %s", error)
-        return None
+) -> tuple[tuple[str, ...], list[RankList]]:
+    """Modalities, and both rankings of the queries that differ most."""
+    data = training_data(base, open_manifest(str(base.data.uri)))
     order = np.argsort(np.where(np.isnan(gains), 0.0, gains))
     rows = [int(row) for row in (*order[::-1][:_SHOWN_QUERIES], *order[:_SHOWN_QUERIES])]
     ranked = []

@@ -83,10 +83,12 @@ class Progress:
             return "..."
         running = " ".join(_running(run) for run in list(search.live.values()))
         left = self.seconds_left()
+        places = search.places.text(search.wanted())
         return " | ".join(
             (
                 f"{search.done}/{self.sweep.trials} trials",
                 f"running {running or 'none'}",
+                *([places] if places else []),
                 "estimating what is left" if left is None else f"about {_span(left)} left",
             )
         )

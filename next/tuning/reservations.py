@@ -24,6 +24,8 @@ class WorkerGroup(NamedTuple):
     bundles: list[dict[str, float]]
     lost: bool
     """Whoever reserved it is dead, and nobody will give it back."""
+    waits: bool
+    """It is asked for and not there yet."""
 
     def __str__(self) -> str:
         bundle = ", ".join(f"{amount:g} {name}" for name, amount in self.bundles[0].items())
@@ -51,7 +53,8 @@ def worker_groups() -> list[WorkerGroup]:
         maker = accessor.get_actor_info(ray.ActorID(group.creator_actor_id))
         lost = maker is None or ActorTableData.FromString(maker).state == ActorTableData.DEAD
         bundles = [dict(bundle.unit_resources) for bundle in group.bundles]
-        found.append(WorkerGroup(group.placement_group_id.hex(), bundles, lost))
+        waits = group.state != PlacementGroupTableData.CREATED
+        found.append(WorkerGroup(group.placement_group_id.hex(), bundles, lost, waits))
     return found
 
 

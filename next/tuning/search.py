@@ -139,6 +139,12 @@ class Search(Searcher):
         """Seconds that the sweep has run, earlier sessions included."""
         return self._spent_before + time.monotonic() - self._began
 
+    def wanted(self) -> int:
+        """Trials that would run now if there were a place for each."""
+        if self._out_of_time():
+            return len(self.live)
+        return min(self.sweep.concurrency, max(self.sweep.trials - self.done, len(self.live)))
+
     def over(self) -> str | None:
         """Why no further trial is drawn; None: more are."""
         if self.sweep.hours is not None and self.spent_seconds() >= self._hours(searching=True):
@@ -300,6 +306,7 @@ class Pruning(TrialScheduler):
     def __init__(self, search: Search) -> None:
         super().__init__()
         self.search = search
+        self._waits_since = math.inf
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Record, and prune."""
@@ -312,10 +319,15 @@ class Pruning(TrialScheduler):
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
         """In the order in which they were drawn."""
-        for trial in tune_controller.get_live_trials():
-            if trial.status in ("PENDING", "PAUSED"):
-                return trial
-        return None
+        waiting = [
+            trial
+            for trial in tune_controller.get_live_trials()
+            if trial.status in ("PENDING", "PAUSED")
+        ]
+        now = time.monotonic()
+        self._waits_since = min(self._waits_since, now) if waiting else math.inf
+        self.search.places.waiting_s = max(now - self._waits_since, 0.0)
+        return waiting[0] if waiting else None
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """Nothing to do."""

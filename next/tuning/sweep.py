@@ -18,21 +18,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import optuna
+import ray
 
 from next.config import RunConfig, from_toml, override
 from next.data.shards import Manifest, open_manifest
-from next.storage import open_folder
+from next.storage import open_folder, require_own_disk
 from next.tracking.run import (
     open_run,
     read_status,
     replay,
     view_command,
 )
-from next.training.assessment import Assessment, assess
+from next.training.assessment import Assessment
 from next.training.checkpoint import read_config
+from next.training.cluster import check_cluster, on_cluster
 from next.training.inputs import resolve, training_data
 from next.training.launch import read_history, run_tags, tracking_address
-from next.training.process import device
+from next.training.placement import assess_in_place
 from next.training.record import record_assessment, record_inputs
 from next.training.registration import register_best, write_card
 from next.training.store import store_address
@@ -52,7 +54,7 @@ from next.tuning.settings import RECORD, SweepConfig
 from next.tuning.space import Space, describe_space, load_space, space_difference
 from next.tuning.study import FILE, Studies, create_studies, inherit, open_studies
 from next.tuning.summary import OnTest, Summary, leaderboard, summarise
-from next.tuning.tuner import check_cluster, run_trials
+from next.tuning.tuner import run_trials
 
 _log = logging.getLogger(__name__)
 
@@ -301,9 +303,11 @@ def prepare_sweep(base: RunConfig, sweep: SweepConfig) -> tuple[Manifest, RunCon
             f"scaling.num_workers is {base.scaling.num_workers}, each with a GPU of its own; leave "
             f"one of them out"
         )
+    require_own_disk(base.run.storage_path, "run.storage_path", "the study of a sweep")
     manifest = open_manifest(base.data.uri)
     base = resolve(base, manifest)
-    check_cluster(base)
+    if on_cluster() or ray.is_initialized():
+        check_cluster(base)
     return manifest, base
 
 
@@ -378,8 +382,9 @@ def _drive(it: _Sweep) -> SweepResult:
         for name in ("sweep.toml", "space.py"):
             parent.log_artifact(folder / name)
         set_up_comparison(parent, folder.name, it.manifest.benchmark.name, it.space, it.varied)
-        progress.enter("opening the decoded cache and the text bank, once for all trials")
-        training_data(base, it.manifest)
+        if not on_cluster():  # there, the first trial on a node does it for the others
+            progress.enter("opening the decoded cache and the text bank, once for all trials")
+            training_data(base, it.manifest)
         tracked = {"uri": uri, "experiment": experiment, "parent": parent.key}
         run_trials(
             base,
@@ -405,15 +410,21 @@ def _drive(it: _Sweep) -> SweepResult:
             ],
             folder,
             it.manifest,
-            device(base),
+            base,
             tracked,
         )
         progress.enter("assessing the best trial on the test split, drawing the report")
         winner = next(trial for trial in trials if trial.name == summary.run)
         checkpoint = _keep_best(winner, folder, base)
         history = read_history(Path(winner.folder))
-        assessment = assess(
-            checkpoint, it.manifest, folder, device=device(base), history=history, missing=True
+        home = Home(Path(winner.folder), base)
+        assessment = assess_in_place(
+            base,
+            home.best() or checkpoint,
+            home.checkpoints,
+            it.manifest,
+            folder,
+            history=history,
         )
         if any(trial.settings for trial in trials if trial.score is not None):
             overview = draw_overview(folder / "figures", trials, it.objectives)

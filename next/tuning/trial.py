@@ -11,6 +11,7 @@ from typing import Any
 
 from ray import tune
 
+from next.training.nodes import require_versions
 from next.tuning.forkserver import Forked
 
 TARGET = "next.tuning.training:train_trial"
@@ -19,21 +20,26 @@ _forked: Forked | None = None
 """The process that trained this actor's last trial, and trains the next one."""
 
 
-def run_trial(task: dict[str, Any], *, server: str, **shared: Any) -> None:
+def run_trial(
+    task: dict[str, Any], *, server: str, versions: dict[str, str], **shared: Any
+) -> None:
     """Train one trial to its end, or until Tune ends it.
 
     Args:
         task: ``name`` and ``settings`` of the trial, as :class:`next.tuning.search.Search` gave it.
         server: key of the server that processes are forked from; empty: the trial is of several
             workers, which Ray Train starts from here.
+        versions: what the driver's node has installed.
         shared: what :func:`next.tuning.training.train_trial` takes beside, alike for all trials.
 
     Raises:
+        ValueError: this node has other versions than the driver's.
         ForkedProcessError: the process that trained was killed; Tune repeats the trial, which goes
             on from its checkpoint.
     """
     # Read when this actor is used again; Ray's default would cut off a trial that is being stopped.
     os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "30")
+    require_versions(versions)
     arguments = {"name": task["name"], "settings": task["settings"]} | shared
     if server:
         ended = _in_a_forked_process(arguments, server)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -14,37 +13,15 @@ import ray
 from ray import tune
 
 from next.config import RunConfig, to_toml
-from next.training.cluster import require_room, require_shared, start_ray
+from next.training.cluster import on_cluster, require_room, start_ray
+from next.training.nodes import own_facts
 from next.tuning.forkserver import forking
 from next.tuning.progress import Progress
 from next.tuning.reservations import reclaiming
-from next.tuning.resources import Places, node_resources
+from next.tuning.resources import Places, following, most_places, node_resources
 from next.tuning.search import Pruning, Search
 from next.tuning.settings import SweepConfig
 from next.tuning.trial import TARGET, run_trial
-
-
-def check_cluster(base: RunConfig) -> None:
-    """Raise unless a cluster that runs already can hold a trial, and what a trial leaves is found.
-
-    Where no cluster runs, one will fit.
-
-    Raises:
-        ValueError: the cluster can never hold the workers of a single trial, or a node does not
-            read and write where the trials are kept.
-        OSError: this node does not.
-        ConnectionError: nothing answers at ``RAY_ADDRESS``.
-    """
-    connects = bool(os.environ.get("RAY_ADDRESS")) and not ray.is_initialized()
-    if connects:
-        start_ray(0)
-    try:
-        if ray.is_initialized():
-            require_room(base.scaling)
-            require_shared(base, base.checkpoint.storage_path or base.run.storage_path)
-    finally:
-        if connects:
-            ray.shutdown()
 
 
 def run_trials(
@@ -71,12 +48,13 @@ def run_trials(
     """
     here = base.scaling.max_workers == 1  # trials train in forked processes, else in Ray Train's
     with (
-        forking(TARGET) if here else nullcontext("") as server,  # it imports while Ray starts
+        # On one machine it imports while Ray starts.
+        forking(TARGET, here=not on_cluster()) if here else nullcontext("") as server,
         _ray(base, sweep, progress),
         nullcontext() if here else reclaiming(),
     ):
         require_room(base.scaling)
-        places = Places(base, sweep, *node_resources())
+        places = Places(base, sweep, *node_resources(), most_places(base))
         search = new_search(places)
         progress.watch(search)
         session = time.strftime("tune-%Y%m%d-%H%M%S")
@@ -87,14 +65,15 @@ def run_trials(
             tracked=tracked,
             free_axes=sweep.free_axes,
             server=server,
+            versions=own_facts().versions,
         )
-        tune.Tuner(
+        tuner = tune.Tuner(
             tune.with_resources(trainable, places.resources),
             tune_config=tune.TuneConfig(
                 search_alg=search,
                 scheduler=Pruning(search),
                 num_samples=-1,  # the search says when it is over
-                max_concurrent_trials=places.concurrency,
+                max_concurrent_trials=sweep.concurrency,  # where fewer fit, the search waits
                 reuse_actors=True,
                 trial_name_creator=_name,
                 trial_dirname_creator=_name,
@@ -105,7 +84,9 @@ def run_trials(
                 failure_config=tune.FailureConfig(max_failures=sweep.retries),
                 verbose=0,
             ),
-        ).fit()
+        )
+        with following(places, search.wanted):
+            tuner.fit()
         shutil.rmtree(folder / session, ignore_errors=True)  # the study is the record
 
 

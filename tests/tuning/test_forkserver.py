@@ -61,6 +61,17 @@ def test_processes_come_of_one_server_share_its_memory_and_have_the_askers_place
     assert ends(facts[0]["parent"], 0), "nothing is left when the block ends"
 
 
+def test_a_node_that_forks_nothing_starts_no_server_and_another_starts_its_own(monkeypatch):
+    with forking(TARGET, here=False) as key:
+        before = psutil.Process().children()
+        forked = Forked(key, TARGET)  # as an actor on another node does
+        server = forked.run({"what": "facts"}, silent)["parent"]
+        assert server in {child.pid for child in psutil.Process().children()}
+        assert not {child.pid for child in before} & {server}
+        forked.close()
+    assert ends(server), "it has been alone for five seconds"
+
+
 def test_a_report_is_heard_here_and_its_end_there():
     heard = []
 

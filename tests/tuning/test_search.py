@@ -181,6 +181,48 @@ def test_no_more_trials_run_at_a_time_than_the_nodes_hold():
     assert Places(gpu, half, [{"CPU": 64.0, "GPU": 2.0}]).concurrency == 4
 
 
+def test_places_follow_the_nodes_and_no_trial_is_drawn_for_one_that_is_still_to_come(tmp_path):
+    sweep = SweepConfig(trials=8, concurrency=4, noise_share=0, race_share=0, pruner="none")
+    space = make_space(tmp_path)
+    studies = create_studies(tmp_path / "study.db", "mine", space.objectives, sweep)
+    places = Places(BASE, sweep, [{"CPU": 0.0}], most=3.0)
+    search = Search(studies, space, sweep, BASE, places, lambda: None)
+    assert search.suggest("a") is not None, "the first one says that a machine is wanted"
+    assert search.suggest("b") is None
+    assert places.missing(search.wanted()) == 2, "the cluster never holds more than three"
+    assert places.text(search.wanted()) == "1 of 4 places (3 at most), waiting for machines"
+    places.count([{"CPU": 0.0}, {"CPU": 1.0}, {"CPU": 1.0}])
+    assert search.suggest("b") is not None
+    assert search.suggest("c") is None
+    assert places.missing(search.wanted()) == 1
+    places.count([{"CPU": 1.0}] * 3)
+    assert places.text(search.wanted()) == "3 of 4 places, which is all that the cluster can hold"
+    places.waiting_s = 11.0
+    assert search.suggest("c") is None, "b is drawn and others hold its place"
+    places.waiting_s = 0.0
+    assert search.suggest("c") is not None
+    places.count([{"CPU": 1.0}])
+    run_to_end(search, "a")
+    assert search.suggest("d") is None, "two go on for which one place is left"
+    for name in ("b", "c"):
+        run_to_end(search, name)
+    assert search.suggest("d") is not None
+    assert len(studies.search.trials) == 4
+    alone = Places(BASE, sweep, [{"CPU": 2.0}])
+    assert (alone.missing(4), alone.text(4)) == (0, "2 of 4 places"), "nothing comes to one machine"
+    assert alone.text(2) is None
+
+
+def test_a_sweep_wants_no_machine_for_trials_that_it_has_not(tmp_path):
+    sweep = SweepConfig(trials=3, concurrency=8, noise_share=0, race_share=0)
+    search = make_search(tmp_path, sweep)
+    assert search.wanted() == 3
+    for name in ("a", "b"):
+        search.suggest(name)
+        run_to_end(search, name)
+    assert search.wanted() == 1
+
+
 @pytest.mark.parametrize(
     ("workers", "nodes", "concurrency"),
     [(2, [8.0], 4), (3, [8.0], 2), (2, [3.0, 3.0], 3), (8, [8.0], 1), ((2, 4), [6.0], 1)],

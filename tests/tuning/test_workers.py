@@ -104,7 +104,7 @@ def test_a_trial_that_the_cluster_can_never_hold_is_refused_before_anything_is_w
     tiny_config, space, cpus, monkeypatch
 ):
     at_once = partial(require_room, patience_s=0)
-    monkeypatch.setattr("next.tuning.tuner.require_room", at_once)
+    monkeypatch.setattr("next.training.cluster.require_room", at_once)
     with pytest.raises(ValueError, match=r"scaling.num_workers needs room for 2 workers of .* CPU"):
         sweep_of(tiny_config, space, cpus, trials=2)
     assert not Path(tiny_config.run.storage_path).exists()
