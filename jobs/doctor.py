@@ -16,6 +16,7 @@ from next.config import RunConfig, override
 from next.doctor.examination import examine, table
 from next.doctor.finding import Inquiry
 from next.tracking.run import replay, start_server
+from next.tuning.settings import SweepConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,6 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 @dataclass(frozen=True)
 class DoctorJob:
     """Find the usual mistakes in under ten seconds; takes the flags that the run will have.
+
+    With --space, or a flag of --sweep, it takes those of a sweep.
 
     Exit code 0: nothing stands in the way (warnings may); 2: something does, with what mends it.
     """
@@ -33,6 +36,8 @@ class DoctorJob:
     """Card whose recipe gives the defaults, as for jobs/train.py."""
     recipe: Path | None = None
     """TOML file of settings, as for jobs/train.py."""
+    space: Path | None = None
+    """File of the space that is to be searched, as for jobs/sweep.py."""
     lock: Path = ROOT / "requirements.txt"
     """File of name==version lines that this environment is held against."""
     replay: Path | None = None
@@ -40,16 +45,21 @@ class DoctorJob:
     server of the folder's parent), as after a crash or a server that was away."""
     json: bool = False
     """Print the answer as one JSON object."""
+    sweep: SweepConfig = SweepConfig()  # noqa: RUF009 (frozen)
+    """How the space is searched."""
     config: Settings = RunConfig()  # noqa: RUF009 (frozen)
 
 
 def main(argv: Sequence[str]) -> int:
     """Parse, call, exit code."""
     began = time.monotonic()
+    argv = ["--sweep.trials" if word == "--trials" else word for word in argv]  # as jobs/sweep.py
     job = parse(DoctorJob, argv, default=DoctorJob(config=_defaults(argv)))
     if job.replay is not None:
         return _replay(job, job.replay)
-    findings = examine(Inquiry(override(job.config, {"data.uri": job.data}), job.lock))
+    sweeps = job.space is not None or any(word.startswith("--sweep.") for word in argv)
+    config = override(job.config, {"data.uri": job.data})
+    findings = examine(Inquiry(config, job.lock, job.sweep if sweeps else None))
     errors = sum(finding.verdict == "error" for finding in findings)
     seconds = time.monotonic() - began
     if job.json:

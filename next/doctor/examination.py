@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
-from next.doctor import machine, services
+from next.doctor import cluster, machine, services
 from next.doctor.finding import Finding, Inquiry
 
 CHECKS: dict[str, Callable[[Inquiry], Finding]] = {
@@ -15,9 +15,14 @@ CHECKS: dict[str, Callable[[Inquiry], Finding]] = {
     "ray heads": machine.ray_heads,
     "token": services.token,
     "cluster": services.cluster,
-    "capacity": services.capacity,
+    "head": cluster.head,
+    "nodes": cluster.nodes,
+    "capacity": cluster.capacity,
     "shared memory": machine.shared_memory,
-    "storage": services.storage,
+    "gpu driver": cluster.gpu_driver,
+    "kernel": cluster.kernel,
+    "storage": cluster.storage,
+    "databases": machine.databases,
     "tracking": services.tracking,
     "clock": services.clock,
     "data": services.data,

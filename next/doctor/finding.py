@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from next.config import RunConfig
+from next.tuning.settings import SweepConfig
 
 Verdict = Literal["ok", "warning", "error", "skipped"]
 
@@ -17,6 +18,8 @@ class Inquiry(NamedTuple):
     """The settings that the run will have; ``data.uri`` may be None."""
     lock: Path
     """File of ``name==version`` lines, the project's ``requirements.txt``."""
+    sweep: SweepConfig | None = None
+    """How a space is searched; None: a single run is asked about."""
 
 
 class Finding(NamedTuple):

@@ -16,6 +16,7 @@ import psutil
 
 from next.data.cache import cache_root, contents
 from next.doctor.finding import Finding, Inquiry, Verdict
+from next.storage import network_mount
 
 _DECIDE_RESULTS = frozenset(
     ("ray", "torch", "mlflow", "optuna", "numpy", "pyarrow", "pydantic", "safetensors")
@@ -147,6 +148,28 @@ def clock_differs(ahead: float, who: str) -> Finding | None:
         f"{who} {abs(ahead):.0f} s {where} of this machine's clock; S3 refuses signatures, and "
         f"curves of several machines cannot be compared",
         "timedatectl set-ntp true  # on the machine that is wrong",
+    )
+
+
+def databases(inquiry: Inquiry) -> Finding:
+    """Whether SQLite files would lie on a network file system, which damages them."""
+    config = inquiry.config
+    what = []
+    if inquiry.sweep is not None:
+        what.append("study.db")
+    if config.tracking.enabled and config.tracking.uri is None:
+        what.append("mlflow/mlflow.db")
+    kind = network_mount(config.run.storage_path)
+    if not what:
+        return Finding("databases", "skipped", "none of SQLite is written")
+    if kind is None:
+        return Finding("databases", "ok", f"{' and '.join(what)} will be on a disk of this machine")
+    return Finding(
+        "databases",
+        "error",
+        f"run.storage_path {config.run.storage_path} is on a network file system ({kind}), where "
+        f"SQLite's write-ahead log in {' and '.join(what)} is damaged",
+        "--run.storage_path LOCAL-FOLDER --checkpoint.storage_path s3://BUCKET/checkpoints",
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import email.utils
 import json
 import os
-import shutil
 import time
 import urllib.error
 import urllib.request
@@ -19,9 +18,8 @@ from next.config import RunConfig
 from next.data.audit import shard_damage
 from next.data.shards import open_manifest
 from next.doctor.finding import Finding, Inquiry
-from next.doctor.machine import GIB, clock_behind_files, clock_differs
+from next.doctor.machine import clock_behind_files, clock_differs
 from next.evaluation.queries import measurable
-from next.storage import open_folder
 from next.tracking.journal import FILE_NAME, Tags, read_records
 from next.tracking.run import check_server
 
@@ -104,62 +102,10 @@ def cluster(inquiry: Inquiry) -> Finding:
     return Finding("cluster", "ok", f"Ray {theirs} answers at {address}")
 
 
-def capacity(inquiry: Inquiry) -> Finding:
-    """Whether there are the CPUs and GPUs that the settings ask for."""
-    scaling = inquiry.config.scaling
-    gpus = 1 if scaling.use_gpu else 0
-    asked = f"{scaling.min_workers} x ({scaling.cpus_per_worker:g} CPU, {gpus} GPU)"
-    nodes = _nodes()
-    if nodes is None:
-        return _capacity_here(inquiry.config, asked)
-    room = sum(_workers_on(node, scaling.cpus_per_worker, gpus) for node in nodes)
-    have = ", ".join(f"{n.get('CPU', 0):g} CPU {n.get('GPU', 0):g} GPU" for n in nodes)
-    found = f"asked: {asked}; the cluster's {len(nodes)} nodes have {have}"
-    if room >= scaling.min_workers:
-        return Finding("capacity", "ok", found)
-    return Finding(
-        "capacity",
-        "error",
-        f"{found}, room for {room} workers",
-        f"--scaling.num_workers {max(room, 1)}  # or add nodes: ray start --address=HEAD:6379",
-    )
-
-
-def storage(inquiry: Inquiry) -> Finding:
-    """Whether results can be written, and checkpoints seen by every node."""
-    config = inquiry.config
-    paths = {"run.storage_path": config.run.storage_path}
-    if config.checkpoint.storage_path is not None:
-        paths["checkpoint.storage_path"] = config.checkpoint.storage_path
-    found = []
-    for name, path in paths.items():
-        try:
-            folder = open_folder(path)
-            existing = Path(folder.base)
-            while folder.is_local and not existing.exists():
-                existing = existing.parent
-            (open_folder(existing) if folder.is_local else folder).require_writable()
-        except (OSError, ValueError) as error:
-            mend = f"--{name} with a folder that can be written"
-            return Finding("storage", "error", f"{name}: {error}", mend)
-        free = shutil.disk_usage(existing).free if folder.is_local else None
-        found.append(folder.uri + (f" ({free / GIB:.1f} GiB free)" if free is not None else ""))
-    nodes = len(_nodes() or [])
-    if folder.is_local and nodes > 1 and config.scaling.num_workers != 1:
-        return Finding(
-            "storage",
-            "warning",
-            f"checkpoints go to the local folder {folder.uri} and the cluster has {nodes} nodes; "
-            f"it must be a share that all of them mount",
-            "--checkpoint.storage_path s3://BUCKET/checkpoints",
-        )
-    return Finding("storage", "ok", f"{' and '.join(found)} can be written")
-
-
 def tracking(inquiry: Inquiry) -> Finding:
     """Whether MLflow takes what this machine, and a worker elsewhere, would send."""
     uri = inquiry.config.tracking.uri
-    remote = len(_nodes() or []) > 1
+    remote = len(living_nodes() or []) > 1
     if not inquiry.config.tracking.enabled:
         return Finding("tracking", "skipped", "tracking.enabled is off")
     if uri is None or urlsplit(uri).hostname in _LOOPBACK:
@@ -260,22 +206,31 @@ def cluster_address() -> str | None:
     return f"http://{host}:8265"  # the port where a head serves unless told otherwise
 
 
-def ask_cluster(path: str) -> Answer:
-    """GET from the named cluster's job server, with our token if we have one."""
+def ask_cluster(path: str, body: Mapping[str, Any] | None = None, method: str = "") -> Answer:
+    """Ask the named cluster's job server, with our token if we have one; as :func:`ask`."""
     secret = os.environ.get("RAY_AUTH_TOKEN")
     file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     if not secret and file.is_file():
         secret = file.read_text().strip()
-    return ask(
-        f"{cluster_address()}{path}", {"Authorization": f"Bearer {secret}"} if secret else {}
-    )
+    headers = {"Authorization": f"Bearer {secret}"} if secret else {}
+    return ask(f"{cluster_address()}{path}", headers, body, method)
 
 
-def ask(url: str, headers: Mapping[str, str] | None = None) -> Answer:
-    """GET an address, without a proxy, within a few seconds."""
+def ask(
+    url: str,
+    headers: Mapping[str, str] | None = None,
+    body: Mapping[str, Any] | None = None,
+    method: str = "",
+) -> Answer:
+    """GET an address, or POST ``body`` as JSON, without a proxy, within a few seconds."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        request = urllib.request.Request(url, headers=dict(headers or {}))
+        request = urllib.request.Request(
+            url,
+            None if body is None else json.dumps(body).encode(),
+            dict(headers or {}) | ({"Content-Type": "application/json"} if body else {}),
+            method=method or ("GET" if body is None else "POST"),
+        )
         with opener.open(request, timeout=_TIMEOUT) as answer:
             return Answer(answer.status, answer.read(), _ahead(answer.headers.get("Date")))
     except urllib.error.HTTPError as error:
@@ -293,39 +248,15 @@ def _ahead(date: str | None) -> float | None:
         return None
 
 
-def _nodes() -> list[dict[str, float]] | None:
-    """Resources of the named cluster's living nodes; None where no cluster answers."""
+def living_nodes() -> list[dict[str, Any]] | None:
+    """The named cluster's living nodes, as its State API lists them; None: no cluster answers."""
     if cluster_address() is None:
         return None
     answer = ask_cluster("/api/v0/nodes?limit=1000&detail=1")
     if answer.status != 200:
         return None
     listed: list[dict[str, Any]] = json.loads(answer.body)["data"]["result"]["result"]
-    return [node["resources_total"] for node in listed if node["state"] == "ALIVE"]
-
-
-def _workers_on(node: Mapping[str, float], cpus: float, gpus: int) -> int:
-    by_cpu = int(node.get("CPU", 0) / cpus)
-    return min(by_cpu, int(node.get("GPU", 0) // gpus)) if gpus else by_cpu
-
-
-def _capacity_here(config: RunConfig, asked: str) -> Finding:
-    cores = len(os.sched_getaffinity(0))
-    workers = config.scaling.min_workers
-    found = f"asked: {asked}; this machine has {cores} CPUs"
-    if config.scaling.use_gpu:
-        import torch  # seconds to import, and only needed here
-
-        gpus = torch.cuda.device_count()
-        found += f" and {gpus} GPUs that torch sees"
-        if gpus < workers:
-            mend = "--scaling.use_gpu False" if not gpus else f"--scaling.num_workers {gpus}"
-            return Finding("capacity", "error", found, mend)
-    if workers * config.scaling.cpus_per_worker > cores:
-        return Finding(
-            "capacity", "warning", f"{found}, which they share", f"--scaling.num_workers {cores}"
-        )
-    return Finding("capacity", "ok", found)
+    return [node for node in listed if node["state"] == "ALIVE"]
 
 
 def _tracking_mend(uri: str, reason: str) -> str:

@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from next.config import RunConfig, override
-from next.doctor import services
+from next.doctor import cluster, machine, services
 from next.doctor.examination import CHECKS, examine, table
 from next.doctor.finding import Finding, Inquiry
+from next.storage import require_own_disk
 from next.tracking.run import open_run, start_server
+from next.tuning.settings import SweepConfig
 
 LOCK = Path(__file__).resolve().parents[2] / "requirements.txt"
 
@@ -63,27 +65,27 @@ def test_a_cluster_that_does_not_answer_is_found(monkeypatch):
 
 
 def test_more_workers_than_cores_share_them_and_missing_gpus_are_an_error():
-    assert services.capacity(inquire()).verdict == "ok"
-    found = services.capacity(inquire({"scaling.num_workers": 64}))
+    assert cluster.capacity(inquire()).verdict == "ok"
+    found = cluster.capacity(inquire({"scaling.num_workers": 64}))
     assert found.verdict == "warning"
     assert "asked: 64 x (1 CPU, 0 GPU); this machine has" in found.found
     wanted = torch.cuda.device_count() + 1
     settings = {"scaling.num_workers": wanted, "scaling.use_gpu": True, "batch.identities": 8}
-    found = services.capacity(inquire(settings))
+    found = cluster.capacity(inquire(settings))
     assert found.verdict == "error"
     assert f"and {wanted - 1} GPUs that torch sees" in found.found
     assert found.mend.startswith("--scaling.")
 
 
 def test_storage_that_cannot_be_written_is_found_and_none_is_made(tmp_path, s3):
-    good = services.storage(inquire({"run.storage_path": str(tmp_path / "a" / "runs")}))
+    good = cluster.storage(inquire({"run.storage_path": str(tmp_path / "a" / "runs")}))
     assert good.verdict == "ok"
     assert not (tmp_path / "a").exists(), "a check leaves nothing behind"
     (tmp_path / "file").write_text("")
-    found = services.storage(inquire({"run.storage_path": str(tmp_path / "file" / "runs")}))
+    found = cluster.storage(inquire({"run.storage_path": str(tmp_path / "file" / "runs")}))
     assert found.verdict == "error"
-    assert services.storage(inquire({"checkpoint.storage_path": f"{s3}/c"})).verdict == "ok"
-    found = services.storage(inquire({"checkpoint.storage_path": "s3://no-such-bucket-here/c"}))
+    assert cluster.storage(inquire({"checkpoint.storage_path": f"{s3}/c"})).verdict == "ok"
+    found = cluster.storage(inquire({"checkpoint.storage_path": "s3://no-such-bucket-here/c"}))
     assert found.verdict == "error"
     assert "no-such-bucket-here" in found.found
 
@@ -198,3 +200,59 @@ def test_a_check_that_breaks_is_an_error_of_its_own_and_the_table_shows_what_men
         "                     mend: chmod",
         "ok    data           fine",
     ]
+
+
+MOUNTS = """\
+22 1 0:21 / / rw,relatime - ext4 /dev/sda1 rw
+23 22 0:40 / {share} rw,relatime shared:1 - nfs4 10.0.0.1:/srv rw
+24 23 0:41 / {share}/disk rw - ext4 /dev/sdb1 rw
+"""
+
+
+def test_a_database_on_a_network_file_system_is_found_and_refused(monkeypatch, tmp_path):
+    share = tmp_path / "share"
+    (tmp_path / "mounts").write_text(MOUNTS.format(share=share))
+    monkeypatch.setattr("next.storage._MOUNTS", tmp_path / "mounts")
+    on_share = {"run.storage_path": str(share / "runs")}
+    found = machine.databases(inquire(on_share))
+    assert found.verdict == "error"
+    assert f"{share}/runs is on a network file system (nfs4), where SQLite's" in found.found
+    assert found.mend.startswith("--run.storage_path LOCAL-FOLDER --checkpoint.storage_path s3://")
+    away = {"tracking.uri": "http://mlflow:5000"}
+    assert machine.databases(inquire(on_share | away)).verdict == "skipped"
+    sweeping = inquire(on_share | away)._replace(sweep=SweepConfig())
+    assert "log in study.db is damaged" in machine.databases(sweeping).found
+    on_disk = {"run.storage_path": str(share / "disk" / "runs")}
+    assert machine.databases(inquire(on_disk)).verdict == "ok", "a disk below the share"
+    with pytest.raises(ValueError, match=r"run.storage_path must be on a disk of this machine"):
+        require_own_disk(share / "runs", "run.storage_path", "the study of a sweep")
+
+
+def test_an_nvidia_driver_that_is_too_old_for_the_cuda_of_torch_is_found(monkeypatch, tmp_path):
+    line = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  {}  Tue Mar  4\n"
+    file = tmp_path / "version"
+    monkeypatch.setattr(cluster, "_DRIVER", file)
+    assert cluster.gpu_driver(inquire()).verdict == "skipped"
+    monkeypatch.setattr(cluster, "_cuda_version", lambda: "13.2.86")
+    assert "no machine has an NVIDIA driver" in cluster.gpu_driver(inquire()).found
+    file.write_text(line.format("570.86.15"))
+    found = cluster.gpu_driver(inquire())
+    assert found.verdict == "error"
+    assert "needs the NVIDIA driver 580 or newer, but: this machine 570.86.15" in found.found
+    opened = line.format("580.65.06").replace("Kernel Module", "Open Kernel Module for x86_64")
+    file.write_text(opened)
+    assert cluster.gpu_driver(inquire()).verdict == "ok"
+
+
+def test_a_compiled_kernel_that_is_missing_or_stays_behind_is_found(monkeypatch, tmp_path):
+    monkeypatch.setattr(cluster, "_KERNEL", tmp_path / "_compose.so")
+    found = cluster.kernel(inquire())
+    assert (found.verdict, found.mend) == ("warning", "make .venv/.ready")
+    assert "18.7 ms instead of 14.9" in found.found
+    ours = Path(cluster.__file__).parents[1] / "data" / "_compose.so"
+    monkeypatch.setattr(cluster, "_KERNEL", ours)
+    if not ours.is_file():
+        pytest.skip("it was not compiled here")
+    assert cluster.kernel(inquire()).verdict == "ok"
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
+    assert "leaves next/data/_compose.so behind" in cluster.kernel(inquire()).found
