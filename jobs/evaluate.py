@@ -52,6 +52,9 @@ class EvaluateJob:
     missing: bool = False
     """Instead: the scores with every set of modalities missing at test, in query and gallery alike,
     and of queries with any set against a gallery with any other, drawn as one matrix."""
+    whole_features: bool = False
+    """Compare samples that have other modalities than one another over the whole feature, as the
+    literature does, and not over the slices that both have."""
     dry_run: bool = False
     """Check that checkpoint and data are whole, and compute nothing."""
     json: bool = False
@@ -84,8 +87,10 @@ def _assess(job: EvaluateJob, checkpoint: Path) -> int:
 
     progress = read_progress(checkpoint)
     config = read_config(checkpoint)
-    settings = {"threads": job.threads} | ({"data.cache": job.cache} if job.cache else {})
-    config = override(config, settings)
+    settings: dict[str, Any] = {"evaluation.common_slices": not job.whole_features}
+    config = override(config, settings | {"threads": job.threads})
+    if job.cache:
+        settings["data.cache"] = job.cache
     if job.dry_run:
         print(f"checkpoint after epoch {progress.epoch}; data {manifest.digest}")
         return 0
@@ -94,7 +99,7 @@ def _assess(job: EvaluateJob, checkpoint: Path) -> int:
     out = job.out or place / f"assessment-{job.split}"
     if job.missing:
         matrix = assess_missing(
-            checkpoint, manifest, split=job.split, cache=job.cache, device=device(config)
+            checkpoint, manifest, split=job.split, settings=settings, device=device(config)
         )
         picture = draw_missing(out, matrix, job.split)
         known = REFERENCES.get(manifest.benchmark.name, {}) if job.split == "test" else {}
@@ -103,7 +108,7 @@ def _assess(job: EvaluateJob, checkpoint: Path) -> int:
             print(f"picture  {picture}")
         return 0
     found = assess(
-        checkpoint, manifest, out, split=job.split, cache=job.cache, device=device(config)
+        checkpoint, manifest, out, split=job.split, settings=settings, device=device(config)
     )
     if job.json:
         print(json.dumps({"metrics": found.metrics, "pictures": [str(p) for p in found.pictures]}))

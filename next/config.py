@@ -23,6 +23,7 @@ Fraction = float
 LEGACY: dict[str, Any] = {
     "model.semantic.text_skip": False,
     "selection.draw": "any",
+    "evaluation.common_slices": False,
 }
 """What versions that did not know a setting behaved like, where that is not its default. A run, a
 sweep or a checkpoint whose record lacks the setting goes on so (:func:`from_toml`). The record of
@@ -380,6 +381,15 @@ class SelectionConfig(Section):
         return self
 
 
+class EvaluationConfig(Section):
+    """How features are compared wherever queries search a gallery."""
+
+    common_slices: bool = True
+    """Compare samples that have other modalities than one another over the slices of the feature
+    that both have, renormalised. Off: over the whole feature, as the literature does, where a slice
+    that only one side has pushes a match away (RGB against all modalities: 4.8 mAP, not 19.5)."""
+
+
 class ScalingConfig(Section):
     """Named after ``ray.train.ScalingConfig``."""
 
@@ -497,6 +507,8 @@ class RunConfig(Section):
     """Optimizer and schedule."""
     selection: SelectionConfig = SelectionConfig()
     """Choice of the best epoch."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Comparison of features."""
     scaling: ScalingConfig = ScalingConfig()
     """Workers."""
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -8,7 +8,7 @@ of one block are all that is ever held.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,13 +16,12 @@ import numpy as np
 import torch
 
 from next.data.labels import Labels
+from next.evaluation.distances import Layout, distance_rows
 from next.evaluation.share import ALONE, Share
 
 RULES = ("none", "camera", "scene")
 """Which gallery rows of a query's own identity are removed: none, its camera's, its scene's."""
 
-_BLOCK_BYTES = 32 << 20
-"""Distances held at a time."""
 _ROWS_PER_PASS = 500
 """Sorting this many rows costs about one counting pass over the gallery (measured)."""
 
@@ -45,6 +44,10 @@ class RetrievalMetrics:
     """[Q] for each query, NaN where it has no match."""
     first_match: np.ndarray
     """[Q] int64 rank of the nearest match, from 1; 0 where there is none."""
+    nearest: np.ndarray
+    """[Q] int64 gallery row that comes first, right or wrong; -1 where the rule left none."""
+    nearest_distance: np.ndarray
+    """[Q] its Euclidean distance; NaN where there is none."""
 
     def as_dict(self) -> dict[str, float]:
         """The scores that are reported: mAP, mINP and CMC at 1, 5 and 10."""
@@ -68,7 +71,7 @@ class Nearest(NamedTuple):
     rows: np.ndarray
     """[k] gallery rows."""
     distances: np.ndarray
-    """[k] Euclidean distances (ranked by their squares)."""
+    """[k] Euclidean distances, over common slices where a layout was given."""
     right: np.ndarray
     """[k] bool: of the query's identity."""
 
@@ -82,6 +85,7 @@ def retrieval_metrics(
     rule: str = "camera",
     max_rank: int = 50,
     own: np.ndarray | None = None,
+    layout: Layout | None = None,
     share: Share = ALONE,
     device: torch.device | str = "cpu",
 ) -> RetrievalMetrics:
@@ -89,11 +93,11 @@ def retrieval_metrics(
 
     For a query with matches at ranks ``r_1 < .. < r_n`` of its kept rows:
     ``AP = mean_i(i / r_i)`` over the full list, ``INP = n / r_n`` (Ye et al., arXiv 2001.04193),
-    and CMC@k is 1 where ``r_1 <= k``. Equal distances rank in the order of the gallery. A query
-    without a match is not counted. Features are taken as they are: normalise them before.
+    and CMC@k is 1 where ``r_1 <= k``. Equal distances rank in the order of the gallery; two pairs
+    of the same features have equal ones (:mod:`next.evaluation.distances`). A query without a match
+    is not counted. Features are taken as they are: normalise them before.
 
-    Differs from the usual loop over ``argsort``: same figures, but no Q x G matrix. The constant
-    ``|q|^2`` is left out of the distances, which cannot change an order.
+    Differs from the usual loop over ``argsort``: same figures, but no Q x G matrix.
 
     Args:
         query: [Q, F] features.
@@ -105,6 +109,8 @@ def retrieval_metrics(
         max_rank: length of the CMC.
         own: [Q] gallery row that holds the query's own image, -1 where there is none; it is never
             a match. Camera and scene rules remove it anyway.
+        layout: of the features' slices, to compare samples of other modalities over those that both
+            have; None: over the whole feature.
         share: which of the ranks this process is that measure the same together; each ranks for a
             part of the queries.
         device: kind of device of their process group.
@@ -128,19 +134,25 @@ def retrieval_metrics(
     average_precision = np.full(count, np.nan)
     penalty = np.full(count, np.nan)
     first_match = np.zeros(count, dtype=np.int64)
+    if not count or not len(gallery):
+        raise ValueError(_why_no_match(query_labels, gallery_labels, rule))
+    first_row = np.full(count, -1)
+    distance = np.full(count, np.nan)
     rows_of = _Matcher(query_labels, gallery_labels, rule, own)
-    part = share.of(count)
-    for row, distances in distance_rows(query[part.start : part.stop], gallery, part.start):
+    for row, distances in distance_rows(query, gallery, layout, rows=share.of(count)):
         matches, removed = rows_of(row)
+        distances[removed] = np.inf
+        first = int(distances.argmin())  # the first of equal ones
+        if np.isfinite(distances[first]):
+            first_row[row], distance[row] = first, np.sqrt(max(0.0, float(distances[first])))
         if not len(matches):
             continue
-        distances[removed] = np.inf
         ranks = np.sort(_ranks(distances, matches))
         found = np.arange(1, len(ranks) + 1)
         average_precision[row] = 100.0 * np.mean(found / ranks)
         penalty[row] = 100.0 * len(ranks) / ranks[-1]
         first_match[row] = ranks[0]
-    for scores in (average_precision, penalty, first_match):
+    for scores in (average_precision, penalty, first_match, first_row, distance):
         share.gather(scores, share.parts(count), device)
 
     valid = first_match > 0
@@ -155,6 +167,8 @@ def retrieval_metrics(
         average_precision=average_precision,
         inverse_negative_penalty=penalty,
         first_match=first_match,
+        nearest=first_row,
+        nearest_distance=distance,
     )
 
 
@@ -168,6 +182,7 @@ def nearest(
     rule: str = "camera",
     top: int = 10,
     own: np.ndarray | None = None,
+    layout: Layout | None = None,
 ) -> list[Nearest]:
     """The nearest kept gallery rows of some queries; arguments as :func:`retrieval_metrics`.
 
@@ -180,6 +195,7 @@ def nearest(
         rule: which rows are removed.
         top: how many rows to give for each query, fewer where the gallery ends.
         own: [Q] gallery row of each query's own image, or -1.
+        layout: as in :func:`retrieval_metrics`.
 
     Raises:
         ValueError: the rule does not exist, or a row has no label that it reads.
@@ -187,36 +203,19 @@ def nearest(
     check_rule(rule, query_labels, gallery_labels)
     rows_of = _Matcher(query_labels, gallery_labels, rule, own)
     found = []
-    for place, distances in distance_rows(query[list(rows)], gallery):
+    for place, distances in distance_rows(query[list(rows)], gallery, layout):
         row = rows[place]
         distances[rows_of(row).removed] = np.inf
-        order = np.argsort(distances, kind="stable")[:top]
+        order = _smallest(distances, top)
         order = order[np.isfinite(distances[order])]
-        squared = distances[order] + float(np.square(query[row], dtype=np.float64).sum())
         found.append(
             Nearest(
                 rows=order,
-                distances=np.sqrt(np.maximum(squared, 0)),
+                distances=np.sqrt(np.maximum(distances[order], 0)),
                 right=gallery_labels.pid[order] == query_labels.pid[row],
             )
         )
     return found
-
-
-def distance_rows(
-    query: np.ndarray, gallery: np.ndarray, first: int = 0
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Each query row, counted from ``first``, with its [G] float32 distances less ``|q|^2``.
-
-    The array is reused: it may be written to, and is valid until the next one is asked for.
-    """
-    gallery = np.ascontiguousarray(gallery, dtype=np.float32)
-    squares = np.einsum("gf,gf->g", gallery, gallery, dtype=np.float64).astype(np.float32)
-    step = max(1, _BLOCK_BYTES // max(1, squares.nbytes))
-    for start in range(0, len(query), step):
-        block = -2.0 * np.asarray(query[start : start + step], dtype=np.float32) @ gallery.T
-        block += squares
-        yield from enumerate(block, first + start)
 
 
 def check_rule(rule: str, query_labels: Labels, gallery_labels: Labels) -> None:
@@ -289,6 +288,16 @@ def _ranks(distances: np.ndarray, matches: np.ndarray) -> np.ndarray:
     return smaller + 1
 
 
+def _smallest(distances: np.ndarray, count: int) -> np.ndarray:
+    """Rows of the ``count`` smallest, ascending, equal ones by their row; sorts no others."""
+    rows = np.arange(len(distances))
+    if count < len(distances):
+        edge = np.partition(distances, count - 1)[count - 1]
+        nearer, tied = np.flatnonzero(distances < edge), np.flatnonzero(distances == edge)
+        rows = np.sort(np.concatenate([nearer, tied[: count - len(nearer)]]))
+    return rows[np.argsort(distances[rows], kind="stable")]
+
+
 def _check_features(name: str, features: np.ndarray, labels: Labels) -> None:
     if features.ndim != 2:
         raise ValueError(f"{name} features must be [rows, width], but got shape {features.shape}")
@@ -297,7 +306,8 @@ def _check_features(name: str, features: np.ndarray, labels: Labels) -> None:
             f"{name} features and labels must have one row for each sample, but got "
             f"{len(features)} features and {len(labels.pid)} labels"
         )
-    broken = np.flatnonzero(~np.isfinite(features).all(axis=1))
+    sums = features.sum(axis=1, dtype=np.float64)  # takes no memory; NaN and infinity stay
+    broken = np.flatnonzero(~np.isfinite(sums))
     if len(broken):
         raise ValueError(
             f"{name} features must be finite, but {len(broken)} of {len(features)} rows are not "

@@ -12,9 +12,15 @@ import torch
 
 from next.config import RunConfig
 from next.data.loader import SampleSet
+from next.evaluation.distances import Layout
 from next.evaluation.metrics import RetrievalMetrics, check_rule, retrieval_metrics
-from next.evaluation.protocol import Pair, embed_pair
+from next.evaluation.protocol import Pair, embed_pair, layout_of
 from next.model.network import NEXT
+
+MOST_MODALITIES, MOST_SAMPLES = 3, 5000
+"""Up to which the matrix is made without being asked for: 49 rankings of as many samples. With M
+modalities it takes ``2^M - 1`` times the embedding, and the square of that many rankings: 65,025
+with eight."""
 
 
 class MissingCase(NamedTuple):
@@ -80,6 +86,21 @@ def short_name(names: Sequence[str], modalities: Sequence[str]) -> str:
     return "".join(name[0].lower() for name in names)
 
 
+def too_costly(query: SampleSet, gallery: SampleSet) -> str | None:
+    """Why the matrix is not made unless it is asked for, and how to ask; None: it is cheap."""
+    modalities, samples = len(gallery.modalities), len(gallery)
+    if query is not gallery:
+        samples += len(query)
+    if modalities <= MOST_MODALITIES and samples <= MOST_SAMPLES:
+        return None
+    sets = 2**modalities - 1
+    return (
+        f"{sets} x {sets} sets of modalities were not ranked over {samples} samples (without being "
+        f"asked: up to {MOST_MODALITIES} modalities and {MOST_SAMPLES} samples); "
+        f"`jobs/evaluate.py --checkpoint ... --missing` does"
+    )
+
+
 def missing_matrix(
     model: NEXT,
     query: SampleSet,
@@ -91,8 +112,10 @@ def missing_matrix(
 ) -> MissingMatrix:
     """Embed query and gallery with every set of modalities, once each, and rank every pair of sets.
 
-    A missing modality takes its caption with it. Samples that have none of a set's modalities
-    cannot be embedded and take no part.
+    Queries and a gallery with other modalities than one another are compared over the slices of the
+    feature that both have, which makes the matrix about symmetric; with evaluation.common_slices
+    off, over the whole feature. A missing modality takes its caption with it. Samples that have
+    none of a set's modalities cannot be embedded and take no part.
 
     Args:
         model: the network, on ``device``.
@@ -117,8 +140,11 @@ def missing_matrix(
         for subset in itertools.combinations(names, size)
     )
     sides = [_Side(model, query, gallery, subset, config, device) for subset in subsets]
-    cases = tuple(tuple(_rank(of_query, of_gallery, query, gallery, rule) for of_gallery in sides)
-                  for of_query in sides)  # fmt: skip
+    layout = layout_of(model, config)
+    cases = tuple(
+        tuple(_rank(of_query, of_gallery, query, gallery, rule, layout) for of_gallery in sides)
+        for of_query in sides
+    )
     return MissingMatrix(names, subsets, cases, sum(side.pair.forwards for side in sides))
 
 
@@ -154,7 +180,12 @@ def _only(samples: SampleSet, rows: np.ndarray, mask: np.ndarray) -> SampleSet:
 
 
 def _rank(
-    of_query: _Side, of_gallery: _Side, query: SampleSet, gallery: SampleSet, rule: str
+    of_query: _Side,
+    of_gallery: _Side,
+    query: SampleSet,
+    gallery: SampleSet,
+    rule: str,
+    layout: Layout | None,
 ) -> MissingCase:
     metrics = retrieval_metrics(
         of_query.pair.query.features,
@@ -163,6 +194,7 @@ def _rank(
         gallery.labels.take(of_gallery.gallery_rows),
         rule=rule,
         own=_own_places(of_query, of_gallery),
+        layout=layout,
     )
     there = len(of_query.query_rows) + len(of_gallery.gallery_rows)
     left_out = len(query) + len(gallery) - there

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -106,17 +105,15 @@ def draw_evaluation(
 
 
 def read_queries(
-    evaluation: Evaluation, query: SampleSet, gallery: SampleSet, *, rule: str
+    evaluation: Evaluation, query: SampleSet, gallery: SampleSet
 ) -> dict[str, list[Any]]:
     """One row a query: what it is, its scores, and the gallery sample that came first.
 
     Average precision and inverse negative penalty are NaN, and the rank is 0, where a query has no
     match; the nearest sample is empty (its identity -1) where the rule left none.
     """
-    rows = list(range(len(query)))
-    found = retrieved(evaluation, query, gallery, rows, rule=rule, top=1)
-    first = [int(one.rows[0]) if len(one.rows) else -1 for one in found]
     labels, metrics = query.labels, evaluation.metrics
+    first = metrics.nearest.tolist()
     return {
         "query": labels.sample_id.tolist(),
         "pid": labels.pid.tolist(),
@@ -127,7 +124,7 @@ def read_queries(
         "first_match": metrics.first_match.tolist(),
         "nearest": [str(gallery.labels.sample_id[row]) if row >= 0 else "" for row in first],
         "nearest_pid": [int(gallery.labels.pid[row]) if row >= 0 else -1 for row in first],
-        "distance": [float(one.distances[0]) if len(one.rows) else math.nan for one in found],
+        "distance": metrics.nearest_distance.tolist(),
     }
 
 

@@ -10,6 +10,7 @@ import torch
 
 from next.config import RunConfig
 from next.data.loader import SampleSet
+from next.evaluation.distances import Layout
 from next.evaluation.embed import Embeddings, embed_all
 from next.evaluation.metrics import (
     Nearest,
@@ -49,6 +50,8 @@ class Evaluation:
     """[Q] gallery row that is the query itself, -1 where there is none."""
     forwards: int
     """Samples that went through the network; one that is query and gallery went once."""
+    layout: Layout | None
+    """Of the features' slices, where these are compared; None: features were compared whole."""
 
 
 def evaluate(
@@ -68,14 +71,16 @@ def evaluate(
     is what one process comes to.
 
     A query never matches itself; by the rule it does not match gallery samples of its identity
-    and camera (or scene) either. Features are L2-normalised as a whole, distances are Euclidean.
+    and camera (or scene) either. Features are L2-normalised as a whole, distances are Euclidean;
+    samples with other modalities than one another are compared over the slices that both have
+    (:func:`next.evaluation.distances.distance_rows`), unless evaluation.common_slices is off.
 
     Args:
         model: the network, on ``device``.
         query: samples that search.
         gallery: samples that are searched; may be ``query`` itself, or share samples with it.
         rule: ``none``, ``camera`` or ``scene``.
-        config: settings; reads selection.batch, data and captions.
+        config: settings; reads selection.batch, evaluation, data and captions.
         device: where the model is.
         max_rank: length of the CMC.
         share: which of the ranks this process is that all evaluate this together.
@@ -90,6 +95,7 @@ def evaluate(
         )
     check_rule(rule, query.labels, gallery.labels)
     pair = embed_pair(model, query, gallery, config=config, device=device, share=share)
+    layout = layout_of(model, config)
     metrics = retrieval_metrics(
         pair.query.features,
         pair.gallery.features,
@@ -98,10 +104,18 @@ def evaluate(
         rule=rule,
         max_rank=max_rank,
         own=pair.own,
+        layout=layout,
         share=share,
         device=device,
     )
-    return Evaluation(metrics, *pair)
+    return Evaluation(metrics, *pair, layout)
+
+
+def layout_of(model: NEXT, config: RunConfig) -> Layout | None:
+    """How the model's features are to be compared; None: as a whole."""
+    if not config.evaluation.common_slices:
+        return None
+    return Layout(len(model.embedded), model.modalities)
 
 
 def embed_pair(
@@ -163,6 +177,7 @@ def retrieved(
         rule=rule,
         top=top,
         own=evaluation.own,
+        layout=evaluation.layout,
     )
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from next.data.labels import Labels
+from next.evaluation.distances import Layout, distance_matrix
 from next.evaluation.metrics import RULES, check_rule
 
 
@@ -23,7 +24,10 @@ class Reranking(NamedTuple):
 
 
 def reranked(
-    features: np.ndarray, queries: int, settings: Sequence[Reranking]
+    features: np.ndarray,
+    queries: int,
+    settings: Sequence[Reranking],
+    layout: Layout | None = None,
 ) -> Iterator[tuple[Reranking, np.ndarray]]:
     """Re-ranked distances ``[Q, G]`` for each of several settings.
 
@@ -40,6 +44,7 @@ def reranked(
         features: ``[Q + G, F]``, queries first; ``[G, F]`` where queries are the gallery itself.
         queries: Q; 0: the gallery searches itself.
         settings: what to give distances for.
+        layout: as in :func:`next.evaluation.metrics.retrieval_metrics`.
 
     Source: Zhong et al., "Re-ranking person re-identification with k-reciprocal encoding", CVPR
     2017 (arXiv 1701.08398), and its public code, whose normalisation this is. It holds some
@@ -54,8 +59,7 @@ def reranked(
                 f"re-ranking needs k1 >= 1, k2 >= 1 and a share within 0 to 1, but got {one}"
             )
     rows = np.asarray(features, dtype=np.float32)
-    squares = (rows**2).sum(axis=1)
-    distances = np.maximum(squares[:, None] + squares[None] - 2 * rows @ rows.T, 0)
+    distances = distance_matrix(rows, rows, layout)
     distances = (distances / np.maximum(distances.max(axis=0), 1e-12)).T
     order = np.argsort(distances, axis=1, kind="stable")
     first = queries or len(rows)

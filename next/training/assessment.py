@@ -12,7 +12,7 @@ import torch
 
 from next.config import RunConfig, override
 from next.data.shards import Manifest
-from next.evaluation.missing import MissingMatrix, missing_matrix
+from next.evaluation.missing import MissingMatrix, missing_matrix, too_costly
 from next.evaluation.missingmaps import missing_map
 from next.evaluation.noise import paired_bootstrap
 from next.evaluation.pictures import draw_evaluation, read_queries
@@ -48,7 +48,7 @@ def assess(
     device: torch.device,
     split: Literal["test", "val"] = "test",
     history: Sequence[tuple[int, Mapping[str, float]]] = (),
-    cache: str | None = None,
+    settings: Mapping[str, Any] | None = None,
     missing: bool = False,
 ) -> Assessment:
     """Embed and rank a split with a checkpoint's network, and draw what there is to see.
@@ -60,18 +60,19 @@ def assess(
         device: where to compute.
         split: ``test``: query and gallery of the card; ``val``: the run's held-out identities.
         history: (step, metrics) of the training, for the learning curves.
-        cache: folder of decoded caches; None: the run's own.
-        missing: with every set of modalities, too, as :func:`assess_missing`, and its matrix among
-            the pictures; a split that lacks what that needs is told in the log.
+        settings: in place of the run's own, such as another ``data.cache``.
+        missing: where that is cheap (:func:`next.evaluation.missing.too_costly`) with every set of
+            modalities, too, as :func:`assess_missing`, and its matrix among the pictures; where it
+            is not, or a split lacks what that needs, the log says so.
 
     Raises:
         ValueError: the checkpoint is torn or of another model, the data lack a modality, or
             ``val`` is asked for on data that the run was not trained on.
     """
-    network, config, (query, gallery, rule) = _open(checkpoint, manifest, device, split, cache)
+    network, config, (query, gallery, rule) = _open(checkpoint, manifest, device, split, settings)
     found = evaluate(network, query, gallery, rule=rule, config=config, device=device)
     held_out = split == "val" and config.selection.split == "val"
-    queries = read_queries(found, query, gallery, rule=rule)
+    queries = read_queries(found, query, gallery)
     pictures = draw_evaluation(
         folder / "figures",
         network,
@@ -86,7 +87,10 @@ def assess(
         attributes=caption_attributes(manifest, "train" if held_out else "gallery", gallery.rows),
     )
     subsets: dict[str, float] = {}
-    if missing and len(gallery.modalities) > 1:
+    costly = too_costly(query, gallery)
+    if missing and costly:
+        _log.info("%s", costly)
+    elif missing and len(gallery.modalities) > 1:
         try:
             matrix = missing_matrix(
                 network, query, gallery, rule=rule, config=config, device=device
@@ -115,10 +119,10 @@ def assess_missing(
     *,
     device: torch.device,
     split: Literal["test", "val"] = "test",
-    cache: str | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> MissingMatrix:
     """Rank a split with every set of modalities; arguments and errors as :func:`assess`."""
-    network, config, (query, gallery, rule) = _open(checkpoint, manifest, device, split, cache)
+    network, config, (query, gallery, rule) = _open(checkpoint, manifest, device, split, settings)
     return missing_matrix(network, query, gallery, rule=rule, config=config, device=device)
 
 
@@ -134,12 +138,10 @@ def _open(
     manifest: Manifest,
     device: torch.device,
     split: Literal["test", "val"],
-    cache: str | None,
+    settings: Mapping[str, Any] | None,
 ) -> tuple[NEXT, RunConfig, TestData]:
     network, config = load_network(checkpoint)
-    config = override(
-        config, {"data.uri": manifest.folder.address} | ({"data.cache": cache} if cache else {})
-    )
+    config = override(config, {"data.uri": manifest.folder.address} | dict(settings or {}))
     missing = set(config.data.modalities or ()) - set(manifest.benchmark.modalities)
     if missing:
         raise ValueError(

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from next.config import RunConfig, override
 from next.data.loader import Batch, evaluation_batches
 from next.data.shards import Manifest
+from next.evaluation.distances import distance_matrix
 from next.evaluation.embed import mean_usage
-from next.evaluation.missing import missing_matrix
-from next.evaluation.protocol import Evaluation, evaluate
+from next.evaluation.missing import missing_matrix, too_costly
+from next.evaluation.protocol import Evaluation, evaluate, layout_of
 from next.evaluation.reranking import Reranking, average_precisions, reranked
 from next.model.network import NEXT
 from next.storage import replacing, write_whole
@@ -128,7 +129,7 @@ def _sweep(
 ) -> dict[str, Any]:
     queries = 0 if data.query is data.gallery else len(data.query)
     labels = data.query.labels, data.gallery.labels
-    branches = network.embedded
+    branches, layout = network.embedded, layout_of(network, config)
     rows = []
     weights = WEIGHTS if len(branches) == 2 else ((1.0,) * len(branches),)
     samples = len(data.gallery) + queries
@@ -137,9 +138,9 @@ def _sweep(
         for weight in weights:
             weighed = weigh(features, weight)
             of_query = weighed[: queries or None]
-            plain = 2 - 2 * of_query @ weighed[queries:].T
+            plain = distance_matrix(of_query, weighed[queries:], layout)
             for rerank, distances in itertools.chain(
-                [(None, plain)], reranked(weighed, queries, rerankings)
+                [(None, plain)], reranked(weighed, queries, rerankings, layout)
             ):
                 scores = average_precisions(distances, *labels, rule=data.rule, own=found.own)
                 choice = Choice(captions, temperature, flip, weight, rerank)
@@ -250,6 +251,10 @@ def _missing(
 ) -> dict[str, Any]:
     """MAP where queries (rows) and gallery have only some modalities; empty where that is none."""
     if len(data.gallery.modalities) < 2:
+        return {}
+    costly = too_costly(data.query, data.gallery)
+    if costly:
+        _log.info("%s", costly)
         return {}
     try:
         matrix = missing_matrix(

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from next.data.labels import Labels
-from next.evaluation import metrics
+from next.evaluation import distances, metrics
 from next.evaluation.metrics import RetrievalMetrics, nearest, retrieval_metrics
 
 RULES = ["none", "camera", "scene"]
@@ -45,7 +47,7 @@ def random_task(seed, queries=17, gallery=60, identities=6, width=5, ties=False)
 
 def naive(query, gallery, query_labels, gallery_labels, rule, max_rank=50, own=None):
     """The usual double loop that sorts, with float64 distances."""
-    precisions, penalties, firsts = [], [], []
+    precisions, penalties, firsts, nearest_rows, nearest_distances = [], [], [], [], []
     for q in range(len(query)):
         ranking = []
         for g in range(len(gallery)):
@@ -59,6 +61,8 @@ def naive(query, gallery, query_labels, gallery_labels, rule, max_rank=50, own=N
             gap = query[q].astype(np.float64) - gallery[g].astype(np.float64)
             ranking.append((float(gap @ gap), g, same))
         ranking.sort(key=lambda row: row[:2])
+        nearest_rows.append(ranking[0][1] if ranking else -1)
+        nearest_distances.append(ranking[0][0] ** 0.5 if ranking else np.nan)
         found, precision, first, last = 0, 0.0, 0, 0
         for rank, (_, _, same) in enumerate(ranking, start=1):
             if same:
@@ -78,12 +82,16 @@ def naive(query, gallery, query_labels, gallery_labels, rule, max_rank=50, own=N
         average_precision=np.array(precisions),
         inverse_negative_penalty=np.array(penalties),
         first_match=np.array(firsts),
+        nearest=np.array(nearest_rows),
+        nearest_distance=np.array(nearest_distances),
     )
 
 
 def assert_same(ours: RetrievalMetrics, theirs: RetrievalMetrics) -> None:
     assert ours.num_valid_queries == theirs.num_valid_queries
     np.testing.assert_array_equal(ours.first_match, theirs.first_match)
+    np.testing.assert_array_equal(ours.nearest, theirs.nearest)
+    np.testing.assert_allclose(ours.nearest_distance, theirs.nearest_distance, rtol=1e-5)
     np.testing.assert_allclose(ours.average_precision, theirs.average_precision, rtol=1e-12)
     np.testing.assert_allclose(
         ours.inverse_negative_penalty, theirs.inverse_negative_penalty, rtol=1e-12
@@ -112,7 +120,8 @@ def test_counting_and_sorting_rank_alike(monkeypatch, ties, rows_per_pass):
 def test_the_block_size_does_not_change_the_result(monkeypatch):
     task = random_task(6, ties=True)
     whole = retrieval_metrics(*task)
-    monkeypatch.setattr(metrics, "_BLOCK_BYTES", 1)
+    monkeypatch.setattr(distances, "_BLOCK_BYTES", 1)
+    monkeypatch.setattr(distances, "_FEWEST", 1)
     assert_same(retrieval_metrics(*task), whole)
 
 
@@ -211,6 +220,42 @@ def test_the_nearest_rows_are_those_of_a_sort(rule):
         assert (result.right == (gallery_labels.pid[expected] == query_labels.pid[row])).all()
 
 
+@pytest.mark.parametrize("rule", ["none", "camera"])
+def test_the_first_row_of_each_query_is_told_with_the_scores(rule):
+    """Also of one without a match, which has no score."""
+    query, gallery, query_labels, gallery_labels = random_task(8, ties=True, identities=40)
+    scores = retrieval_metrics(query, gallery, query_labels, gallery_labels, rule=rule)
+    assert (scores.first_match == 0).any()
+    every = range(len(query))
+    found = nearest(query, gallery, query_labels, gallery_labels, every, rule=rule, top=1)
+    assert scores.nearest.tolist() == [one.rows[0] for one in found]
+    assert scores.nearest_distance.tolist() == [one.distances[0] for one in found]
+
+
+def test_a_query_whose_whole_gallery_is_removed_has_no_first_row():
+    features = np.zeros((2, 3), dtype=np.float32)
+    scores = retrieval_metrics(
+        features, features[:1], make_labels([1, 2], [0, 0]), make_labels([1], [0]), rule="none"
+    )
+    assert scores.nearest.tolist() == [0, 0]
+    alone = retrieval_metrics(
+        features, np.zeros((1, 3)), make_labels([1, 2], [0, 0]), make_labels([2], [1])
+    )
+    assert alone.nearest.tolist() == [0, 0]
+    labels = make_labels([1, 2], [0, 0])
+    own = retrieval_metrics(
+        features, features, labels, make_labels([1, 1], [0, 5]), own=np.array([1, -1]), rule="none"
+    )
+    assert own.nearest.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("top", [1, 2, 3, 5, 59, 60, 200])
+def test_the_smallest_are_those_of_a_stable_sort(top):
+    values = np.random.default_rng(top).integers(0, 5, 60).astype(np.float32)
+    expected = np.argsort(values, kind="stable")[:top]
+    assert metrics._smallest(values, top).tolist() == expected.tolist()
+
+
 def test_a_short_gallery_gives_fewer_rows():
     labels = make_labels([7, 7, 8], [0, 1, 0])
     features = np.arange(3, dtype=np.float32)[:, None]
@@ -262,13 +307,14 @@ def test_cmc_never_falls_and_shares_stay_within_bounds(seed, ties):
 def test_a_far_row_of_a_stranger_changes_nothing(seed, ties):
     query, gallery, query_labels, gallery_labels = random_task(seed, ties=ties)
     before = retrieval_metrics(query, gallery, query_labels, gallery_labels)
-    far = np.vstack([np.full((1, gallery.shape[1]), 1e3, dtype=np.float32), gallery])
+    far = np.vstack([np.full((1, gallery.shape[1]), 30, dtype=np.float32), gallery])
     labels = make_labels(
         np.append(99, gallery_labels.pid),
         np.append(0, gallery_labels.camera),
         np.append(0, gallery_labels.scene),
     )
-    assert_same(retrieval_metrics(query, far, query_labels, labels), before)
+    after = retrieval_metrics(query, far, query_labels, labels)
+    assert_same(replace(after, nearest=after.nearest - 1), before)
 
 
 @settings(max_examples=25, deadline=None)

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from next.data.loader import evaluation_batches
+from next.evaluation import missing
+from next.evaluation.distances import Layout
 from next.evaluation.embed import embed
 from next.evaluation.metrics import retrieval_metrics
 from next.evaluation.missing import missing_matrix, short_name
@@ -72,6 +75,7 @@ def test_every_pair_equals_embedding_and_ranking_it_alone(make_model, samples, c
                 some_gallery.labels,
                 rule=rule,
                 own=np.array(own),
+                layout=Layout(2, 3),
             )
             np.testing.assert_allclose(
                 case.metrics.average_precision, expected.average_precision, rtol=1e-6
@@ -80,6 +84,22 @@ def test_every_pair_equals_embedding_and_ranking_it_alone(make_model, samples, c
             assert case.left_out == len(query) + len(gallery) - there
             assert found.mAP[i, j] == case.metrics.mAP
     assert found.cases[2][2].left_out == 2, "one sample has NI alone"
+
+
+def test_what_is_too_costly_without_being_asked_says_how_to_ask(samples, monkeypatch):
+    assert missing.too_costly(samples, samples) is None
+    names = [f"m{number}" for number in range(8)]
+    eight = replace(
+        samples, modalities=tuple(names), columns=(0,) * 8, present=np.ones((24, 8), dtype=bool)
+    )
+    asked = (
+        r"255 x 255 sets of modalities .* over 24 samples .*`jobs/evaluate.py .* --missing` does"
+    )
+    assert re.match(asked, str(missing.too_costly(eight, eight)))
+    monkeypatch.setattr(missing, "MOST_SAMPLES", 47)
+    assert missing.too_costly(samples, samples) is None, "one set that searches itself counts once"
+    other = replace(samples)
+    assert re.match(r"7 x 7 sets .* over 48 samples", str(missing.too_costly(other, samples)))
 
 
 def test_each_set_is_embedded_once(make_model, samples, config):

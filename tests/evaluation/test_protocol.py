@@ -5,7 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from next.config import override
 from next.data.loader import evaluation_batches
+from next.evaluation.distances import Layout, distance_matrix
 from next.evaluation.embed import embed
 from next.evaluation.metrics import retrieval_metrics
 from next.evaluation.protocol import evaluate, retrieved
@@ -17,7 +19,9 @@ def plain(model, query, gallery, config, rule="camera"):
         embed(model, evaluation_batches(samples, config=config, device="cpu"), "cpu").features
         for samples in (query, gallery)
     ]
-    return features, retrieval_metrics(*features, query.labels, gallery.labels, rule=rule)
+    layout = Layout(2, 3) if config.evaluation.common_slices else None
+    labels = query.labels, gallery.labels
+    return features, retrieval_metrics(*features, *labels, rule=rule, layout=layout)
 
 
 def run(model, query, gallery, config, rule="camera"):
@@ -74,6 +78,30 @@ def test_a_query_that_lacks_a_modality_is_embedded_anew(make_model, samples, con
     assert_equal_to_plain(found, model, query, samples, config)
 
 
+def test_a_gallery_whose_samples_have_other_modalities_is_compared_over_common_slices(
+    make_model, samples, config
+):
+    """Scores, first rows and rank lists alike; with the setting off, whole features are."""
+    model = make_model()
+    whole = override(config, {"evaluation.common_slices": False})
+    found, as_before = run(model, samples, samples, config), run(model, samples, samples, whole)
+    assert_equal_to_plain(found, model, samples, samples, config)
+    assert_equal_to_plain(as_before, model, samples, samples, whole)
+    features = found.gallery.features
+    of_whole, of_slices = (
+        retrieved(one, samples, samples, [5, 11], rule="none", top=23) for one in (as_before, found)
+    )
+    for row, plain, sliced in zip([5, 11], of_whole, of_slices, strict=True):
+        gaps = np.linalg.norm(features[plain.rows] - features[row], axis=1)
+        np.testing.assert_allclose(plain.distances, gaps, atol=1e-5)
+        has = np.repeat(np.tile(samples.present[row], 2), features.shape[1] // 6)
+        cut = features * has
+        cut /= np.maximum(np.linalg.norm(cut, axis=1, keepdims=True), 1e-9)
+        gaps = np.linalg.norm(cut[sliced.rows] - cut[row], axis=1)
+        complete = samples.present[sliced.rows].all(axis=1)
+        np.testing.assert_allclose(sliced.distances[complete], gaps[complete], atol=1e-5)
+
+
 def test_without_a_rule_a_query_does_not_match_itself(make_model, samples, config):
     model = make_model()
     found = run(model, samples, samples, config, rule="none")
@@ -83,7 +111,7 @@ def test_without_a_rule_a_query_does_not_match_itself(make_model, samples, confi
         retrieved(found, samples, samples, list(range(24)), rule="none", top=24)
     ):
         assert sorted([*result.rows.tolist(), row]) == list(range(24))
-        gaps = np.linalg.norm(features[result.rows] - features[row], axis=1)
+        gaps = distance_matrix(features[[row]], features, Layout(2, 3))[0, result.rows] ** 0.5
         np.testing.assert_allclose(result.distances, gaps, atol=2e-3)
         assert result.right.sum() == 3
 

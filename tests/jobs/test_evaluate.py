@@ -5,9 +5,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from next.config import override
 from next.data.shards import open_manifest
+from next.training.assessment import assess
 from next.training.inputs import resolve, training_data
 from next.training.loop import train
 from next.training.report import FolderReporter
@@ -65,6 +67,32 @@ def test_missing_as_json_has_all_scores(job, flags, capsys):
         one for one in answer["any_to_any"] if (one["query"], one["gallery"]) == (["TI"], ["TI"])
     ]
     assert pair["mAP"] == answer["missing"]["rn"]["mAP"]
+
+
+def test_the_number_of_the_literature_is_there_on_request(job, flags, capsys):
+    def scores(*more: str) -> dict:
+        assert job.main([*flags, "--json", *more]) == 0
+        pairs = json.loads(capsys.readouterr().out)["any_to_any"]
+        return {(tuple(one["query"]), tuple(one["gallery"])): one["mAP"] for one in pairs}
+
+    common, whole = scores(), scores("--whole-features")
+    alike = [pair for pair in common if pair[0] == pair[1]]
+    assert [common[pair] for pair in alike] == [whole[pair] for pair in alike]
+    assert common[("RGB",), ("RGB", "NI", "TI")] != whole[("RGB",), ("RGB", "NI", "TI")]
+
+
+def test_a_matrix_that_is_too_costly_is_left_out_and_the_log_says_how_to_ask(
+    flags, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.setattr("next.evaluation.missing.MOST_SAMPLES", 3)
+    monkeypatch.setattr("next.training.assessment.draw_evaluation", lambda *args, **given: [])
+    checkpoint, data = Path(flags[1]), flags[3]
+    caplog.set_level("INFO", "next")
+    found = assess(
+        checkpoint, open_manifest(data), tmp_path, device=torch.device("cpu"), missing=True
+    )
+    assert found.subsets == {}
+    assert "`jobs/evaluate.py --checkpoint ... --missing` does" in caplog.text
 
 
 def test_published_figures_stand_beside_the_benchmark_they_are_of(job):
