@@ -181,6 +181,8 @@ class JournalWriter(ray.train.UserCallback):
             self._run = open_run(**self._tracked)
         for step, values in report["rows"]:
             self._run.log_metrics(values, step=step)
+        with suppress(OSError):  # before the next checkpoint, which knows nothing of these rows
+            self._run.publish()
         if report["last"]:
             self._close("FINISHED")
 

@@ -89,6 +89,13 @@ def test_checkpoints_of_other_settings_or_data_are_refused_before_anything_start
     shutil.rmtree(tiny_config.run.storage_path)
     resumed = launch(override(tiny_config, apart))
     assert resumed.outcome.losses == []
+    logged = [row["step"] for row in read_metrics(resumed.folder) if "train/loss" in row["values"]]
+    assert logged == list(range(1, resumed.outcome.step + 1)), "the journal is in the store, too"
+    shutil.rmtree(tiny_config.run.storage_path)
+    for name in ("journal", "artifacts", "figures", "images", "tables"):
+        shutil.rmtree(tmp_path / "kept" / "tiny" / name)
+    older = launch(override(tiny_config, apart))  # as a store of checkpoints alone has it
+    assert older.outcome == resumed.outcome
     fresh = launch(override(tiny_config, apart | {"run.fresh": True}))
     assert fresh.outcome.losses
     assert len(list((tmp_path / "kept").iterdir())) == 2, "the earlier ones are set aside"

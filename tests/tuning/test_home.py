@@ -2,6 +2,7 @@
 
 import shutil
 import sqlite3
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +12,13 @@ from next.data.shards import open_manifest
 from next.storage import open_folder
 from next.tracking.journal import read_metrics, read_status
 from next.training.inputs import resolve
+from next.training.launch import read_history
 from next.tuning.home import Home, mirror
-from next.tuning.results import Trial
-from next.tuning.settings import AXES, FEATURES
-from next.tuning.sweep import _keep_best
+from next.tuning.results import Trial, read_trials
+from next.tuning.settings import AXES, FEATURES, SweepConfig
+from next.tuning.space import Space
+from next.tuning.study import ask, create_studies, draw, inherit
+from next.tuning.sweep import _keep_best, _origin
 from next.tuning.training import train_trial
 
 NAME = "trial-0000"
@@ -174,3 +178,43 @@ def test_without_a_store_nothing_is_written_beside_what_always_was(tiny_config, 
     assert sorted(path.name for path in machine.own.iterdir() if path.name[0] != ".") == [
         "artifacts", "axes.json", "checkpoints", "features.npz", "journal.jsonl",
     ]  # fmt: skip
+
+
+def test_a_fork_of_a_fork_finds_its_trials_where_they_were_trained(stored, tiny_config, tmp_path):
+    """Without Ray: what each sweep inherits, read back, and the winner's checkpoint kept."""
+    space = Space("mine", draw_rate, tmp_path / "mine.py", {"val/mAP": "max"})
+    sweep = SweepConfig(trials=2, noise_share=0, race_share=0)
+    first = Machine(tmp_path / "runs", override(stored, {"run.name": "search"}))
+    first.train()
+    studies = {
+        "search": create_studies(first.sweep / "study.db", "search", space.objectives, sweep)
+    }
+    trial = ask(studies["search"].search)
+    draw(space.suggest, trial)
+    trial.set_user_attr("curve", [[3, [50.0]]])
+    studies["search"].search.tell(trial, 50.0)
+    for old, new in (("search", "second"), ("second", "third")):
+        folder = tmp_path / "runs" / new
+        folder.mkdir()
+        studies[new] = create_studies(folder / "study.db", new, space.objectives, sweep)
+        inherit(
+            studies[old].search,
+            studies[new].search,
+            lambda settings: dict(settings),
+            space.suggest,
+            lambda frozen, old=old: _origin(frozen, tmp_path / "runs" / old),
+        )
+    for folder in (tmp_path / "runs" / "third", tmp_path / "elsewhere" / "third"):
+        (found,) = read_trials(studies["third"], folder, space.objectives, 0)
+        mirror([found], stored)
+        assert found.inherited
+        assert read_history(Path(found.folder))
+        kept = _keep_best(found, folder, stored)
+        assert (kept / "model.safetensors").is_file()
+        shutil.rmtree(
+            tmp_path / "runs" / "search", ignore_errors=True
+        )  # the next head has nothing of it
+
+
+def draw_rate(trial):
+    return {"optim.lr": trial.suggest_float("optim.lr", 1e-4, 1e-2)}

@@ -109,6 +109,12 @@ def test_a_driver_that_is_killed_at_any_moment_loses_and_doubles_nothing(tiny_co
     assert [t.settings for t in inherited] == [t.settings for t in fits]
     sweep.holds(trials=6)
 
+    where = ("--storage_path", str(sweep.storage), "--space", str(other), "--trials", "1")
+    sweep.ends("resume", "narrow", "--fork", "again", *where)
+    once_more = read_standing(find_sweep(sweep.storage, "again")).trials
+    assert [t.settings for t in once_more if t.inherited] == [t.settings for t in forked]
+    assert all(Path(trial.folder, "features.npz").is_file() for trial in once_more)
+
 
 @pytest.mark.ray
 @pytest.mark.slow

@@ -86,15 +86,10 @@ class Head:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_lost_head_loses_no_trial_and_another_goes_on_from_the_store(
-    nodes, tiny_config, s3, server, tmp_path
+    nodes, tiny_config, s3, tmp_path
 ):
-    config = override(
-        tiny_config,
-        {
-            "run.name": "search", "optim.epochs": EPOCHS, "checkpoint.storage_path": f"{s3}/kept",
-            "tracking.enabled": True, "tracking.uri": server.uri,
-        },
-    )  # fmt: skip
+    where = {"checkpoint.storage_path": f"{s3}/kept", "run.name": "search"}
+    config = override(tiny_config, where | {"optim.epochs": EPOCHS})
     store = open_folder(f"{s3}/kept/search")
     head = Head(config, tmp_path)
     first = head.start()
