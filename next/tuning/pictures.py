@@ -181,8 +181,10 @@ def model_pictures(found: Standing, summary: Summary) -> list[Picture]:
 
 def query_pictures(found: Standing) -> list[Picture]:
     """What the best setting's best run wins and loses against the second best one's."""
-    best = [s.best_run for s in found.settings if s.finished and s.name != DEFAULT][:2]
-    best += [s.best_run for s in found.settings if s.finished and s.name == DEFAULT]
+    drawn = [setting for setting in found.settings if setting.name != DEFAULT]
+    default = [setting for setting in found.settings if setting.name == DEFAULT]
+    best = [run for s in [*drawn, *default] if (run := s.best_run_on(0))]  # on the same queries
+    best = best[:2] + [run for run in best[2:] if run.of == DEFAULT]
     kept = [(run, Path(run.folder) / FEATURES) for run in best]
     kept = [(run, path) for run, path in kept if path.is_file()][:2]
     if len(kept) < 2:

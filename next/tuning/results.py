@@ -55,6 +55,8 @@ class Trial:
     """The trial whose settings this one repeats with another seed; None: the sampler drew it."""
     rank: float
     """The score, larger is better whatever the objective; minus infinity without one."""
+    fold: int = 0
+    """Fold of its held-out identities, counted from that of the search."""
     inherited: bool = False
     """Taken over from the sweep that this one was forked from."""
 
@@ -106,6 +108,11 @@ class Setting:
     def best_run(self) -> Trial:
         """The run with the best score of those that were trained to their end."""
         return max(self.finished or self.runs, key=lambda run: run.rank)
+
+    def best_run_on(self, fold: int) -> Trial | None:
+        """The same of those that held out this fold; None: none did."""
+        runs = [run for run in self.finished if run.fold == fold]
+        return max(runs, key=lambda run: run.rank, default=None)
 
     @property
     def state(self) -> State:
@@ -218,9 +225,10 @@ def _read(
     if repeats is not None:
         name = f"{repeats['of']}-seed{repeats['seed']}"
         settings, seed, of = repeats["settings"], repeats["seed"], repeats["of"]
+        fold = repeats.get("fold", 0)
     elif "settings" in attributes:
         name = f"trial-{frozen.number:04d}"
-        settings, seed, of = attributes["settings"], drawn_seed, None
+        settings, seed, of, fold = attributes["settings"], drawn_seed, None, 0
     else:
         return None
     curve = read_curve(attributes)
@@ -239,6 +247,7 @@ def _read(
         seed=seed,
         of=of,
         rank=(values[0] if way == "max" else -values[0]) if values else -math.inf,
+        fold=fold,
         inherited="inherited" in attributes,
     )
 

@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import optuna
@@ -44,6 +44,8 @@ class Repeat:
     """What differs from the sweep's base."""
     seed: int
     """Seed of the run."""
+    fold: int = 0
+    """Its fold (``selection.folds``), counted from that of the search."""
 
 
 @dataclass
@@ -107,7 +109,7 @@ class Search(Searcher):
         self.on_end: Callable[[Live], None] = lambda run: None
         """Gets each run as it ends."""
         self.objectives = tuple(space.objectives)
-        self._left = [_seed_run(trial) for trial in unfinished(studies.seeds)]
+        self._left = [_seed_run(trial, base) for trial in unfinished(studies.seeds)]
         self._left += [self._search_run(trial) for trial in unfinished(studies.search)]
         self._drawn = sum(
             "inherited" not in trial.user_attrs
@@ -194,8 +196,10 @@ class Search(Searcher):
 
     def _repeat(self, repeat: Repeat) -> Live:
         trial = ask(self.studies.seeds)
-        trial.set_user_attr("repeats", asdict(repeat))  # one write: a run has it, or never began
-        return _seed_run(trial)
+        fold = (repeat.seed - self.base.seed) % self.base.selection.folds
+        recorded = asdict(replace(repeat, fold=fold))
+        trial.set_user_attr("repeats", recorded)  # one write: a run has it, or never began
+        return _seed_run(trial, self.base)
 
     def report(self, trial_id: str, result: Mapping[str, Any]) -> bool:
         """One evaluation of a run; True: stop it."""
@@ -367,12 +371,15 @@ def best_of(curve: list[tuple[int, tuple[float, ...]]], way: str) -> tuple[float
     return choose(curve, key=lambda point: point[1][0])[1]
 
 
-def _seed_run(trial: optuna.Trial) -> Live:
+def _seed_run(trial: optuna.Trial, base: RunConfig) -> Live:
     repeats = trial.user_attrs["repeats"]
+    own = {"seed": repeats["seed"]}
+    if fold := repeats.get("fold", 0):  # the record of an older version has none
+        own["selection.fold"] = (base.selection.fold + fold) % base.selection.folds
     return Live(
         f"{repeats['of']}-seed{repeats['seed']}",
         "seed",
         trial,
-        repeats["settings"] | {"seed": repeats["seed"]},
+        repeats["settings"] | own,
         read_curve(trial.user_attrs),
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,6 +42,8 @@ class Floor(NamedTuple):
     """Settings of the sampler that have a score: the winner is picked from so many."""
     raced: int
     """Those of them with seeds that they were not chosen by."""
+    folds: Mapping[int, int]
+    """Fold that each seed was run on."""
 
     @property
     def paired(self) -> tuple[float, int]:
@@ -52,6 +55,23 @@ class Floor(NamedTuple):
         if self.fit.freedom >= _ENOUGH_FREEDOM:
             return self.fit.spread, self.fit.freedom
         return self.spread, self.freedom
+
+    def of_queries(self, seeds: Iterable[int]) -> float:
+        """Share of the variance over queries that the spread between seeds does not hold already.
+
+        Seeds on other folds are on other queries, so the residual holds both. With ``n_f`` of the
+        n seeds on fold f, the mean over them varies with the queries by ``q^2 sum n_f^2 / n^2``;
+        the residual of N seeds in all, of which ``N_f`` on fold f, holds ``c q^2`` a run, with
+        ``c = (N - sum N_f^2 / N) / (N - 1)``. So ``1 - c n / sum n_f^2`` is left: all of it on
+        one fold, nothing where every seed has a fold of its own.
+        """
+        here = Counter(self.folds[seed] for seed in seeds)
+        everywhere = Counter(self.folds[seed] for seed in self.fit.seeds)
+        total = everywhere.total()
+        if total < 2 or not here or self.fit.freedom < _ENOUGH_FREEDOM:
+            return 1.0
+        held = (total - sum(n**2 for n in everywhere.values()) / total) / (total - 1)
+        return max(0.0, 1 - held * here.total() / sum(n**2 for n in here.values()))
 
     def level(self, setting: Setting) -> float | None:
         """A setting's score at the average seed; of one that did not finish, what it reached."""
@@ -128,15 +148,22 @@ def noise_floor(settings: Sequence[Setting]) -> Floor:
     """The spreads over all settings that were run more than once."""
     runs = [[run.score for run in s.fair if run.score is not None] for s in settings]
     drawn = [s for s in settings if s.name != DEFAULT and s.score is not None]
-    return Floor(fit_seeds(settings), *pooled_spread(runs), len(drawn), sum(s.raced for s in drawn))
+    return Floor(
+        fit_seeds(settings),
+        *pooled_spread(runs),
+        len(drawn),
+        sum(s.raced for s in drawn),
+        {run.seed: run.fold for setting in settings for run in setting.runs},
+    )
 
 
 def compare(ours: Setting, theirs: Setting, floor: Floor, objectives: Mapping[str, str]) -> Verdict:
     """Whether ``ours`` is better than ``theirs``.
 
-    Both are compared on the same seeds (:class:`next.evaluation.blocks.SharedSeeds`); the variance
-    over queries, bootstrapped by identity, is added; the interval allows for the choice of these
-    two among all settings (:func:`next.evaluation.blocks.judged`).
+    Both are compared on the same seeds (:class:`next.evaluation.blocks.SharedSeeds`), each with its
+    fold; the variance over queries, bootstrapped by identity, is added as far as the seeds' folds
+    do not show it (:meth:`Floor.of_queries`); the interval allows for the choice of these two
+    among all settings (:func:`next.evaluation.blocks.judged`).
 
     Raises:
         ValueError: one of them has no finished run.
@@ -158,10 +185,11 @@ def compare(ours: Setting, theirs: Setting, floor: Floor, objectives: Mapping[st
     else:
         spread, freedom = floor.paired
         queries = _over_queries(one, other, shared) if metric == METRIC else None
+        left = floor.of_queries(shared or {run.seed for run in (*one, *other)}) ** 0.5
         difference = judged(
             sign * found.value,
             of_seeds=(spread * found.variance**0.5, freedom),
-            of_queries=(queries.error, queries.freedom) if queries else (0.0, 0.0),
+            of_queries=(left * queries.error, queries.freedom) if queries else (0.0, 0.0),
             comparisons=comparisons,
             queries=queries.queries if queries else 0,
         )
@@ -270,22 +298,34 @@ class _OverQueries(NamedTuple):
 
 
 def _over_queries(one: list[Trial], other: list[Trial], shared: set[int]) -> _OverQueries | None:
-    """Paired bootstrap over identities, of the shared seeds where there are any."""
+    """Paired bootstrap over identities, of the shared seeds where there are any.
+
+    Runs on one fold are on the same queries, so their scores are averaged; the queries of several
+    folds stand side by side, as far as both settings were run on them.
+    """
     sides = [[run for run in runs if not shared or run.seed in shared] for runs in (one, other)]
-    kept, others = (_queries(runs) for runs in sides)
-    if kept is None or others is None:
+    folds = sorted(set.intersection(*({run.fold for run in runs} for runs in sides)))
+    ours, theirs, identities = [], [], []
+    for fold in folds:
+        kept, others = (_queries([run for run in runs if run.fold == fold]) for runs in sides)
+        if kept is None or others is None:
+            return None
+        ours.append(kept[0].mean(axis=0))
+        theirs.append(others[0].mean(axis=0))
+        identities.append(kept[1])
+    if not folds:
         return None
-    confidence = 0.95
+    confidence, measured, groups = 0.95, np.concatenate(ours), np.concatenate(identities)
     found = paired_bootstrap(
-        kept[0].mean(axis=0),
-        others[0].mean(axis=0),
-        groups=kept[1],
+        measured,
+        np.concatenate(theirs),
+        groups=groups,
         resamples=_RESAMPLES,
         confidence=confidence,
     )
     reach = float(ndtri(0.5 + confidence / 2))
-    identities = len(np.unique(kept[1][~np.isnan(kept[0].mean(axis=0))]))
-    return _OverQueries((found.high - found.low) / 2 / reach, max(1, identities - 1), found.queries)
+    count = len(np.unique(groups[~np.isnan(measured)]))
+    return _OverQueries((found.high - found.low) / 2 / reach, max(1, count - 1), found.queries)
 
 
 def _queries(runs: list[Trial]) -> tuple[np.ndarray, np.ndarray] | None:

@@ -25,7 +25,7 @@ from next.tracking.provenance import git_tags
 from next.tracking.run import Run, open_run
 from next.tracking.views import SWEEP
 from next.training.checkpoint import read_progress
-from next.training.inputs import training_data
+from next.training.inputs import for_fold, training_data
 from next.training.loop import Worker, train
 from next.training.process import configure_torch, device
 from next.training.record import data_tags, record_data, seed_tags
@@ -163,6 +163,8 @@ def _until_tune_ends_it(
 ) -> bool:
     """Train and measure; True if Tune ended the trial, which it does within a report."""
     manifest = open_manifest(str(config.data.uri))
+    if config.selection.folds > 1:
+        config = for_fold(config, manifest)
     here, seen = config.scaling.max_workers == 1, _Best()
     with open_run(**record) as run:
         if here and _say_again(home.folder, config, report):

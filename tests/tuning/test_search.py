@@ -6,6 +6,7 @@ from ray.tune.search import Searcher
 
 from next.config import RunConfig, override
 from next.tuning.resources import Places, gpu_share
+from next.tuning.results import read_trials
 from next.tuning.search import DEFAULT, Repeat, Search, how_it_died
 from next.tuning.settings import SweepConfig
 from next.tuning.space import Space
@@ -23,7 +24,7 @@ def make_space(tmp_path, **objectives):
     return Space("mine", suggest, tmp_path / "mine.py", objectives or {"val/mAP": "max"})
 
 
-def make_search(tmp_path, sweep, *, choose=lambda: None, space=None, new=True):
+def make_search(tmp_path, sweep, *, choose=lambda: None, space=None, new=True, base=BASE):
     space = space or make_space(tmp_path)
     path = tmp_path / "study.db"
     studies = (
@@ -31,7 +32,7 @@ def make_search(tmp_path, sweep, *, choose=lambda: None, space=None, new=True):
         if new
         else open_studies(path, "mine", sweep)
     )
-    return Search(studies, space, sweep, BASE, Places(BASE, sweep, CPUS), choose)
+    return Search(studies, space, sweep, base, Places(base, sweep, CPUS), choose)
 
 
 def run_to_end(search, trial_id, score=50.0, epochs=4):
@@ -42,6 +43,31 @@ def run_to_end(search, trial_id, score=50.0, epochs=4):
 
 
 SIX = SweepConfig(trials=6, grace_epochs=1, reduction=2)
+
+
+def test_a_seed_takes_the_next_fold_and_the_search_stays_on_its_own(tmp_path):
+    races = iter([Repeat("trial-0000", {"optim.lr": 1e-3}, seed) for seed in (8, 9, 10)])
+    folds = {"seed": 7, "selection.folds": 3, "selection.fold": 1}
+    sweep = SweepConfig(trials=8, noise_share=0.375, race_share=0.375)
+    search = make_search(tmp_path, sweep, choose=lambda: next(races), base=override(BASE, folds))
+    taken = {}
+    for count in range(8):
+        task = search.suggest(str(count))
+        taken[task["name"]] = task["settings"].get("selection.fold", 1)
+        run_to_end(search, str(count), score=50 + count)
+    assert taken == {
+        "default-seed7": 1,
+        "default-seed8": 2,
+        "default-seed9": 0,
+        "trial-0000": 1,
+        "trial-0001": 1,
+        "trial-0000-seed8": 2,
+        "trial-0000-seed9": 0,
+        "trial-0000-seed10": 1,
+    }
+    trials = read_trials(search.studies, tmp_path, {"val/mAP": "max"}, 7)
+    assert {trial.name: (trial.fold + 1) % 3 for trial in trials} == taken
+    assert all("selection.fold" not in trial.settings for trial in trials), "no setting of its own"
 
 
 def test_the_order_is_noise_then_search_then_race(tmp_path):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from next.evaluation.blocks import judged
 from next.tuning.results import Setting, Trial, group
 from next.tuning.search import DEFAULT
 from next.tuning.seeds import compare, most_racers, next_racer, noise_floor, tied_top
@@ -11,7 +12,7 @@ from next.tuning.settings import FEATURES
 OBJECTIVES = {"val/mAP": "max"}
 
 
-def run(name, score, *, of=None, seed=0, folder=None, state="finished"):
+def run(name, score, *, of=None, seed=0, folder=None, state="finished", fold=0):
     return Trial(
         name=name,
         folder=str(folder or "nowhere"),
@@ -26,6 +27,7 @@ def run(name, score, *, of=None, seed=0, folder=None, state="finished"):
         seed=seed,
         of=of,
         rank=score,
+        fold=fold,
     )
 
 
@@ -97,6 +99,40 @@ def test_queries_widen_the_interval(tmp_path):
     without = compare(*plain, floor, OBJECTIVES).difference
     assert with_queries.queries == 20
     assert with_queries.high - with_queries.low > without.high - without.low
+
+
+def over_folds(tmp_path, name, gains, *, folds, spread):
+    """A setting whose runs are on so many folds, each with five identities of its own."""
+    generator = np.random.default_rng(ord(name))
+    runs = []
+    for seed, gain in enumerate(gains):
+        fold, folder = seed % folds, tmp_path / f"{name}-seed{seed}"
+        folder.mkdir()
+        scores = 50 + gain + generator.normal(0, spread, size=20)
+        pids = 100 * fold + np.repeat(np.arange(5), 4)
+        np.savez(folder / FEATURES, average_precision=scores, query_pid=pids)
+        runs.append(run(folder.name, 50 + gain, of=DEFAULT, seed=seed, folder=folder, fold=fold))
+    return Setting(name, {}, runs)
+
+
+@pytest.mark.parametrize(("folds", "left"), [(1, 1.0), (2, 2 / 3), (4, 0.0)])
+def test_what_folds_show_of_the_queries_is_not_added_again(folds, left, tmp_path):
+    a = over_folds(tmp_path, "a", (3.0, 2.0, 4.0, 3.0), folds=folds, spread=10)
+    b = over_folds(tmp_path, "b", (0.5, 0.0, 0.0, -0.5), folds=folds, spread=10)
+    floor = noise_floor([a, b])
+    assert floor.of_queries(range(4)) == pytest.approx(left)
+    found = compare(a, b, floor, OBJECTIVES).difference
+    assert found.queries == 20 * folds, "queries of all folds, each once"
+    spread, freedom = floor.paired
+    alone = judged(3.0, of_seeds=(spread * 0.5**0.5, freedom))
+    width = (found.high - found.low) / (alone.high - alone.low)
+    assert width == pytest.approx(1) if folds == 4 else width > 1.5
+
+
+def test_queries_of_a_fold_that_only_one_setting_was_run_on_are_left_out(tmp_path):
+    a = over_folds(tmp_path, "a", (3.0, 2.0, 4.0), folds=4, spread=10)
+    b = over_folds(tmp_path, "b", (0.0, 1.0), folds=4, spread=10)
+    assert compare(a, b, noise_floor([a, b, DEFAULTS]), OBJECTIVES).difference.queries == 40
 
 
 def test_the_run_that_a_setting_was_chosen_by_is_left_out_once_two_others_are_there():
