@@ -119,10 +119,12 @@ def most_that_fit(needs: Mapping[str, float]) -> float | None:
 
 def read_autoscaler(address: str) -> Autoscaler | None:
     """That of the head at ``address``, which runs on this machine."""
+    port = address.rpartition(":")[2]  # the head may have several names
+    running = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
     monitors = [
         words
-        for process in psutil.process_iter(["cmdline"])
-        if f"--gcs-address={address}" in (words := process.info["cmdline"] or [])
+        for words in running
+        if any(word.startswith("--gcs-address=") and word.endswith(f":{port}") for word in words)
         and any(word.endswith("monitor.py") and "autoscaler" in word for word in words)
     ]
     if not monitors:  # KubeRay starts its heads so where it runs an autoscaler beside them

@@ -9,9 +9,11 @@ tells the same story.
 from __future__ import annotations
 
 import logging
+import socket
 import uuid
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 
 from next.config import RunConfig, from_toml, to_toml
 from next.data.shards import Manifest, open_manifest
+from next.storage import open_folder
 from next.training.cluster import (
     connected,
     on_cluster,
@@ -96,11 +99,48 @@ def train_on_workers(
     with connected(config.scaling.max_workers * config.scaling.cpus_per_worker):
         require_room(config.scaling)
         require_shared(config, checkpoints)
-        return _fit(config, folder, checkpoints, tracked, bell or Bell())
+        with _marked(checkpoints) as marker:
+            return _fit(config, folder, checkpoints, marker, tracked, bell or Bell())
+
+
+@contextmanager
+def _marked(checkpoints: str) -> Iterator[str | None]:
+    """Name of a file beside the checkpoints while the block runs; None: in an object store.
+
+    Nodes that were not there when all were asked look for it.
+    """
+    place, marker = open_folder(checkpoints), f".driver-{uuid.uuid4().hex}"
+    if not place.is_local:
+        yield None
+        return
+    place.write(marker, b"")
+    try:
+        yield marker
+    finally:
+        place.delete(marker)
+
+
+def _require_seen(checkpoints: str, marker: str | None) -> None:
+    """Raise unless this node sees what the driver sees.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if marker is not None and open_folder(checkpoints).size(marker) is None:
+        raise ValueError(
+            f"node {socket.gethostname()} does not see {checkpoints}, where the run keeps its "
+            f"checkpoints; set checkpoint.storage_path to s3://bucket/prefix, or to a folder that "
+            f"all nodes mount"
+        )
 
 
 def _fit(
-    config: RunConfig, folder: Path, checkpoints: str, tracked: dict[str, Any], bell: Bell
+    config: RunConfig,
+    folder: Path,
+    checkpoints: str,
+    marker: str | None,
+    tracked: dict[str, Any],
+    bell: Bell,
 ) -> Outcome:
     line = Line(f"next-{uuid.uuid4().hex}")
     trainer = _Trainer(
@@ -108,6 +148,7 @@ def _fit(
         train_loop_config={
             "config": to_toml(config),
             "checkpoints": checkpoints,
+            "marker": marker,
             "line": line.name,
             "versions": own_facts().versions,
         },
@@ -145,6 +186,7 @@ def _fit(
 def _work(settings: dict[str, Any]) -> dict[str, Any]:
     """One worker. What would only come again is returned: for what is raised, Ray starts anew."""
     require_versions(settings["versions"])
+    _require_seen(settings["checkpoints"], settings["marker"])
     config = from_toml(settings["config"])
     configure_torch(config)
     context = ray.train.get_context()

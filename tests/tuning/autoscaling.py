@@ -15,17 +15,15 @@ from tests.deploy.conftest import BIN, ray_node, wait_for
 from tests.ports import free_ports
 
 _HEAD = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
-"""Id of the head for the fake provider."""
-_LISTS = (
-    "cluster_synced_files",
+_HEAD_TYPE = "ray.head.default"
+"""Id and type of the head for the fake provider."""
+_COMMANDS = (
     "initialization_commands",
     "setup_commands",
     "head_setup_commands",
     "worker_setup_commands",
     "head_start_ray_commands",
     "worker_start_ray_commands",
-    "rsync_exclude",
-    "rsync_filter",
 )
 
 
@@ -35,9 +33,11 @@ def cluster_config(resources: Mapping[str, float], most: int, address: str) -> d
         "cluster_name": "fake",
         "max_workers": most,
         "upscaling_speed": 100.0,
-        "idle_timeout_minutes": 0.1,
+        "idle_timeout_minutes": 0.3,
         "provider": {
-            "type": "fake_multinode",
+            # Named by its class: by its type, Ray reads defaults that its wheel lacks.
+            "type": "external",
+            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
             "use_node_id_as_ip": True,
             "disable_node_updaters": True,
             "disable_launch_config_check": True,
@@ -45,9 +45,14 @@ def cluster_config(resources: Mapping[str, float], most: int, address: str) -> d
             "head_node_id": _HEAD,
             "gcs_address": address,
         },
-        "head_node_type": "head",
+        "head_node_type": _HEAD_TYPE,
+        "docker": {},
+        "file_mounts": {},
+        "cluster_synced_files": [],
+        "file_mounts_sync_continuously": False,
+        "auth": {},
         "available_node_types": {
-            "head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+            _HEAD_TYPE: {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
             "worker": {
                 "resources": dict(resources),
                 "node_config": {},
@@ -55,11 +60,7 @@ def cluster_config(resources: Mapping[str, float], most: int, address: str) -> d
                 "max_workers": most,
             },
         },
-        "auth": {},
-        "docker": {},
-        "file_mounts": {},
-        "file_mounts_sync_continuously": False,
-        **{name: [] for name in _LISTS},
+        **{name: [] for name in _COMMANDS},
     }
 
 
@@ -99,5 +100,5 @@ def autoscaling_head(
             assert process.poll() is None, log.read_text()[-3000:]
             return "Ray runtime started" in log.read_text()
 
-        wait_for("the head", answers, 120, lambda: log.read_text()[-3000:])
+        wait_for("the head", answers, 240, lambda: log.read_text()[-3000:])
         yield f"{own}:{port}", f"http://127.0.0.1:{dashboard}"

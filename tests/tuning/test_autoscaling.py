@@ -72,7 +72,7 @@ def test_what_a_cluster_may_grow_to_is_read_from_its_configuration():
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
-@pytest.mark.parametrize(("workers", "trials"), [(1, 8), (2, 4)])
+@pytest.mark.parametrize(("workers", "trials"), [(1, 6), (2, 3)])
 def test_as_many_trials_run_at_a_time_as_machines_came_and_the_machines_go_afterwards(
     address, tiny_config, tmp_path, workers, trials
 ):
@@ -125,7 +125,7 @@ def test_a_cluster_of_a_head_alone_has_room_for_what_its_autoscaler_may_add(addr
         demand.want(2)
         wait_for("machines", lambda: alive() == 2, 120)
         wait_for("the places to be given up", lambda: not demand.want(2), 30)
-        assert ray.available_resources().get("CPU") == 2
+        wait_for("both to be free", lambda: ray.available_resources().get("CPU") == 2, 30)
         demand.end()
     finally:
         ray.shutdown()
