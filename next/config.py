@@ -21,6 +21,7 @@ Fraction = float
 """A number in [0, 1]; the field states the bounds."""
 
 LEGACY: dict[str, Any] = {
+    "model.backbone.unknown_camera": "all",
     "model.semantic.text_skip": False,
     "selection.draw": "any",
     "evaluation.common_slices": False,
@@ -167,6 +168,10 @@ class BackboneConfig(Section):
     """Seed of random weights (both towers); used only without ``pretrained``."""
     camera_coefficient: float | None = Field(default=None, gt=0)
     """Weight of the learned camera embedding (SIE) added to the class token; None: off."""
+    unknown_camera: Literal["trained", "all"] = "trained"
+    """What an unknown camera gets, the mean embedding of the cameras that train samples come from;
+    all: of all numbers up to the highest, which may hold some that do not exist (up to version
+    0.1)."""
     checkpointing: bool = False
     """Keep only the input of each block of the tower and compute the rest again in the backward
     pass: much less memory for about a third more time, with the same result."""
@@ -212,6 +217,9 @@ class RoutingConfig(Section):
 
     temperature: float = Field(default=1.0, gt=0)
     """Divides the scores before the routing softmax; small: sharp, large: even."""
+    init: Literal["normal", "orthogonal"] = "normal"
+    """orthogonal: the routers start so that different experts look along orthogonal directions of
+    the token space."""
 
 
 class AggregationConfig(Section):
@@ -246,6 +254,9 @@ class ModelConfig(Section):
     """Classes of the identity heads; None: from the data."""
     cameras: int | None = Field(default=None, ge=1)
     """Known cameras for the camera embedding; None: from the data."""
+    trained_cameras: tuple[int, ...] | None = None
+    """Those that the train split has samples of; an unknown camera gets their mean embedding. None:
+    from the data."""
 
 
 class LossConfig(Section):
@@ -257,6 +268,9 @@ class LossConfig(Section):
     """Weight of the batch-hard triplet loss with soft margin."""
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
     """Label smoothing of the cross-entropy."""
+    diversity_weight: float = Field(default=0.0, ge=0)
+    """Weight of the overlap of a branch's experts (``train/overlap_<branch>``), so that they look
+    at different patches; 0: off."""
 
 
 class OptimConfig(Section):

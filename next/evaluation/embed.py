@@ -224,6 +224,8 @@ def route(model: NEXT, batch: Batch) -> Routing:
         semantic=None if routing.semantic is None else routing.semantic.float().cpu(),
         structure=None if routing.structure is None else routing.structure.float().cpu(),
         entropy={name: value.cpu() for name, value in routing.entropy.items()},
+        overlap={name: value.cpu() for name, value in routing.overlap.items()},
+        attention={name: value.cpu() for name, value in routing.attention.items()},
     )
 
 

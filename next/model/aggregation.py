@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from next.config import AggregationConfig
 from next.model.attention import attend
 from next.model.routing import at_least_float32
+
+
+class Aggregated(NamedTuple):
+    """What one branch's aggregation gives."""
+
+    feature: Tensor
+    """[B, M*D] in float32 at least."""
+    attention: Tensor
+    """[B, T] mean attention that each expert token gets, over heads and the modalities that are
+    there; detached."""
 
 
 class Aggregation(nn.Module):
@@ -44,8 +56,6 @@ class Aggregation(nn.Module):
         self.norm_mlp = nn.LayerNorm(width)
         self.mlp_in = nn.Linear(width, hidden)
         self.mlp_out = nn.Linear(hidden, width)
-        self.attention: Tensor | None = None
-        """[T] mean attention that each expert token got in the last forward of training."""
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -56,31 +66,27 @@ class Aggregation(nn.Module):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, cls: Tensor, experts: Tensor, present: Tensor) -> Tensor:
-        """The branch feature.
+    def forward(self, cls: Tensor, experts: Tensor, present: Tensor) -> Aggregated:
+        """The branch feature, and what it is made of.
 
         Args:
             cls: ``[B, M, D]`` class tokens.
             experts: ``[B, T, D]`` expert tokens.
             present: ``[B, M]`` bool.
-
-        Returns:
-            ``[B, M*D]`` in float32 at least.
         """
         query = self.query(self.norm_query(cls)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         pairs = self.key_value(self.norm_expert(experts)).unflatten(-1, (2, self.heads, -1))
         key, value = pairs.permute(2, 0, 3, 1, 4)
-        if self.training:
-            self.attention = _shares(query.detach(), key.detach(), present)
         attended = attend(query, key, value).transpose(1, 2).flatten(2)
         x = at_least_float32(cls) + self.out(attended)
         x = x + self.mlp_out(F.gelu(self.mlp_in(self.norm_mlp(x))))
-        return x.masked_fill(~present[:, :, None], 0.0).flatten(1)
+        feature = x.masked_fill(~present[:, :, None], 0.0).flatten(1)
+        return Aggregated(feature, _shares(query.detach(), key.detach(), present))
 
 
 def _shares(query: Tensor, key: Tensor, present: Tensor) -> Tensor:
-    """[T] mean attention of each token, over samples, heads and the modalities that are there."""
+    """[B, T] mean attention of each token, over heads and the modalities that are there."""
     scores = at_least_float32(query * query.shape[-1] ** -0.5) @ at_least_float32(key).mT
     weights = scores.softmax(dim=-1).mean(dim=1)  # [B, M, T]
     # Not weights[present], whose length a GPU would have to be asked for.
-    return weights.mul(present[:, :, None]).sum(dim=(0, 1)) / present.sum().clamp(min=1)
+    return weights.mul(present[:, :, None]).sum(dim=1) / present.sum(1, keepdim=True).clamp(min=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,12 +34,14 @@ class Backbone(nn.Module):
     Pixels of absent modalities are set to zero before the tower sees them. With
     ``camera_coefficient`` a learned camera embedding is added to the class token before the
     first block (SIE of TransReID, arXiv 2102.04378; our reading: to the class token only); an
-    unknown camera gets the mean of the known ones.
+    unknown camera gets the mean of those that train samples come from.
 
     Args:
         config: the tower.
         image_size: height and width in pixels, multiples of the patch size.
         cameras: number of known cameras; needed with ``camera_coefficient`` only.
+        trained_cameras: those of them that train samples come from; the others are as unknown as
+            any, since their embeddings stay as they were drawn. None: all.
         blank: leave pretrained weights unread; they will be filled from a checkpoint.
 
     Raises:
@@ -52,6 +55,7 @@ class Backbone(nn.Module):
         image_size: tuple[int, int],
         cameras: int | None = None,
         *,
+        trained_cameras: Sequence[int] | None = None,
         blank: bool = False,
     ) -> None:
         super().__init__()
@@ -78,6 +82,16 @@ class Backbone(nn.Module):
                 )
             self.camera_embedding = nn.Parameter(torch.empty(cameras, self.tower.stream_width))
             nn.init.trunc_normal_(self.camera_embedding, std=0.02)
+            rows = torch.arange(cameras)
+            trained = None
+            if trained_cameras is not None:
+                trained = torch.tensor(sorted(trained_cameras))
+                rows[~torch.isin(rows, trained)] = cameras
+            self.register_buffer("_trained_cameras", trained, persistent=False)
+            self.register_buffer("_camera_rows", rows, persistent=False)
+
+    _trained_cameras: Tensor | None
+    _camera_rows: Tensor
 
     def forward(self, images: Tensor, present: Tensor, camera: Tensor | None = None) -> Tokens:
         """Encode all modalities.
@@ -108,11 +122,14 @@ class Backbone(nn.Module):
         if self.camera_embedding is None or self.camera_coefficient is None:
             return None
         cameras = len(self.camera_embedding)
-        table = torch.cat([self.camera_embedding, self.camera_embedding.mean(0, keepdim=True)])
+        trained = self._trained_cameras
+        known = self.camera_embedding if trained is None else self.camera_embedding[trained]
+        table = torch.cat([self.camera_embedding, known.mean(0, keepdim=True)])
         if camera is None:
             return self.camera_coefficient * table[-1].expand(batch, -1)
-        known = (camera >= 0) & (camera < cameras)
-        return self.camera_coefficient * F.embedding(torch.where(known, camera, cameras), table)
+        numbered = (camera >= 0) & (camera < cameras)
+        row = self._camera_rows[torch.where(numbered, camera, 0)]
+        return self.camera_coefficient * F.embedding(torch.where(numbered, row, cameras), table)
 
 
 def check_name(name: str) -> None:

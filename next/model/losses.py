@@ -39,6 +39,10 @@ class Losses(NamedTuple):
     """``<branch>/{identity,triplet,positive,negative}`` of each branch, detached."""
     dominance: Mapping[str, Tensor] = MappingProxyType({})
     """Largest share of a branch's attention that one of its experts gets; detached."""
+    entropy: Mapping[str, Tensor] = MappingProxyType({})
+    """Mean normalised entropy of a branch's routing; detached."""
+    overlap: Mapping[str, Tensor] = MappingProxyType({})
+    """How alike the experts of a branch with several are in where they look; detached."""
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Losses:
         """The losses with every tensor changed."""

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from next.config import ModelConfig
-from next.model.aggregation import Aggregation
+from next.model.aggregation import Aggregated, Aggregation
 from next.model.backbone import Backbone
 from next.model.head import IdentityHead
-from next.model.routing import at_least_float32, normalised_entropy
+from next.model.routing import at_least_float32, normalised_entropy, overlap
 from next.model.semantic_experts import SemanticExperts
 from next.model.structure_experts import StructureExperts
 
@@ -27,7 +27,12 @@ class Routing(NamedTuple):
     """[B, M, N, E*S] dispatch weights, a softmax over the tokens of all present modalities; the
     slots of one expert stand side by side. None: no CSSE."""
     entropy: dict[str, Tensor]
-    """Mean entropy of each branch's weights over its largest value, in [0, 1]; detached."""
+    """[B] mean entropy of each branch's weights over its largest value, in [0, 1]; detached."""
+    overlap: dict[str, Tensor]
+    """[B] how alike the experts of each branch are (:func:`next.model.routing.overlap`), for TMSE
+    the mean over the modalities that are there; with its gradient."""
+    attention: dict[str, Tensor]
+    """[B, E] share of the aggregation's attention that each expert of a branch gets; detached."""
 
 
 class NEXTOutput(NamedTuple):
@@ -69,19 +74,24 @@ class NEXT(nn.Module):
         image_size = _resolved(config.image_size, "image_size")
         identities = _resolved(config.identities, "identities")
         self.config = config
-        self.backbone = Backbone(config.backbone, image_size, config.cameras, blank=blank)
+        self.backbone = Backbone(
+            config.backbone,
+            image_size,
+            config.cameras,
+            trained_cameras=config.trained_cameras,
+            blank=blank,
+        )
         self.width = self.backbone.width
         self.patch_grid = self.backbone.patch_grid
         self.modalities = modalities
         _check_sampling(config.semantic.tokens_per_expert, self.patch_grid)
-        temperature = config.routing.temperature
         self.semantic = (
-            SemanticExperts(self.width, modalities, config.semantic, temperature)
+            SemanticExperts(self.width, modalities, config.semantic, config.routing)
             if config.semantic.enabled
             else None
         )
         self.structure = (
-            StructureExperts(self.width, config.structure, temperature)
+            StructureExperts(self.width, config.structure, config.routing)
             if config.structure.enabled
             else None
         )
@@ -124,29 +134,32 @@ class NEXT(nn.Module):
         self._check_inputs(images, present, text)
         cls, patches = self.backbone(images, present, camera)
         branches: dict[str, Tensor] = {}
-        entropy: dict[str, Tensor] = {}
-        sampling = dispatch = None
+        routing = Routing(None, None, {}, {}, {})
         count = patches.shape[2]
         if self.semantic is not None:
             if text is None:
                 text = cls.new_zeros(self._text_shape(len(images)))
             tokens, sampling = self.semantic(cls, patches, present, text)
-            branches["semantic"] = self.aggregation["semantic"](cls, tokens, present)
+            self._aggregate("semantic", cls, tokens, present, branches, routing)
             candidates = min(self.config.semantic.tokens_per_expert or count, count)
             spread = normalised_entropy(sampling, candidates, dim=-1).mean(-1)
-            entropy["semantic"] = (spread * present).sum() / present.sum().clamp(min=1)
+            routing.entropy["semantic"] = _mean_of_present(spread, present)
+            routing.overlap["semantic"] = _mean_of_present(overlap(sampling), present)
+            routing = routing._replace(semantic=sampling)
         if self.structure is not None:
             tokens, dispatch = self.structure(patches, present)
-            branches["structure"] = self.aggregation["structure"](cls, tokens, present)
+            self._aggregate("structure", cls, tokens, present, branches, routing)
             candidates = present.sum(1, keepdim=True) * count
-            entropy["structure"] = normalised_entropy(
-                dispatch.flatten(1, 2), candidates, dim=1
-            ).mean()
+            by_slot = dispatch.flatten(1, 2)
+            routing.entropy["structure"] = normalised_entropy(by_slot, candidates, dim=1).mean(1)
+            experts = by_slot.unflatten(2, (self.config.structure.experts, -1)).mean(-1)
+            routing.overlap["structure"] = overlap(experts.mT)
+            routing = routing._replace(structure=dispatch)
         if "cls" in self.head:
             plain = at_least_float32(cls).masked_fill(~present[:, :, None], 0.0)
             branches["cls"] = plain.flatten(1)
         embedding = torch.cat([branches[name] for name in self.embedded], dim=1)
-        return NEXTOutput(embedding, branches, Routing(sampling, dispatch, entropy))
+        return NEXTOutput(embedding, branches, routing)
 
     def heads(self, branches: dict[str, Tensor]) -> dict[str, Tensor]:
         """Logits ``[B, identities]`` of each branch, through its neck and classifier.
@@ -155,6 +168,21 @@ class NEXT(nn.Module):
         global batch.
         """
         return {name: self.head[name](feature) for name, feature in branches.items()}
+
+    def _aggregate(
+        self,
+        name: str,
+        cls: Tensor,
+        tokens: Tensor,
+        present: Tensor,
+        branches: dict[str, Tensor],
+        routing: Routing,
+    ) -> None:
+        """Add a branch's feature, and the attention that its experts get."""
+        found: Aggregated = self.aggregation[name](cls, tokens, present)
+        branches[name] = found.feature
+        experts = getattr(self.config, name).experts
+        routing.attention[name] = found.attention.unflatten(1, (experts, -1)).sum(-1)
 
     def _text_shape(self, batch: int) -> tuple[int, int, int, int]:
         return batch, self.modalities, self.config.semantic.experts, self.width
@@ -186,6 +214,11 @@ class NEXT(nn.Module):
                     f"every sample must have at least one modality, but rows {absent[:10]} of the "
                     f"batch have none; leave such samples out"
                 )
+
+
+def _mean_of_present(values: Tensor, present: Tensor) -> Tensor:
+    """[B] of [B, M]."""
+    return (values * present).sum(1) / present.sum(1).clamp(min=1)
 
 
 def _resolved(value: T | None, name: str) -> T:

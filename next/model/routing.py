@@ -57,3 +57,27 @@ def normalised_entropy(weights: Tensor, candidates: Tensor | int, *, dim: int) -
     if isinstance(candidates, int):
         return entropy / math.log(max(candidates, 2))
     return entropy / candidates.clamp(min=2).to(entropy.dtype).log()
+
+
+def overlap(weights: Tensor) -> Tensor:
+    """How alike experts are in where they look: mean over pairs of experts of their overlap.
+
+    The overlap of two distributions over N is ``sum_n sqrt(p_n q_n)``, the Bhattacharyya
+    coefficient: 1 for the same distribution, 0 where no entry has weight in both. As a loss it is
+    the diversity term of Li et al. (arXiv 1803.09882), who take the Hellinger distance,
+    ``1 - overlap``.
+
+    Args:
+        weights: ``[..., E, N]``, rows sum to one (or are all zero).
+
+    Returns:
+        ``[...]``, in [0, 1]; one expert overlaps with nobody: 0.
+    """
+    experts = weights.shape[-2]
+    if experts == 1:
+        return weights.new_zeros(weights.shape[:-2])
+    # The root has no gradient at zero, where a patch is not sampled.
+    roots = weights.clamp(min=torch.finfo(weights.dtype).tiny).sqrt()
+    # All pairs: |sum_e r_e|^2 - sum_e |r_e|^2, without a product that autocast would round.
+    pairs = roots.sum(-2).square().sum(-1) - roots.square().sum((-2, -1))
+    return pairs / (experts * (experts - 1))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from next.config import SemanticConfig
+from next.config import RoutingConfig, SemanticConfig
 from next.model.experts import Experts
 from next.model.routing import at_least_float32, routing_softmax
 
@@ -50,14 +50,14 @@ class SemanticExperts(nn.Module):
         width: D.
         modalities: M.
         config: experts, sampled tokens and widths.
-        temperature: divides the scores before the softmax over patches.
+        routing: temperature of the softmax over patches, and how the routers start.
     """
 
     def __init__(
-        self, width: int, modalities: int, config: SemanticConfig, temperature: float
+        self, width: int, modalities: int, config: SemanticConfig, routing: RoutingConfig
     ) -> None:
         super().__init__()
-        self.temperature = temperature
+        self.temperature = routing.temperature
         self.tokens_per_expert = config.tokens_per_expert
         self.router_weight = nn.Parameter(torch.empty(modalities, width, config.experts * width))
         self.router_bias = nn.Parameter(torch.empty(modalities, 1, config.experts * width))
@@ -70,6 +70,8 @@ class SemanticExperts(nn.Module):
             self.text_scale = nn.Parameter(torch.empty(()))
         self.experts = Experts(config.experts, width, config.expansion)
         self.reset_parameters()
+        if routing.init == "orthogonal":
+            self._make_orthogonal()
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.router_weight, std=0.02)
@@ -78,6 +80,29 @@ class SemanticExperts(nn.Module):
         if self.text_scale is not None:
             nn.init.constant_(self.text_scale, _LARGEST_TEXT_SCALE)
             nn.init.zeros_(self.mix_out.weight)
+
+    @torch.no_grad()
+    def _make_orthogonal(self) -> None:
+        """Give each expert's queries a subspace of its own, at their length.
+
+        ``R_e <- sqrt(E) R_e S_e^T S_e``, where the ``S_e`` share out the rows of one random
+        orthogonal matrix: then ``R_e R_f^T = 0``.
+
+        Raises:
+            ValueError: more experts than dimensions.
+        """
+        modalities, width, _ = self.router_weight.shape
+        experts = len(self.experts.weight_in)
+        if experts > width:
+            raise ValueError(
+                f"model.semantic.experts must not exceed the token width {width} with "
+                f"model.routing.init = orthogonal, but got {experts}; lower it"
+            )
+        for modality in range(modalities):
+            basis = nn.init.orthogonal_(torch.empty(width, width))
+            queries = self.router_weight[modality].view(width, experts, width)
+            for expert, own in enumerate(basis.tensor_split(experts)):
+                queries[:, expert] = (width / len(own)) ** 0.5 * queries[:, expert] @ own.T @ own
 
     def forward(
         self, cls: Tensor, patches: Tensor, present: Tensor, text: Tensor

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from next.config import StructureConfig
+from next.config import RoutingConfig, StructureConfig
 from next.model.experts import Experts
 from next.model.routing import at_least_float32, routing_softmax
 
@@ -39,17 +39,19 @@ class StructureExperts(nn.Module):
     Args:
         width: D.
         config: experts, slots and widths.
-        temperature: divides the scores before the softmax over tokens.
+        routing: temperature of the softmax over tokens, and how ``Phi`` starts.
     """
 
-    def __init__(self, width: int, config: StructureConfig, temperature: float) -> None:
+    def __init__(self, width: int, config: StructureConfig, routing: RoutingConfig) -> None:
         super().__init__()
-        self.temperature = temperature
+        self.temperature = routing.temperature
         self.slots = config.slots
         self.phi = nn.Parameter(torch.empty(width, config.experts * config.slots))
         self.scale = nn.Parameter(torch.empty(()))
         self.experts = Experts(config.experts, width, config.expansion)
         self.reset_parameters()
+        if routing.init == "orthogonal":
+            nn.init.orthogonal_(self.phi)
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.phi, std=len(self.phi) ** -0.5)

@@ -60,16 +60,20 @@ def resolve(config: RunConfig, manifest: Manifest) -> RunConfig:
         "model.identities": identities,
         "model.cameras": int(labels.camera.max(initial=0)) + 1,
     }
+    if config.model.backbone.camera_coefficient and config.model.backbone.unknown_camera != "all":
+        trained = np.unique(labels.camera)
+        facts["model.trained_cameras"] = tuple(int(one) for one in trained[trained >= 0]) or None
     given = {
         "model.modalities": config.model.modalities,
         "model.image_size": config.model.image_size,
         "model.identities": config.model.identities,
         "model.cameras": config.model.cameras,
+        "model.trained_cameras": config.model.trained_cameras,
     }
     for name, value in given.items():
-        if value is not None and value != facts[name]:
+        if value is not None and value != facts.get(name):
             raise ValueError(
-                f"{name} is taken from the data and must be {facts[name]}, but got {value}; "
+                f"{name} is taken from the data and must be {facts.get(name)}, but got {value}; "
                 f"leave it out"
             )
     reads_text = config.model.semantic.enabled and config.captions.sampling != "none"

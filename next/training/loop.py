@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from next.config import LossConfig, OptimConfig, RunConfig
@@ -29,7 +30,7 @@ from next.data.plan import occurrences, plan_hash, training_plan, worker_slice
 from next.evaluation.protocol import Evaluation, evaluate
 from next.evaluation.share import Share
 from next.model.losses import Losses, objective
-from next.model.network import NEXT
+from next.model.network import NEXT, NEXTOutput
 from next.training.checkpoint import (
     Progress,
     Snapshot,
@@ -299,45 +300,61 @@ class GlobalLoss(nn.Module):
 
     def forward(self, batch: Batch) -> Losses:
         """Losses of all ranks' samples together."""
-        branches, labels = self._embed(batch), batch.labels
+        (branches, routing), labels = self._embed(batch), batch.labels
         if self.world > 1:
             branches = {name: gather(feature) for name, feature in branches.items()}
+            routing = _gather_routing(routing)
             labels = gather(labels)
         losses = objective(self.network.heads(branches), branches, labels, self.config)
-        return losses._replace(dominance=self._dominance())
+        several = [name for name, rows in routing["attention"].items() if rows.shape[1] > 1]
+        overlap = {name: routing["overlap"][name].mean() for name in several}
+        total = losses.total
+        if self.config.diversity_weight and overlap:
+            total = total + self.config.diversity_weight * torch.stack([*overlap.values()]).sum()
+        return losses._replace(
+            total=total,
+            dominance={name: routing["attention"][name].mean(0).max() for name in several},
+            entropy={name: rows.mean() for name, rows in routing["entropy"].items()},
+            overlap={name: value.detach() for name, value in overlap.items()},
+        )
 
-    def _dominance(self) -> dict[str, Tensor]:
-        """Of each branch with several experts; the same on every rank."""
-        found = {}
-        for branch, config in (
-            ("semantic", self.network.config.semantic),
-            ("structure", self.network.config.structure),
-        ):
-            if branch not in self.network.aggregation or config.experts == 1:
-                continue
-            tokens = self.network.get_submodule(f"aggregation.{branch}").attention
-            assert isinstance(tokens, Tensor), "a step is taken in training mode"
-            shares = tokens.unflatten(0, (config.experts, -1)).sum(-1)
-            if self.world > 1:
-                dist.all_reduce(shares)
-            found[branch] = shares.max() / self.world
-        return found
-
-    def _embed(self, batch: Batch) -> dict[str, Tensor]:
+    def _embed(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+        """Features by branch, and what is measured of the routing, a row for each sample."""
         inputs = (batch.images, batch.present, batch.text, batch.camera)
         if self.parts == 1:
-            return self._branches(*inputs)
+            return self._forward(*inputs)
         size = -(-len(batch.labels) // self.parts)
         pieces = [
             # No layer draws random numbers; to keep their state would wait for the device.
-            checkpoint(self._branches, *piece, use_reentrant=False, preserve_rng_state=False)
+            checkpoint(self._forward, *piece, use_reentrant=False, preserve_rng_state=False)
             for piece in zip(*(tensor.split(size) for tensor in inputs), strict=True)
         ]
-        return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+        whole: tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]] = tree_map(
+            lambda *rows: torch.cat(rows), *pieces
+        )
+        return whole
 
-    def _branches(self, *inputs: Tensor) -> dict[str, Tensor]:
-        branches: dict[str, Tensor] = self.network(*inputs).branches
-        return branches
+    def _forward(self, *inputs: Tensor) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+        output: NEXTOutput = self.network(*inputs)
+        routing = output.routing
+        measured = {
+            "attention": routing.attention,
+            "entropy": routing.entropy,
+            "overlap": routing.overlap,
+        }
+        return output.branches, measured
+
+
+def _gather_routing(local: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """All ranks' rows of what is measured, by one communication."""
+    leaves, structure = tree_flatten(local)
+    columns = [
+        leaf.float().flatten(1) if leaf.ndim > 1 else leaf.float()[:, None] for leaf in leaves
+    ]
+    rows = gather(torch.cat(columns, dim=1)).split([one.shape[1] for one in columns], dim=1)
+    shaped = [row if leaf.ndim > 1 else row[:, 0] for row, leaf in zip(rows, leaves, strict=True)]
+    whole: dict[str, dict[str, Tensor]] = tree_unflatten(shaped, structure)
+    return whole
 
 
 class _Gather(torch.autograd.Function):

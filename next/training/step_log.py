@@ -104,8 +104,9 @@ def _curves(losses: list[Losses]) -> dict[str, list[float]]:
     parts = {"loss": torch.stack([loss.total.detach() for loss in losses])}
     for name in losses[0].parts:
         parts[f"loss_{name}"] = torch.stack([loss.parts[name].detach() for loss in losses])
-    for name in losses[0].dominance:
-        parts[f"dominance_{name}"] = torch.stack([loss.dominance[name] for loss in losses])
+    for what in ("dominance", "entropy", "overlap"):
+        for name in getattr(losses[0], what):
+            parts[f"{what}_{name}"] = torch.stack([getattr(loss, what)[name] for loss in losses])
     return {name: values.float().cpu().tolist() for name, values in parts.items()}
 
 

@@ -62,7 +62,7 @@ def naive(mgfa: Aggregation, cls: Tensor, experts: Tensor, present: Tensor) -> T
 def test_equals_the_naive_loops_in_value_and_gradient(present, agree):
     mgfa, (cls, experts) = module(), inputs()
     agree(
-        mgfa(cls, experts, present),
+        mgfa(cls, experts, present).feature,
         naive(mgfa, cls, experts, present),
         [cls, experts, *mgfa.parameters()],
         1e-9,
@@ -75,14 +75,14 @@ def test_gradients_pass_the_numeric_check():
 
     def run(cls: Tensor, experts: Tensor, *values: Tensor) -> Tensor:
         named = dict(zip(parameters, values, strict=True))
-        return torch.func.functional_call(mgfa, named, (cls, experts, PRESENT))
+        return torch.func.functional_call(mgfa, named, (cls, experts, PRESENT)).feature
 
     assert torch.autograd.gradcheck(run, (*inputs(), *parameters.values()), fast_mode=True)
 
 
 def test_the_rows_of_an_absent_modality_are_zero_and_pass_no_gradient():
     mgfa, (cls, experts) = module(), inputs()
-    feature = mgfa(cls, experts, PRESENT)
+    feature = mgfa(cls, experts, PRESENT).feature
     assert (feature.unflatten(1, (M, D))[~PRESENT] == 0).all()
     (gradient,) = torch.autograd.grad(feature.square().sum(), cls)
     assert (gradient[~PRESENT] == 0).all()
@@ -92,7 +92,7 @@ def test_starts_near_the_class_token():
     torch.manual_seed(0)
     mgfa = Aggregation(128, AggregationConfig())
     cls, experts = torch.randn(4, 3, 128), torch.randn(4, 6, 128)
-    feature = mgfa(cls, experts, torch.ones(4, 3, dtype=torch.bool))
+    feature = mgfa(cls, experts, torch.ones(4, 3, dtype=torch.bool)).feature
     assert (feature - cls.flatten(1)).norm() < 0.3 * cls.norm()
 
 

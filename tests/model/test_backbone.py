@@ -183,6 +183,23 @@ def test_an_unknown_camera_gets_the_mean_embedding():
     torch.testing.assert_close(unknown, known, atol=1e-5, rtol=1e-5)
 
 
+def test_cameras_that_train_samples_never_come_from_are_as_unknown_as_any():
+    """Their numbers are in the table, and their embeddings stay as they were drawn."""
+    config = TINY.model_copy(update={"camera_coefficient": 3.0})
+    backbone = Backbone(config, (64, 32), cameras=4, trained_cameras=(1, 3)).eval()
+    with torch.no_grad():
+        backbone.camera_embedding[[0, 2]] = 1e3
+        never, beyond = (
+            backbone(images(), PRESENT, torch.tensor([2, 0, -1, 9])[: len(PRESENT)]),
+            (backbone(images(), PRESENT)),
+        )
+        backbone.camera_embedding[[0, 2]] = 0.0
+        backbone.camera_embedding[[1, 3]] = backbone.camera_embedding[[1, 3]].mean(0)
+        mean = backbone(images(), PRESENT, torch.tensor([1, 3, 1, 3])[: len(PRESENT)])
+    torch.testing.assert_close(never.cls, beyond.cls)
+    torch.testing.assert_close(never.cls, mean.cls)
+
+
 def test_a_camera_embedding_needs_the_number_of_cameras():
     config = TINY.model_copy(update={"camera_coefficient": 3.0})
     with pytest.raises(ValueError, match=r"model\.cameras must be known"):

@@ -101,7 +101,7 @@ def test_is_the_composition_of_its_parts():
     semantic = model.semantic(cls, patches, PRESENT, text)
     structure = model.structure(patches, PRESENT)
     for name, tokens in (("semantic", semantic.tokens), ("structure", structure.tokens)):
-        expected = model.aggregation[name](cls, tokens, PRESENT)
+        expected = model.aggregation[name](cls, tokens, PRESENT).feature
         torch.testing.assert_close(output.branches[name], expected)
     plain = torch.where(PRESENT[:, :, None], cls, 0.0).flatten(1)
     torch.testing.assert_close(output.branches["cls"], plain)
@@ -217,13 +217,15 @@ def test_entropy_is_the_mean_over_what_is_present():
                 if PRESENT[b, m]:
                     weights = routing.semantic[b, m, e]
                     entropy = -sum(w * w.log() for w in weights if w > 0)
-                    semantic.append(entropy / torch.tensor(float(N)).log())
+                    share = 1 / (E * PRESENT[b].sum())
+                    semantic.append(share * entropy / torch.tensor(float(N)).log())
         for slot in range(E * S):
             weights = routing.structure[b, :, :, slot].flatten()
             entropy = -sum(w * w.log() for w in weights if w > 0)
             structure.append(entropy / torch.tensor(float(N * PRESENT[b].sum())).log())
-    torch.testing.assert_close(routing.entropy["semantic"], torch.stack(semantic).mean())
-    torch.testing.assert_close(routing.entropy["structure"], torch.stack(structure).mean())
+    torch.testing.assert_close(routing.entropy["semantic"].sum(), torch.stack(semantic).sum())
+    structure_mean = torch.stack(structure).unflatten(0, (B, -1)).mean(1)
+    torch.testing.assert_close(routing.entropy["structure"], structure_mean)
     assert not any(value.requires_grad for value in routing.entropy.values())
 
 
@@ -232,7 +234,9 @@ def test_the_limits_of_the_temperature_give_sharp_and_even_routing(temperature, 
     model = network(routing__temperature=temperature)
     images, text = inputs()
     output = model(images, PRESENT, text)
-    assert [x.item() for x in output.routing.entropy.values()] == pytest.approx([entropy] * 2)
+    assert [x.mean().item() for x in output.routing.entropy.values()] == pytest.approx(
+        [entropy] * 2
+    )
     for gradient in torch.autograd.grad(
         loss(model, output), trained(model), materialize_grads=True
     ):

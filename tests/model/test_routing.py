@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from next.model.routing import at_least_float32, normalised_entropy, routing_softmax
+from next.model.routing import at_least_float32, normalised_entropy, overlap, routing_softmax
 
 rows = st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=7)
 
@@ -79,3 +79,26 @@ def test_entropy_of_a_single_candidate_is_zero():
 
 def test_entropy_is_detached():
     assert not normalised_entropy(torch.ones(2, 1, requires_grad=True), 1, dim=1).requires_grad
+
+
+def test_overlap_equals_the_naive_loop_over_pairs_of_experts():
+    weights = torch.rand(2, 3, 4, 5, dtype=torch.float64).softmax(-1)
+    found = overlap(weights)
+    for b in range(2):
+        for m in range(3):
+            pairs = [
+                (weights[b, m, e] * weights[b, m, f]).sqrt().sum()
+                for e in range(4)
+                for f in range(e)
+            ]
+            torch.testing.assert_close(found[b, m], torch.stack(pairs).mean())
+
+
+def test_overlap_is_one_for_the_same_places_and_zero_for_places_apart():
+    even = torch.full((3, 4), 0.25)
+    apart = torch.eye(3, 4, requires_grad=True)
+    assert overlap(even).item() == pytest.approx(1)
+    assert overlap(apart).item() == pytest.approx(0, abs=1e-6)
+    assert overlap(even[:1]).item() == 0
+    (gradient,) = torch.autograd.grad(overlap(apart), apart)
+    assert gradient.isfinite().all(), "a patch that is not sampled has weight zero"

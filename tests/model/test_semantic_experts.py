@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from next.config import SemanticConfig
+from next.config import RoutingConfig, SemanticConfig
 from next.model.semantic_experts import SemanticExperts
 
 B, M, E, N, D = 3, 3, 2, 5, 4
@@ -23,7 +23,7 @@ def module(
     config = SemanticConfig(
         experts=E, tokens_per_expert=k, expansion=1.5, mixer_hidden=3, text_skip=skip
     )
-    tmse = SemanticExperts(D, modalities, config, temperature).double()
+    tmse = SemanticExperts(D, modalities, config, RoutingConfig(temperature=temperature)).double()
     for parameter in tmse.parameters():
         nn.init.normal_(parameter)
     return tmse
@@ -167,7 +167,7 @@ def test_without_any_caption_only_the_coarse_scores_count():
 
 def test_the_text_scale_starts_at_its_limit_and_can_still_be_learned():
     """Plain clamping would end its gradient for good after the first step upwards."""
-    tmse = SemanticExperts(D, M, SemanticConfig(experts=E), 1.0)
+    tmse = SemanticExperts(D, M, SemanticConfig(experts=E), RoutingConfig())
     assert tmse.text_scale.item() == pytest.approx(math.log(100))
     cls, patches, text = (x.detach().float() for x in inputs())
     with torch.no_grad():
@@ -179,7 +179,7 @@ def test_the_text_scale_starts_at_its_limit_and_can_still_be_learned():
 
 def test_starts_with_nearly_even_sampling_where_there_is_no_caption():
     torch.manual_seed(0)
-    tmse = SemanticExperts(128, 3, SemanticConfig(), 1.0)
+    tmse = SemanticExperts(128, 3, SemanticConfig(), RoutingConfig())
     cls, patches = torch.randn(2, 3, 128), torch.randn(2, 3, 32, 128)
     text = torch.zeros(2, 3, 4, 128)
     sampling = tmse(cls, patches, torch.ones(2, 3, dtype=torch.bool), text).sampling
@@ -189,8 +189,25 @@ def test_starts_with_nearly_even_sampling_where_there_is_no_caption():
 
 def test_starts_where_the_caption_points():
     torch.manual_seed(0)
-    tmse = SemanticExperts(128, 3, SemanticConfig(), 1.0)
+    tmse = SemanticExperts(128, 3, SemanticConfig(), RoutingConfig())
     cls, patches = torch.randn(2, 3, 128), torch.randn(2, 3, 32, 128)
     text = F.normalize(patches[:, :, :4], dim=-1)
     sampling = tmse(cls, patches, torch.ones(2, 3, dtype=torch.bool), text).sampling
     assert torch.equal(sampling.argmax(-1), torch.arange(4).expand(2, 3, 4))
+
+
+def test_routers_can_start_so_that_experts_look_along_orthogonal_directions():
+    torch.manual_seed(0)
+    config = SemanticConfig(experts=3)
+    usual = SemanticExperts(32, 2, config, RoutingConfig())
+    apart = SemanticExperts(32, 2, config, RoutingConfig(init="orthogonal"))
+    cls = torch.randn(200, 32)
+    for modality in range(2):
+        queries = (cls @ apart.router_weight[modality]).unflatten(1, (3, 32))
+        products = queries @ queries.mT
+        own = products.diagonal(dim1=1, dim2=2)
+        assert (products - torch.diag_embed(own)).abs().max() < 1e-4 * own.max()
+        before = (cls @ usual.router_weight[modality]).square().sum(1).mean()
+        assert own.sum(1).mean() == pytest.approx(before.item(), rel=0.2)
+    with pytest.raises(ValueError, match=r"model.semantic.experts must not exceed .* 2 .* got 3"):
+        SemanticExperts(2, 2, config, RoutingConfig(init="orthogonal"))

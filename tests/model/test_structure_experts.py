@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from next.config import StructureConfig
+from next.config import RoutingConfig, StructureConfig
 from next.model.structure_experts import StructureExperts
 
 B, M, N, D, E, S = 3, 3, 4, 5, 3, 2
@@ -16,7 +16,9 @@ SOME_ABSENT = torch.tensor([[True, True, True], [False, True, False], [True, Fal
 def module(temperature: float = 0.3) -> StructureExperts:
     """A small CSSE in float64 whose parameters are all random."""
     torch.manual_seed(0)
-    csse = StructureExperts(D, StructureConfig(experts=E, slots=S), temperature).double()
+    csse = StructureExperts(
+        D, StructureConfig(experts=E, slots=S), RoutingConfig(temperature=temperature)
+    ).double()
     for parameter in csse.parameters():
         nn.init.normal_(parameter)
     return csse
@@ -133,3 +135,8 @@ def test_a_zero_token_is_routed_without_nan():
     tokens, _ = csse(patches, ALL_PRESENT)
     (gradient,) = torch.autograd.grad(tokens.sum(), patches)
     assert gradient.isfinite().all()
+
+
+def test_slots_can_start_along_orthogonal_directions():
+    csse = StructureExperts(16, StructureConfig(experts=3), RoutingConfig(init="orthogonal"))
+    torch.testing.assert_close(csse.phi.T @ csse.phi, torch.eye(6))

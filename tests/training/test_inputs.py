@@ -93,3 +93,15 @@ def test_a_run_that_nothing_can_be_measured_on_is_refused_before_it_starts(tiny_
     config = override(tiny_config, {"selection.split": "test"})
     with pytest.raises(ValueError, match="rule scene needs the scene of every row"):
         resolve(config, unknown)
+
+
+def test_cameras_without_train_samples_are_left_out_of_the_mean_embedding(tiny_config):
+    manifest = open_manifest(tiny_config.data.uri)
+    seen = np.unique(manifest.labels("train").camera)
+    assert resolve(tiny_config, manifest).model.trained_cameras is None, "there is no embedding"
+    on = override(tiny_config, {"model.backbone.camera_coefficient": 1.0})
+    resolved = resolve(on, manifest)
+    assert resolved.model.trained_cameras == tuple(seen)
+    assert resolve(resolved, manifest) == resolved
+    older = override(on, {"model.backbone.unknown_camera": "all"})
+    assert resolve(older, manifest).model.trained_cameras is None

@@ -13,7 +13,7 @@ import torch
 
 from next.config import LossConfig, OptimConfig, RunConfig, override
 from next.data.loader import Batch
-from next.model.losses import objective
+from next.model.losses import Losses, objective
 from next.training.loop import GlobalLoss, record, training_step
 from next.training.optimizer import build_optimizer
 from tests.training.test_cost import batch, network
@@ -53,6 +53,40 @@ def test_steps_in_bfloat16_stay_near_those_in_float32():
     assert losses[-1] < losses[0]
     torch.testing.assert_close(torch.tensor(drifting), torch.tensor(losses), rtol=0.03, atol=0)
     assert distance(exact, half) / distance(exact, start) < 1 / 3
+
+
+def routed(parts: int, **weights: float) -> Losses:
+    """Losses of one batch that goes through the network in so many parts."""
+    torch.manual_seed(1)
+    own = batch(7)
+    own.present[1, 0] = False
+    return GlobalLoss(network(), LossConfig(**weights), 1, parts)(own)
+
+
+def test_what_is_logged_of_the_routing_is_of_the_whole_batch():
+    """Also where it goes through the network in parts of different sizes."""
+    whole, parts = routed(1), routed(3)
+    for what in ("dominance", "entropy", "overlap"):
+        ours, theirs = getattr(parts, what), getattr(whole, what)
+        assert set(ours) == set(theirs) == {"semantic", "structure"}
+        for branch, value in theirs.items():
+            assert 0 < value < 1
+            assert not value.requires_grad
+            torch.testing.assert_close(ours[branch], value)
+
+
+def test_a_weight_on_diversity_adds_the_overlap_to_the_loss_and_lowers_it():
+    plain, weighted = routed(1), routed(2, diversity_weight=0.5)
+    added = 0.5 * sum(plain.overlap.values())
+    torch.testing.assert_close(weighted.total.detach(), plain.total.detach() + added)
+    model = network()
+    loss = GlobalLoss(model, LossConfig(diversity_weight=50.0), 1)
+    optimizer = build_optimizer(model, OPTIM)
+    torch.manual_seed(1)
+    own = batch(6)
+    measured = [training_step(loss, optimizer, own, OPTIM).overlap for _ in range(12)]
+    for branch, before in measured[0].items():
+        assert measured[-1][branch] < before
 
 
 def test_the_step_reads_nothing_back_from_the_device():
