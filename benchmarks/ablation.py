@@ -1,29 +1,37 @@
 """NEXT and its parts on the procedural benchmark: test mAP and Rank-1 over seeds.
 
     python benchmarks/ablation.py
+    python benchmarks/ablation.py --weights towers.safetensors --weights-tower-lr 5e-4
 
-Prints one table and writes JSON and a picture. Every method is trained by the card's recipe, its
-best epoch chosen on held-out train identities, and assessed on the test split once.
+Writes JSON after each run, so that the same command goes on where it was stopped, and at the end
+prints one table and draws a picture. Every method is trained by the card's recipe, its best epoch
+chosen on held-out train identities, and assessed on the test split once. ``--data`` takes any
+shards, a larger procedural benchmark for finer questions, too; ``--weights`` a file that
+``jobs/pretrain.py`` made, with which every method is trained once more.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import multiprocessing
 import platform
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from next.cli import Settings, demo_shards, named_options, parse, run_defaults, run_job
 from next.config import RunConfig, from_toml, override, to_toml
+from next.data.captions import CaptionSampler
+from next.data.samples import SampleSet
 from next.data.shards import open_manifest
 from next.evaluation.figures import seeds_bar
 from next.evaluation.noise import seed_spread
@@ -34,14 +42,26 @@ from next.training.inputs import resolve, test_data, training_data
 from next.training.loop import train
 from next.training.report import FolderReporter
 
+SHUFFLED = "NEXT with shuffled captions"
 METHODS: dict[str, dict[str, Any]] = {
     "untrained": {},
     "CLS baseline": {"model.semantic.enabled": False, "model.structure.enabled": False},
     "NEXT without TMSE": {"model.semantic.enabled": False},
     "NEXT without CSSE": {"model.structure.enabled": False},
     "NEXT without captions": {"captions.sampling": "none"},
+    SHUFFLED: {},
+    "NEXT with raw cosines": {"model.semantic.text_skip": False},
+    "NEXT, captions split over experts": {
+        "captions.sampling": "split",
+        "captions.evaluation": "split",
+    },
+    "NEXT, orthogonal routers": {"model.routing.init": "orthogonal"},
+    "NEXT, diversity term": {"loss.diversity_weight": 1.0},
     "NEXT": {},
 }
+"""The shuffled one reads the captions of other samples, in training and at the test."""
+MINUTES = 4
+"""Of a run on one core of its own."""
 
 
 @dataclass(frozen=True)
@@ -54,62 +74,144 @@ class AblationJob:
     """Card whose recipe gives the defaults; the shards' own card where it is left out."""
     recipe: Path | None = None
     """TOML file of settings that replace the card's recipe; flags replace both."""
-    seeds: int = 3
+    seeds: int = 5
     """Seeds of each method, from 0."""
     methods: tuple[str, ...] = ()
     """Names of the methods to run; all of them where it is left out."""
-    processes: int = 2
+    weights: Path | None = None
+    """Weights of both towers, aligned beforehand, with which each method is run as well."""
+    weights_tower_lr: float | None = None
+    """Tower's learning rate with them; the recipe's where it is left out."""
+    processes: int = 1
     """Runs at a time, one thread each."""
     out: Path = Path("runs/ablation")
-    """Folder for ablation.json and ablation.png."""
+    """Folder for ablation.json, which a later call goes on from, and ablation.png."""
     config: Settings = field(default_factory=RunConfig)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Parse, run, print."""
+    """Parse, run what is not there yet, print."""
     if "data" not in named_options(argv, "data"):
         argv = [*argv, "--data", str(demo_shards(Path("demo")))]
     job = parse(AblationJob, argv, default=AblationJob(config=run_defaults(argv)))
     assert job.data is not None
     base = override(job.config, {"data.uri": job.data, "threads": 1})
     manifest = open_manifest(job.data)
-    resolved = resolve(base, manifest)
-    training_data(resolved, manifest)  # build cache and text bank once
-    test_data(resolved, manifest)
-    methods = METHODS | {
-        f"{name} alone": {"data.modalities": (name,)} for name in manifest.benchmark.modalities
-    }
-    chosen = {name: methods[name] for name in job.methods or methods}
-    tasks = [
-        (name, seed, to_toml(override(base, {**settings, "seed": seed})))
-        for seed in range(job.seeds)
-        for name, settings in chosen.items()
-    ]
-    results: dict[str, dict[int, dict[str, float]]] = {name: {} for name in chosen}
+    methods = chosen_methods(job, manifest.benchmark.modalities)
+    results: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in methods}
+    record = job.out / "ablation.json"
+    earlier = json.loads(record.read_text())["results"] if record.is_file() else {}
+    tasks = []
+    for seed in range(job.seeds):
+        for name, settings in methods.items():
+            config = to_toml(override(base, {**settings, "seed": seed}))
+            made = hashlib.sha256(f"{manifest.digest} {config}".encode()).hexdigest()[:16]
+            found = earlier.get(name, {}).get(str(seed))
+            if found is not None and found["made_of"] == made:
+                results[name][str(seed)] = found
+            else:
+                tasks.append((name, seed, config, made))
+    print(
+        f"{len(tasks)} runs are left, about {MINUTES * len(tasks) / job.processes:.0f} minutes on "
+        f"{job.processes} cores of their own; the same command goes on with {record}",
+        flush=True,
+    )
+    if tasks:
+        training_data(resolve(base, manifest), manifest)  # build cache and text bank once
+        test_data(resolve(base, manifest), manifest)
     began = time.perf_counter()
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(job.processes, mp_context=spawn) as pool:
-        futures = [pool.submit(run_once, *task) for task in tasks]
+        futures = {pool.submit(run_once, *task[:3]): task for task in tasks}
         for done, future in enumerate(as_completed(futures), 1):
+            made = futures[future][3]
             name, seed, scores = future.result()
-            results[name][seed] = scores
+            results[name][str(seed)] = scores | {"made_of": made}
+            keep(record, manifest.digest, results)
             left = (time.perf_counter() - began) / done * (len(tasks) - done)
             print(
                 f"{done}/{len(tasks)} {name} seed {seed}: mAP {scores['mAP']:.1f} "
-                f"rank1 {scores['rank1']:.1f}, {scores['seconds']:.0f} s; {left:.0f} s left",
+                f"rank1 {scores['rank1']:.1f}, {scores['seconds']:.0f} s; {left / 60:.0f} min left",
                 flush=True,
             )
-    job.out.mkdir(parents=True, exist_ok=True)
-    answer = {
-        "data_digest": manifest.digest,
-        "machine": f"{platform.processor() or platform.machine()}, torch {torch.__version__}",
-        "results": results,
-    }
-    (job.out / "ablation.json").write_text(json.dumps(answer, indent=2))
     print(table(results, job.seeds))
     curves = {name: [run["mAP"] for run in runs.values()] for name, runs in results.items()}
     print(f"picture {seeds_bar(job.out / 'ablation.png', curves)}")
     return 0
+
+
+def chosen_methods(job: AblationJob, modalities: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Names of the methods and their settings; with ``weights`` each a second time.
+
+    Raises:
+        ValueError: there is no such method.
+    """
+    methods = METHODS | {f"{name} alone": {"data.modalities": (name,)} for name in modalities}
+    for name in job.methods:
+        if name not in methods:
+            raise ValueError(
+                f"--methods must name methods of this benchmark ({', '.join(methods)}), but got "
+                f"{name!r}"
+            )
+    chosen = {name: methods[name] for name in job.methods or methods}
+    if job.weights is None:
+        return chosen
+    aligned: dict[str, Any] = {"model.backbone.pretrained": str(job.weights.absolute())}
+    if job.weights_tower_lr is not None:
+        aligned["optim.tower_lr"] = job.weights_tower_lr
+    return chosen | {f"{name}, aligned": own | aligned for name, own in chosen.items()}
+
+
+def keep(record: Path, digest: str, results: dict[str, dict[str, dict[str, Any]]]) -> None:
+    """Write what has been found so far, whole or not at all."""
+    answer = {
+        "data_digest": digest,
+        "machine": f"{platform.processor() or platform.machine()}, torch {torch.__version__}",
+        "results": results,
+    }
+    record.parent.mkdir(parents=True, exist_ok=True)
+    draft = record.with_name(".ablation.json")
+    draft.write_text(json.dumps(answer, indent=2))
+    draft.replace(record)
+
+
+def with_others_captions(samples: SampleSet, seed: int) -> SampleSet:
+    """The same samples, each with the captions of another one of the split."""
+    if samples.captions is None:
+        return samples
+    order = np.random.default_rng(seed).permutation(len(samples.images))
+    return replace(samples, captions=OthersCaptions(samples.captions, np.roll(order, 1), order))
+
+
+def shuffled_sides(sides: Any, seed: int) -> Any:
+    """Query and gallery with the captions of others; one object where they are one."""
+    gallery = with_others_captions(sides.gallery, seed)
+    same = sides.query is sides.gallery
+    return sides._replace(
+        query=gallery if same else with_others_captions(sides.query, seed), gallery=gallery
+    )
+
+
+class OthersCaptions:
+    """Hands a sampler other rows than those asked for."""
+
+    def __init__(self, sampler: CaptionSampler, rows: np.ndarray, of: np.ndarray) -> None:
+        self._sampler = sampler
+        self._row = np.empty_like(of)
+        self._row[of] = rows
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self._sampler.width
+
+    def train(self, rows: np.ndarray, *args: Any, **options: Any) -> np.ndarray:
+        """As the sampler, of other rows."""
+        return self._sampler.train(self._row[rows], *args, **options)
+
+    def evaluate(self, rows: np.ndarray, *args: Any, **options: Any) -> np.ndarray:
+        """As the sampler, of other rows."""
+        return self._sampler.evaluate(self._row[rows], *args, **options)
 
 
 def run_once(name: str, seed: int, config_toml: str) -> tuple[str, int, dict[str, float]]:
@@ -120,21 +222,28 @@ def run_once(name: str, seed: int, config_toml: str) -> tuple[str, int, dict[str
     manifest = open_manifest(str(config.data.uri))
     config = resolve(config, manifest)
     cpu = torch.device("cpu")
-    if name == "untrained":
+    shuffled = name.startswith(SHUFFLED)
+    if name.startswith("untrained"):
         torch.manual_seed(seed)
         network, best = NEXT(config.model).eval(), float("nan")
     else:
         with tempfile.TemporaryDirectory() as folder:
             reporter = FolderReporter(Path(folder))
-            best = train(config, training_data(config, manifest), reporter).best
+            data = training_data(config, manifest)
+            if shuffled:
+                data = data._replace(train=with_others_captions(data.train, seed))
+                data = shuffled_sides(data, seed)
+            best = train(config, data, reporter).best
             network, _ = load_network(reporter.best())
     test = test_data(config, manifest)
+    if shuffled:
+        test = shuffled_sides(test, seed)
     found = evaluate(network, test.query, test.gallery, rule=test.rule, config=config, device=cpu)
     scores = found.metrics.as_dict() | {"val_mAP": best, "seconds": time.perf_counter() - began}
     return name, seed, scores
 
 
-def table(results: dict[str, dict[int, dict[str, float]]], seeds: int) -> str:
+def table(results: Mapping[str, Mapping[Any, Mapping[str, float]]], seeds: int) -> str:
     """Markdown: mean and standard deviation over seeds."""
     lines = [f"| method ({seeds} seeds) | test mAP | test R-1 | val mAP |", "|---|---|---|---|"]
     for name, runs in results.items():

@@ -47,7 +47,9 @@ def routing_maps(
     """Where each expert looks in one sample: routing weights over the patches of its images.
 
     What is drawn is the weight over the even one, on one scale for all runs: no colour means as
-    much as an even routing would give, red 8 times as much, blue an eighth or less.
+    much as an even routing would give, red 8 times as much, blue an eighth or less. Beside the name
+    of a branch stands how alike its experts are: the mean over pairs of ``sum sqrt(p q)``, in
+    percent (100: all look at the same patches).
 
     Args:
         path: PNG to write.
@@ -121,7 +123,9 @@ def _routing_branches(
                 f"semantic must be [M, E, N] = [{modalities}, experts, {patches}], "
                 f"but got {list(semantic.shape)}"
             )
-        branches.append(("Semantic experts", semantic * patches))
+        there = [_overlap(weights) for weights in semantic[present]]
+        name = _titled("Semantic experts", there)
+        branches.append((name, semantic * patches))
     if structure is not None:
         fits = structure.ndim == 3 and structure.shape[:2] == (modalities, patches)
         if not fits or structure.shape[2] % slots:
@@ -130,10 +134,33 @@ def _routing_branches(
                 f"{slots}], but got {list(structure.shape)}"
             )
         mean = structure.reshape(modalities, patches, -1, slots).mean(axis=3).transpose(0, 2, 1)
-        branches.append(("Structure experts", mean * patches * int(np.sum(present))))
+        name = _titled(
+            "Structure experts", [_overlap(mean.transpose(1, 0, 2).reshape(mean.shape[1], -1))]
+        )
+        branches.append((name, mean * patches * int(np.sum(present))))
     if not branches:
         raise ValueError("there is nothing to draw: give the weights of one kind of expert")
     return branches
+
+
+def _overlap(weights: np.ndarray) -> float:
+    """How alike experts are in where they look, as :func:`next.model.routing.overlap` has it.
+
+    Args:
+        weights: [E, N], rows sum to one.
+
+    Returns:
+        In [0, 1]; NaN for one expert.
+    """
+    roots = np.sqrt(weights)
+    pairs = (roots @ roots.T)[np.triu_indices(len(weights), 1)]
+    return float(pairs.mean()) if len(pairs) else float("nan")
+
+
+def _titled(name: str, overlaps: Sequence[float]) -> str:
+    """A branch's title; without a number where there is but one expert."""
+    mean = float(np.mean(overlaps)) if len(overlaps) else float("nan")
+    return name if np.isnan(mean) else f"{name}, overlap {100 * mean:.0f} %"
 
 
 def _overlay(image: np.ndarray, ratio: np.ndarray) -> np.ndarray:

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from next.evaluation import routingmaps
 from next.evaluation.routingmaps import routing_maps
+from next.model.routing import overlap
 
 MODALITIES = ["RGB", "NI", "TI"]
 
@@ -122,3 +124,30 @@ def test_weights_that_do_not_fit_are_errors(tmp_path, given, message):
         routing_maps(
             tmp_path / "maps.png", sample(), modalities=MODALITIES, patch_grid=(4, 2), **given
         )
+
+
+def test_beside_a_branch_stands_how_alike_its_experts_are(tmp_path, drawn):
+    saved = drawn(routingmaps)
+    alike = np.full((3, 2, 8), 1 / 8)
+    apart = np.zeros((3, 8, 2))
+    apart[0, 0, 0] = apart[2, 5, 1] = 1
+    routing_maps(
+        tmp_path / "maps.png",
+        sample(),
+        modalities=MODALITIES,
+        patch_grid=(4, 2),
+        semantic=alike,
+        structure=apart,
+    )
+    shown = {text.get_text() for text in saved[0].axes[0].texts}
+    assert {"Semantic experts, overlap 100 %", "Structure experts, overlap 0 %"} <= shown
+
+
+def test_the_overlap_drawn_is_that_which_is_logged(tmp_path, drawn):
+    saved = drawn(routingmaps)
+    semantic, _ = weights()
+    logged = 100 * overlap(torch.from_numpy(semantic)).mean()
+    path = tmp_path / "maps.png"
+    routing_maps(path, sample(), modalities=MODALITIES, patch_grid=(4, 2), semantic=semantic)
+    shown = {text.get_text() for text in saved[0].axes[0].texts}
+    assert f"Semantic experts, overlap {logged:.0f} %" in shown
