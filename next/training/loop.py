@@ -348,6 +348,8 @@ class GlobalLoss(nn.Module):
 def _gather_routing(local: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
     """All ranks' rows of what is measured, by one communication."""
     leaves, structure = tree_flatten(local)
+    if not leaves:  # the baseline has no experts
+        return local
     columns = [
         leaf.float().flatten(1) if leaf.ndim > 1 else leaf.float()[:, None] for leaf in leaves
     ]
