@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pwd
+import re
 import secrets
 import shutil
 import socket
@@ -143,6 +144,15 @@ class S3Server(NamedTuple):
     endpoint: str
     environment: dict[str, str]
     """Variables by which AWS tools find server and user."""
+    log: Path | None = None
+    """The server's log, a line a request."""
+
+    def requests(self, uri: str) -> list[str]:
+        """Method and path of every request below a URI so far."""
+        assert self.log is not None
+        below = uri.removeprefix("s3:/")
+        lines = re.findall(r'"([A-Z]+ /\S*) HTTP', self.log.read_text())
+        return [line for line in lines if line.partition(" ")[2].startswith(below)]
 
     def client(self, service: str = "s3"):
         import boto3
@@ -209,7 +219,7 @@ def s3_server(tmp_path_factory) -> Iterator[S3Server]:
                 break
             assert process.poll() is None, log.read_text()
             time.sleep(0.1)
-        yield guarded(endpoint)
+        yield guarded(endpoint)._replace(log=log)
     finally:
         process.kill()
         process.wait()

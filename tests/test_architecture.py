@@ -27,7 +27,12 @@ LEVEL = {
     "doctor": 6,
 }
 HOMES = {
-    "pyarrow": ("next/storage.py", "next/data/shards.py", "next/data/writer.py"),
+    "pyarrow": (
+        "next/storage.py",
+        "next/data/index.py",
+        "next/data/shards.py",
+        "next/data/writer.py",
+    ),
     "mlflow": ("next/tracking/",),
     "ray": (
         "next/training/cluster.py",

@@ -137,7 +137,9 @@ class ShardSource:
                     tuple(f"{name}.jpg" for _ in self.benchmark.modalities),
                     tuple(None for _ in self.benchmark.modalities), 0,
                 )
-                for name, pid, camera, scene in zip(*labels, strict=True)
+                for name, pid, camera, scene in zip(
+                    labels.sample_id, labels.pid, labels.camera, labels.scene, strict=True
+                )
             ]  # fmt: skip
         return found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -11,8 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from next.data.images import image_problem
-from next.data.manifest import ShardEntry
-from next.data.shards import Manifest, ShardRow, shard_rows
+from next.data.shards import Manifest, ShardRow, shard_damage, shard_rows
 
 
 @dataclass(frozen=True)
@@ -73,16 +71,6 @@ def audit(manifest: Manifest, progress: Callable[[int, int], None] | None = None
         singletons={
             split: sum(count == 1 for count in counted.values()) for split, counted in pids.items()
         },
-    )
-
-
-def shard_damage(manifest: Manifest, shard: ShardEntry, data: bytes) -> str | None:
-    """Why the bytes of a shard are not those that were written; None: they are."""
-    if hashlib.sha256(data).hexdigest() == shard.sha256:
-        return None
-    return (
-        f"{manifest.uri}/{shard.file}: its sha256 is not the manifest's, so bytes have changed "
-        f"since it was written; prepare the data again"
     )
 
 

@@ -4,7 +4,9 @@ The folder of caches (``data.cache``) holds
 
 * ``decoded-<digest>-<split>[-<rows>]-<height>x<width>-<modalities>``: a folder with two NumPy
   files, ``images.npy`` and ``present.npy``, and ``about.json``;
-* ``text-<key>.arrow``: text banks (see :mod:`next.data.captions`).
+* ``text-<key>.arrow``: text banks (see :mod:`next.data.captions`);
+* ``labels-<key>.parquet``, in the default folder alone: indices of labels that do not lie beside
+  their shards on this machine (see :mod:`next.data.index`).
 
 Each is built under a file lock by whoever comes first, beside its final name, and renamed when it
 is whole; so what has such a name is complete, and all processes of the node share its pages. Who
@@ -33,6 +35,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from next.data.decoding import Progress, decode_into, reserve
+from next.data.index import CACHED, default_cache
 from next.data.shards import Manifest
 
 _log = logging.getLogger(__name__)
@@ -54,7 +57,7 @@ class DecodedCache:
     """The cache's folder."""
 
 
-Kind = Literal["decoded", "text", "unfinished"]
+Kind = Literal["decoded", "text", "labels", "unfinished"]
 
 
 class CacheEntry(NamedTuple):
@@ -82,7 +85,7 @@ def cache_root(folder: str | Path | None) -> Path:
     Raises:
         OSError: it cannot be made.
     """
-    root = Path(folder).expanduser() if folder is not None else Path.home() / ".cache/next-reid"
+    root = Path(folder).expanduser() if folder is not None else default_cache()
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -297,6 +300,8 @@ def _claim(path: Path) -> int | None:
 def _kind(path: Path) -> Kind | None:
     if path.name.startswith("text-") and path.suffix == ".arrow":
         return "text"
+    if path.name.startswith(CACHED) and path.suffix == ".parquet":
+        return "labels"
     if not path.name.startswith("decoded-") or path.suffix == ".lock":
         return None
     return "unfinished" if path.suffix == ".partial" else "decoded"

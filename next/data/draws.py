@@ -15,13 +15,15 @@ from numpy.typing import ArrayLike
 _STEP = np.uint64(0x9E3779B97F4A7C15)
 
 
-def uniform(purpose: str, *keys: ArrayLike, n: int = 1) -> np.ndarray:
+def uniform(purpose: str, *keys: ArrayLike, n: int = 1, first: int = 0) -> np.ndarray:
     """Numbers in [0, 1) for each combination of keys.
 
     Args:
         purpose: name of the use ("flip", "sentences", ...); other names give independent numbers.
         keys: integers or integer arrays, which broadcast against each other to a shape ``[...]``.
         n: numbers for each combination.
+        first: how many numbers of each combination are passed over, so that a long row of them may
+            be asked for in parts.
 
     Returns:
         float64 ``[..., n]``.
@@ -30,7 +32,7 @@ def uniform(purpose: str, *keys: ArrayLike, n: int = 1) -> np.ndarray:
     for key in np.broadcast_arrays(*(np.asarray(key, dtype=np.int64) for key in keys)):
         state = _mix(state ^ _mix(key.astype(np.uint64)))
     with np.errstate(over="ignore"):
-        counters = np.arange(1, n + 1, dtype=np.uint64) * _STEP
+        counters = np.arange(first + 1, first + n + 1, dtype=np.uint64) * _STEP
         bits = _mix(np.asarray(state)[..., None] + counters)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 

@@ -10,11 +10,16 @@ worker draws its identities within the shards that the epoch deals to it.
 from __future__ import annotations
 
 import hashlib
+from array import array
+from collections.abc import Iterator
 
 import numpy as np
 
 from next.config import RunConfig
 from next.data.draws import uniform
+
+_BLOCK = 2**18
+"""Rows, or chunks of rows, that are worked on at a time: what is held beside the plan is small."""
 
 
 def training_plan(
@@ -60,7 +65,8 @@ def epoch_plan(pids: np.ndarray, *, seed: int, epoch: int, p: int, k: int) -> np
         k: K, rows of each identity in a global batch.
 
     Returns:
-        int64 ``[steps, P*K]`` of indices into ``pids``; the K rows of an identity stand together.
+        int32 ``[steps, P*K]`` of indices into ``pids``; the K rows of an identity stand together.
+        (int64 where there are 2**31 rows or more.)
 
     Raises:
         ValueError: P or K below 1, or P larger than the number of identities.
@@ -107,7 +113,7 @@ def sharded_plan(
         world: number of workers.
 
     Returns:
-        int64 ``[steps, P*K]`` of indices into ``pids``.
+        int32 ``[steps, P*K]`` of indices into ``pids``, as :func:`epoch_plan`.
 
     Raises:
         ValueError: ``world`` does not divide P, or a worker's shards hold too few identities.
@@ -121,7 +127,7 @@ def sharded_plan(
     owner = deal_shards(np.bincount(shards), world, seed=seed, epoch=epoch)[shards]
     parts = []
     for rank in range(world):
-        rows = np.flatnonzero(owner == rank)
+        rows = _narrow(np.flatnonzero(owner == rank), len(pids))
         keys = (seed, epoch, world, rank) if world > 1 else (seed, epoch)
         parts.append(rows[_batches(pids[rows], p // world, k, keys)])
     steps = min(map(len, parts))
@@ -158,7 +164,7 @@ def deal_shards(rows: np.ndarray, world: int, *, seed: int, epoch: int) -> np.nd
 
 def _batches(pids: np.ndarray, p: int, k: int, keys: tuple[int, ...]) -> np.ndarray:
     """Batches ``[steps, P*K]`` by the rule of :func:`epoch_plan`, drawn from these keys."""
-    grouped = np.argsort(pids, kind="stable")
+    grouped = _narrow(np.argsort(pids, kind="stable"), len(pids))
     first_row, counts = _runs(pids[grouped])
     if p > len(first_row):
         raise ValueError(
@@ -166,13 +172,13 @@ def _batches(pids: np.ndarray, p: int, k: int, keys: tuple[int, ...]) -> np.ndar
             f"{len(first_row)} identities; lower batch.identities, or hold out fewer identities "
             f"(selection.holdout)"
         )
-    chunks = np.maximum(1, counts // k)
-
-    identity = _draw_identities(chunks, p, keys)
-    chunk = occurrences(identity)
-    within = (chunk[..., None] * k + np.arange(k)) % counts[identity][..., None]
-    place = first_row[identity][..., None] + within
-    return grouped[_shuffle_within(counts, keys)[place]].reshape(-1, p * k)
+    grouped = grouped[_shuffle_within(counts, keys)]
+    identity, chunk = _draw_identities(np.maximum(1, counts // k), p, keys)
+    plan = np.empty((len(identity), k), dtype=grouped.dtype)
+    for block in _blocks(len(identity)):
+        within = (chunk[block, None] * np.int64(k) + np.arange(k)) % counts[identity[block], None]
+        plan[block] = grouped[first_row[identity[block], None] + within]
+    return plan.reshape(-1, p * k)
 
 
 def nominal_samples(pids: np.ndarray, k: int) -> int:
@@ -196,20 +202,23 @@ def occurrences(plan: np.ndarray) -> np.ndarray:
         plan: int64 ``[steps, P*K]``, read in row-major order.
 
     Returns:
-        int64 ``[steps, P*K]``.
+        int32 ``[steps, P*K]``.
     """
     flat = plan.reshape(-1)
-    order = np.argsort(flat, kind="stable")
+    order = _narrow(np.argsort(flat, kind="stable"), len(flat))
     starts, counts = _runs(flat[order])
-    result = np.empty(len(flat), dtype=np.int64)
-    result[order] = np.arange(len(flat)) - np.repeat(starts, counts)
+    within = np.arange(len(flat), dtype=order.dtype)
+    within -= np.repeat(starts.astype(order.dtype), counts)
+    result = np.empty(len(flat), dtype=np.int32)
+    result[order] = within
     return result.reshape(plan.shape)
 
 
 def plan_hash(plan: np.ndarray) -> str:
     """SHA-256 (hexadecimal) over the plan's shape and entries as little-endian int64."""
     digest = hashlib.sha256(np.asarray(plan.shape, dtype="<i8").tobytes())
-    digest.update(np.ascontiguousarray(plan, dtype="<i8").tobytes())
+    for block in _blocks(len(plan)):
+        digest.update(np.ascontiguousarray(plan[block], dtype="<i8").tobytes())
     return digest.hexdigest()
 
 
@@ -246,35 +255,70 @@ def _runs(ordered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return starts, np.diff(starts, append=len(ordered))
 
 
-def _draw_identities(chunks: np.ndarray, p: int, keys: tuple[int, ...]) -> np.ndarray:
-    """Identity codes ``[steps, P]``: each step draws P of those that still have a chunk.
+def _draw_identities(
+    chunks: np.ndarray, p: int, keys: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Identity codes and the number of the identity's chunk, each int32 ``[steps * P]``.
 
-    A partial Fisher-Yates shuffle of the list of these identities at each step; one that is used
-    up is replaced by the last. So the time grows with the chunks, not with steps times identities.
+    Each step draws P of the identities that still have a chunk, by a partial Fisher-Yates shuffle
+    of the list of these; one that is used up is replaced by the last. So the time grows with the
+    chunks, not with steps times identities.
     """
-    waiting, remaining = list(range(len(chunks))), chunks.tolist()
-    numbers = uniform("identities", *keys, n=int(chunks.sum())).tolist()
-    drawn: list[int] = []
+    waiting, used = array("i", range(len(chunks))), array("i", bytes(4 * len(chunks)))
+    most = array("i", chunks.astype(np.int32).tobytes())
+    drawn, numbered = array("i"), array("i")
+    numbers, passed = list[float](), 0
     while len(waiting) >= p:
+        at = len(drawn) - passed
+        if at + p > len(numbers):
+            passed, at = len(drawn), 0
+            block = max(p, min(_BLOCK, int(chunks.sum()) - passed))
+            numbers = uniform("identities", *keys, n=block, first=passed).tolist()
         for place in range(p):
-            other = place + int(numbers[len(drawn) + place] * (len(waiting) - place))
+            other = place + int(numbers[at + place] * (len(waiting) - place))
             waiting[place], waiting[other] = waiting[other], waiting[place]
-        batch = waiting[:p]
-        drawn += batch
+        batch = waiting[:p].tolist()
+        drawn.extend(batch)
         for place in range(p - 1, -1, -1):
-            remaining[batch[place]] -= 1
-            if not remaining[batch[place]]:
+            one = batch[place]
+            used[one] += 1
+            if used[one] == most[one]:
                 waiting[place] = waiting[-1]
                 waiting.pop()
-    return np.asarray(drawn, dtype=np.int64).reshape(-1, p)
+        numbered.extend([used[one] - 1 for one in batch])
+    return np.frombuffer(drawn, dtype=np.int32), np.frombuffer(numbered, dtype=np.int32)
 
 
 def _shuffle_within(counts: np.ndarray, keys: tuple[int, ...]) -> np.ndarray:
     """Places ``[sum(counts)]`` of consecutive groups, in random order within each group.
 
-    One stable sort of 64-bit keys: the group in the high bits, a random number in the low ones.
+    One stable sort of 64-bit keys: the group in the high bits, a random number in the low ones;
+    some groups at a time.
     """
     low = 63 - len(counts).bit_length()
-    shuffle = uniform("samples", *keys, n=int(counts.sum())) * 2.0**low
-    group = np.repeat(np.arange(len(counts)), counts)
-    return np.argsort((group << low) | shuffle.astype(np.int64), kind="stable")
+    ends = np.cumsum(counts)
+    rows = int(ends[-1]) if len(ends) else 0
+    order = np.empty(rows, dtype=_index_type(rows))
+    group, start = 0, 0
+    while start < rows:
+        last = max(int(np.searchsorted(ends, start + _BLOCK, side="right")), group + 1)
+        stop = int(ends[last - 1])
+        shuffle = uniform("samples", *keys, n=stop - start, first=start) * 2.0**low
+        within = np.repeat(np.arange(last - group), counts[group:last])
+        sort = (within << low) | shuffle.astype(np.int64)
+        order[start:stop] = np.argsort(sort, kind="stable") + start
+        group, start = last, stop
+    return order
+
+
+def _blocks(length: int) -> Iterator[slice]:
+    return (slice(start, start + _BLOCK) for start in range(0, length, _BLOCK))
+
+
+def _index_type(rows: int) -> type[np.signedinteger]:
+    return np.int32 if rows < 2**31 else np.int64
+
+
+def _narrow(indices: np.ndarray, rows: int) -> np.ndarray:
+    """Indices into so many rows, with no more bytes than they need."""
+    return indices.astype(_index_type(rows))

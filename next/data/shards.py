@@ -3,6 +3,7 @@
 ::
 
     manifest.json                card, counts, each shard's rows, bytes and sha256, one digest
+    labels.parquet               the index of labels (see :mod:`next.data.index`)
     train/00000.parquet ...      sorted by pid, then sample_id
     gallery/00000.parquet ...
     query/00000.parquet ...      absent where the card says that query is the same as gallery
@@ -17,11 +18,17 @@ Files are read and written through :mod:`next.storage`.
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from functools import partial
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +36,8 @@ import pyarrow.parquet as pq
 
 from next.config import near_matches
 from next.data.benchmark import Benchmark
-from next.data.labels import Labels
+from next.data.index import RowLabels, index_schema, open_index, read_labels
+from next.data.labels import Labels, SampleNames
 from next.data.manifest import (
     MANIFEST,
     ManifestFile,
@@ -38,6 +46,13 @@ from next.data.manifest import (
     parse_manifest,
 )
 from next.storage import Folder, open_folder
+
+T = TypeVar("T")
+R = TypeVar("R")
+LOCAL_THREADS = 4
+"""Shards that are read at a time from this machine."""
+REMOTE_THREADS = 32
+"""The same from an object store, where threads mostly wait."""
 
 
 @dataclass(frozen=True)
@@ -81,33 +96,48 @@ class Manifest:
         return self.splits[split].same_as or split
 
     def labels(self, split: str) -> Labels:
-        """What is known of each row beside its images."""
-        names = list(Labels._fields)
-        table = pa.concat_tables([file.read(columns=names) for file in self._parquet(split)])
-        return Labels(
-            np.array(table["sample_id"].to_pylist(), dtype=np.str_),
-            *(table[name].to_numpy() for name in names[1:]),
-        )
+        """What is known of each row beside its images; names are read when they are asked for."""
+        split = self.resolve(split)
+        found = self._row_labels(split)
+        names = SampleNames(partial(self.sample_names, split))
+        return Labels(names, found.pid, found.camera, found.scene)
+
+    def sample_names(self, split: str, rows: np.ndarray | None = None) -> np.ndarray:
+        """Names of samples, [n] str.
+
+        Args:
+            split: name of the split.
+            rows: ``[n]`` rows of the split; shards without any are not opened. None: all.
+        """
+        shards = self.splits[self.resolve(split)].shards
+        starts = np.cumsum([0, *(shard.rows for shard in shards)])
+        wanted = np.arange(starts[-1]) if rows is None else np.asarray(rows)
+        shard_of = self.shard_of_row(split)[wanted]
+        order = np.argsort(shard_of, kind="stable")
+        opened, first = np.unique(shard_of[order], return_index=True)
+        places = np.split(wanted[order], first[1:]) if len(opened) else []
+
+        def read(number: int) -> np.ndarray:
+            shard = int(opened[number])
+            within = pa.array(places[number] - starts[shard])
+            found = self._read(shards[shard], ["sample_id"])["sample_id"].take(within)
+            return np.array(found.to_pylist(), dtype=np.str_)
+
+        parts = list(self._in_turn(read, range(len(opened))))
+        found = np.concatenate([*parts, np.empty(0, dtype=np.str_)])
+        names = np.empty_like(found)
+        names[order] = found
+        return names
 
     def shard_of_row(self, split: str) -> np.ndarray:
-        """Number of the shard that holds each row of a split, int64 [rows]."""
+        """Number of the shard that holds each row of a split, int32 [rows]."""
         shards = self.splits[self.resolve(split)].shards
-        return np.repeat(np.arange(len(shards)), [shard.rows for shard in shards])
+        numbers = np.arange(len(shards), dtype=np.int32)
+        return np.repeat(numbers, [shard.rows for shard in shards])
 
     def present(self, split: str) -> np.ndarray:
-        """Which images there are, bool [rows, M]; reads only the columns that lack some."""
-        entry = self.splits[self.resolve(split)]
-        found = np.ones((entry.rows, len(self.benchmark.modalities)), dtype=bool)
-        for place, modality in enumerate(self.benchmark.modalities):
-            if entry.images[modality] == entry.rows:
-                continue
-            row = 0
-            for file in self._parquet(split):
-                for group in range(file.num_row_groups):
-                    images = file.read_row_group(group, columns=[f"image_{modality}"])[0]
-                    found[row : row + len(images), place] = images.is_valid().to_numpy()
-                    row += len(images)
-        return found
+        """Which images there are, bool [rows, M]."""
+        return self._row_labels(self.resolve(split)).present
 
     def iter_images(
         self, split: str, rows: np.ndarray | None = None
@@ -117,7 +147,11 @@ class Manifest:
         Args:
             split: name of the split.
             rows: the only rows to give; shards without any are not opened, and row groups without
-                any are not read. None: all.
+                any are not taken apart. None: all.
+
+        Raises:
+            OSError: a shard cannot be read.
+            ValueError: the bytes of a shard are not those that were written.
         """
         columns = [f"image_{modality}" for modality in self.benchmark.modalities]
         entry = self.splits[self.resolve(split)]
@@ -125,12 +159,32 @@ class Manifest:
         if rows is not None:
             wanted[:] = False
             wanted[rows] = True
-        row = 0
-        for shard in entry.shards:
-            start, row = row, row + shard.rows
-            if wanted[start:row].any():
-                with self.folder.opened(shard.file) as file:
-                    yield from _wanted_images(pq.ParquetFile(file), columns, start, wanted)
+        starts = np.cumsum([0, *(shard.rows for shard in entry.shards)]).tolist()
+        opened = [
+            (start, shard)
+            for start, shard in zip(starts, entry.shards, strict=False)
+            if wanted[start : start + shard.rows].any()
+        ]
+
+        def read(item: tuple[int, ShardEntry]) -> bytes:
+            return self.shard_bytes(item[1])
+
+        ahead = 1 if self.folder.is_local else 2  # of 64 MiB each
+        for (start, _), data in zip(opened, in_turn(read, opened, ahead), strict=True):
+            yield from _wanted_images(pq.ParquetFile(pa.BufferReader(data)), columns, start, wanted)
+
+    def shard_bytes(self, shard: ShardEntry) -> bytes:
+        """The bytes of a shard, as they were written.
+
+        Raises:
+            OSError: it cannot be read.
+            ValueError: they have changed.
+        """
+        data = self.folder.read(shard.file)
+        damage = shard_damage(self, shard, data)
+        if damage is not None:
+            raise ValueError(damage)
+        return data
 
     def take(self, split: str, rows: Sequence[int]) -> list[TakenRow]:
         """Images and sentences of some rows, in that order; reads their row groups alone."""
@@ -149,8 +203,7 @@ class Manifest:
         """The sentences of each caption: [M][row][sentence]; an empty list: no caption."""
         columns = [f"sentences_{modality}" for modality in self.benchmark.modalities]
         texts: list[list[list[str]]] = [[] for _ in columns]
-        for file in self._parquet(split):
-            table = file.read(columns=columns)
+        for table in self._tables(split, columns):
             for of_modality, name in zip(texts, columns, strict=True):
                 of_modality.extend(sentences or [] for sentences in table[name].to_pylist())
         return texts
@@ -165,32 +218,63 @@ class Manifest:
             ``[rows, M, S]`` of their numbers in the caption's order, padded with -1.
         """
         columns = [f"sentences_{modality}" for modality in self.benchmark.modalities]
-        table = pa.concat_tables([file.read(columns=columns) for file in self._parquet(split)])
-        captions = [table[name].combine_chunks() for name in columns]
-        encoded = pa.concat_arrays([one.flatten() for one in captions]).dictionary_encode()
-        numbers = encoded.indices.to_numpy(zero_copy_only=False)
-        lengths = np.stack([np.diff(one.offsets.to_numpy()) for one in captions])  # null: 0
-        ids = np.full((*lengths.shape, max(1, lengths.max(initial=0))), -1, dtype=np.int32)
-        ids[np.arange(ids.shape[-1]) < lengths[..., None]] = numbers
-        sentences = encoded.dictionary.to_pylist()
-        del table, captions, encoded, numbers
+        shards = self.splits[self.resolve(split)].shards
+
+        def encode(shard: ShardEntry) -> list[EncodedCaptions]:
+            table = self._read(shard, columns)
+            return [encode_captions(table[name]) for name in columns]
+
+        sentences, ids = number_sentences(list(self._in_turn(encode, shards)))
         pa.default_memory_pool().release_unused()  # it would stay with every trial of the node
-        return sentences, ids.swapaxes(0, 1)
+        return sentences, ids
+
+    def pieces(self) -> dict[str, Iterator[Any]]:
+        """The index of labels as the shards have it: what a shard does not fit is refused here.
+
+        Raises:
+            FileNotFoundError: a shard is missing.
+            ValueError: a shard does not fit the manifest; the message names file and column.
+        """
+        return {
+            split: self._in_turn(partial(_piece, self, split), self.splits[split].shards)
+            for split in self.benchmark.stored()
+        }
+
+    def _row_labels(self, split: str) -> RowLabels:
+        return read_labels(self.folder, self.file, split, self.pieces)
 
     def _shards(self) -> list[ShardEntry]:
         return [shard for entry in self.splits.values() for shard in entry.shards]
 
-    def _parquet(self, split: str) -> Iterator[Any]:
-        for shard in self.splits[self.resolve(split)].shards:
-            with self.folder.opened(shard.file) as file:
-                yield pq.ParquetFile(file)
+    def _tables(self, split: str, columns: Sequence[str]) -> Iterator[Any]:
+        shards = self.splits[self.resolve(split)].shards
+        return self._in_turn(partial(self._read, columns=columns), shards)
+
+    def _read(self, shard: ShardEntry, columns: Sequence[str]) -> Any:
+        with self.folder.opened(shard.file) as file:
+            return _parquet(f"{self.uri}/{shard.file}", file).read(columns=columns)
+
+    def _in_turn(self, call: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        return in_turn(call, items, LOCAL_THREADS if self.folder.is_local else REMOTE_THREADS)
+
+
+def shard_damage(manifest: Manifest, shard: ShardEntry, data: bytes) -> str | None:
+    """Why the bytes of a shard are not those that were written; None: they are."""
+    if hashlib.sha256(data).hexdigest() == shard.sha256:
+        return None
+    return (
+        f"{manifest.uri}/{shard.file}: its sha256 is not the manifest's, so bytes have changed "
+        f"since it was written; prepare the data again"
+    )
 
 
 def open_manifest(uri: str | Path) -> Manifest:
     """Open prepared data; what does not fit is refused here and not in the middle of a run.
 
-    Looks at the manifest, at each shard's size and at its columns; :func:`next.data.audit.audit`
-    reads everything.
+    Looks at the manifest, at the index of labels and at each shard's size, which takes a few
+    requests of an object store however many shards there are (a list of 1,000 files is one). Where
+    there is no index of these shards, each shard's columns are looked at, too, and an index is kept
+    on this machine. :func:`next.data.audit.audit` reads everything.
 
     Raises:
         FileNotFoundError: there is no manifest, or a shard is missing.
@@ -209,9 +293,8 @@ def open_manifest(uri: str | Path) -> Manifest:
         ) from None
     file = parse_manifest(where, text)
     manifest = Manifest(folder, file)
-    expected = shard_schema(file.card.modalities)
-    for shard in manifest._shards():
-        _check_shard(folder, shard, expected)
+    _check_sizes(manifest)
+    open_index(folder, file, manifest.pieces).close()
     return manifest
 
 
@@ -285,35 +368,142 @@ def shard_schema(modalities: tuple[str, ...]) -> Any:
     )
 
 
-def _check_shard(folder: Folder, shard: ShardEntry, expected: Any) -> None:
-    where = f"{folder.uri}/{shard.file}"
-    again = "prepare the data again"
-    size = folder.size(shard.file)
-    if size is None:
-        raise FileNotFoundError(f"{where}: the manifest lists it, but it is not there; {again}")
-    resized = f"{where}: has {size} bytes, but the manifest says {shard.bytes}; {again}"
+_AGAIN = "prepare the data again"
+
+
+def _check_sizes(manifest: Manifest) -> None:
+    """Refuse a shard that is missing or has another size than the manifest says."""
+    shards, sizes = manifest._shards(), dict[str, int | None]()
+    for below in sorted({str(PurePosixPath(shard.file).parent) for shard in shards}):
+        with suppress(FileNotFoundError, PermissionError):  # not everybody may list a bucket
+            found = manifest.folder.walk(below)
+            sizes |= {f"{below}/{path}": size for path, size in found.items()}
+    unknown = [shard.file for shard in shards if shard.file not in sizes]
+    sizes |= dict(zip(unknown, manifest._in_turn(manifest.folder.size, unknown), strict=True))
+    for shard in shards:
+        where, size = f"{manifest.uri}/{shard.file}", sizes[shard.file]
+        if size is None:
+            raise FileNotFoundError(
+                f"{where}: the manifest lists it, but it is not there; {_AGAIN}"
+            )
+        if size != shard.bytes:
+            with manifest.folder.opened(shard.file) as file, suppress(pa.ArrowInvalid):
+                columns = pq.ParquetFile(file).schema_arrow  # a column that lacks says more
+                _check_columns(where, columns, shard_schema(manifest.benchmark.modalities))
+            raise ValueError(
+                f"{where}: has {size} bytes, but the manifest says {shard.bytes}; {_AGAIN}"
+            )
+
+
+def _piece(manifest: Manifest, split: str, shard: ShardEntry) -> Any:
+    """A shard's rows of the index of labels, from the shard itself."""
+    where, modalities = f"{manifest.uri}/{shard.file}", manifest.benchmark.modalities
+    entry = manifest.splits[split]
+    with manifest.folder.opened(shard.file) as file:
+        parquet = _parquet(where, file)
+        _check_columns(where, parquet.schema_arrow, shard_schema(modalities))
+        rows = parquet.metadata.num_rows
+        if rows != shard.rows:
+            raise ValueError(
+                f"{where}: has {rows} rows, but the manifest says {shard.rows}; {_AGAIN}"
+            )
+        table = parquet.read(columns=["pid", "camera", "scene"])
+        columns = list(table.columns)
+        for modality in modalities:
+            there = np.ones(rows, dtype=bool)
+            if entry.images[modality] < entry.rows:
+                # Which are null stands between the images themselves.
+                images = (
+                    parquet.read_row_group(group, columns=[f"image_{modality}"])[0]
+                    for group in range(parquet.num_row_groups)
+                )
+                there = np.concatenate([one.is_valid().to_numpy() for one in images])
+            columns.append(pa.chunked_array([there]))
+    return pa.Table.from_arrays(columns, schema=index_schema(modalities))
+
+
+def _parquet(where: str, file: Any) -> Any:
     try:
-        with folder.opened(shard.file) as file:
-            parquet = pq.ParquetFile(file)
-            found, rows = parquet.schema_arrow, parquet.metadata.num_rows
+        return pq.ParquetFile(file)
     except (ConnectionError, PermissionError):
         raise
     except (pa.ArrowInvalid, OSError) as error:
-        if size != shard.bytes:
-            raise ValueError(resized) from None
-        raise ValueError(f"{where} is no Parquet file ({error}); {again}") from None
+        raise ValueError(f"{where} is no Parquet file ({error}); {_AGAIN}") from None
+
+
+def _check_columns(where: str, found: Any, expected: Any) -> None:
     for column in expected:
         if column.name not in found.names:
-            raise ValueError(f"{where}: column {column.name} is missing; {again}")
+            raise ValueError(f"{where}: column {column.name} is missing; {_AGAIN}")
         came = found.field(column.name).type
         if came != column.type:
             raise ValueError(
-                f"{where}: column {column.name} must be {column.type}, but is {came}; {again}"
+                f"{where}: column {column.name} must be {column.type}, but is {came}; {_AGAIN}"
             )
-    if rows != shard.rows:
-        raise ValueError(f"{where}: has {rows} rows, but the manifest says {shard.rows}; {again}")
-    if size != shard.bytes:
-        raise ValueError(resized)
+
+
+def in_turn(call: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator[R]:
+    """What ``call`` gives for each item, in order; so many are under way at a time."""
+    rest = iter(items)
+    waiting: deque[Any] = deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="shards") as pool:
+        try:
+            waiting.extend(pool.submit(call, item) for item in islice(rest, 2 * threads))
+            while waiting:
+                result: R = waiting.popleft().result()
+                waiting.extend(pool.submit(call, item) for item in islice(rest, 1))
+                yield result
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+class EncodedCaptions(NamedTuple):
+    """The captions of one modality in one shard."""
+
+    sentences: Any
+    """Its distinct sentences and their numbers in turn, as ``pyarrow.DictionaryArray`` chunks."""
+    lengths: np.ndarray
+    """[rows] sentences of each caption."""
+
+
+def encode_captions(column: Any) -> EncodedCaptions:
+    """Number the sentences of one column, ``pyarrow.ChunkedArray`` of lists of strings.
+
+    Chunk by chunk and with offsets of 64 bits: those of strings have 32, which more than 2 GiB of
+    text overflow.
+    """
+    text = pa.chunked_array(
+        [chunk.flatten().cast(pa.large_string()) for chunk in column.chunks], pa.large_string()
+    )
+    lengths = [chunk.value_lengths().fill_null(0).to_numpy() for chunk in column.chunks]
+    return EncodedCaptions(
+        text.dictionary_encode(), np.concatenate([*lengths, np.empty(0, dtype=np.int64)])
+    )
+
+
+def number_sentences(shards: Sequence[Sequence[EncodedCaptions]]) -> tuple[list[str], np.ndarray]:
+    """Number the sentences of a split; see :meth:`Manifest.sentence_numbers`.
+
+    Args:
+        shards: [S][M] captions of each shard.
+    """
+    by_modality = list(zip(*shards, strict=True))
+    chunks = [
+        chunk
+        for of_modality in by_modality
+        for captions in of_modality
+        for chunk in captions.sentences.chunks
+    ]
+    kind = pa.dictionary(pa.int32(), pa.large_string())
+    encoded = pa.chunked_array(chunks, kind).unify_dictionaries()
+    lengths = np.stack([np.concatenate([one.lengths for one in each]) for each in by_modality])
+    ids = np.full((*lengths.shape, max(1, lengths.max(initial=0))), -1, dtype=np.int32)
+    ids[np.arange(ids.shape[-1]) < lengths[..., None]] = np.concatenate(
+        [chunk.indices.to_numpy(zero_copy_only=False) for chunk in encoded.chunks]
+        or [np.empty(0, dtype=np.int32)]
+    )
+    sentences = encoded.chunk(0).dictionary.to_pylist() if encoded.num_chunks else []
+    return sentences, ids.swapaxes(0, 1)
 
 
 class Matrix(NamedTuple):
@@ -346,7 +536,8 @@ def write_matrix(path: str | Path, strings: Sequence[str], values: np.ndarray) -
     vectors = pa.FixedSizeListArray.from_arrays(
         pa.array(np.ascontiguousarray(values).reshape(-1)), values.shape[1]
     )
-    batch = pa.record_batch([pa.array(strings, pa.string()), vectors], names=["text", "vector"])
+    texts = pa.array(strings, pa.large_string())
+    batch = pa.record_batch([texts, vectors], names=["text", "vector"])
     path = Path(path)
     draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

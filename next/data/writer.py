@@ -36,6 +36,7 @@ from pydantic import ValidationError
 
 from next.config import Section
 from next.data.benchmark import Benchmark
+from next.data.index import INDEX, Pieces, decode_piece, encode_piece, has_index, write_index
 from next.data.layout import Loaded, Sample, shard_layout
 from next.data.manifest import (
     MANIFEST,
@@ -93,6 +94,8 @@ class ShardRecord(Section):
     """By modality."""
     sentences: dict[str, int]
     """By modality."""
+    labels: str
+    """The shard's rows of the index of labels (see :func:`next.data.index.encode_piece`)."""
 
 
 class _Finished(NamedTuple):
@@ -159,10 +162,11 @@ def write_shards(
         writer = PartWriter(draft, benchmark.modalities, load, threads)
         records = list((run or run_here)(writer, parts, count))
         file = _manifest_file(benchmark, parts, records, findings or Findings())
+        pieces = {split: _pieces(split, parts, records) for split in benchmark.stored()}
         if draft is None:
-            _keep(target, file)
+            _keep(target, file, pieces)
         else:
-            _commit(draft, target, parts, file)
+            _commit(draft, target, parts, file, pieces)
     return open_manifest(target.address)
 
 
@@ -194,8 +198,9 @@ class PartWriter:
             count(part.samples)
             return record
         counts, skipped = SplitCounts(self.modalities), list[Skipped]()
+        labels: list[tuple[Any, ...]] = []
         with ThreadPoolExecutor(self.threads) as pool:
-            groups = self._rows(pool, part.groups, counts, skipped, count)
+            groups = self._rows(pool, part.groups, counts, skipped, labels, count)
             shard = self._write_rows(part, groups)
         record = ShardRecord(
             key=part.key,
@@ -205,6 +210,7 @@ class PartWriter:
             images=dict(counts.images),
             captions=dict(counts.captions),
             sentences=dict(counts.sentences),
+            labels=encode_piece(labels, self.modalities) if labels else "",
         )
         if self.draft is not None:
             text = json.dumps(record.model_dump(mode="json"))
@@ -228,6 +234,7 @@ class PartWriter:
         groups: Iterable[list[Sample]],
         counts: SplitCounts,
         skipped: list[Skipped],
+        labels: list[tuple[Any, ...]],
         count: Callable[[int], None],
     ) -> Iterator[list[tuple[Any, ...]]]:
         """The rows of each group, in the order of the schema, counted on the way."""
@@ -246,6 +253,8 @@ class PartWriter:
                     for image, text in zip(loaded.images, sample.sentences, strict=True)
                 ]
                 counts.add_row(sample.pid, loaded.images, texts)
+                present = [image is not None for image in loaded.images]
+                labels.append((sample.pid, sample.camera, sample.scene, *present))
                 rows.append((*sample[:4], *loaded.images, *texts))
             if rows:
                 yield rows
@@ -288,6 +297,13 @@ class PartWriter:
             sha256=hashed.digest.hexdigest(),
             content=content_sum([content]).hex(),
         )
+
+
+def _pieces(split: str, parts: Sequence[Part], records: Sequence[ShardRecord]) -> Iterator[Any]:
+    """A split's rows of the index of labels."""
+    for part, record in zip(parts, records, strict=True):
+        if part.split == split and record.shard is not None:
+            yield decode_piece(record.labels)
 
 
 def read_record(draft: Folder, part: Part) -> ShardRecord | None:
@@ -395,7 +411,9 @@ def _draft_of(target: Folder) -> Iterator[Folder | None]:
             shutil.rmtree(draft, ignore_errors=True)
 
 
-def _commit(draft: Folder, target: Folder, parts: Sequence[Part], file: ManifestFile) -> None:
+def _commit(
+    draft: Folder, target: Folder, parts: Sequence[Part], file: ManifestFile, pieces: Pieces
+) -> None:
     """Make the draft a set of shards: without what is not of it, and with a manifest."""
     with ThreadPoolExecutor(8) as pool:
         for part, record in zip(parts, pool.map(partial(read_record, draft), parts), strict=True):
@@ -410,6 +428,8 @@ def _commit(draft: Folder, target: Folder, parts: Sequence[Part], file: Manifest
     for path in draft.walk():  # of an earlier call, whose source gave more shards
         if re.fullmatch(r"\w+/.*\.(parquet|partial)", path) and path not in listed:
             draft.delete(path)
+    with draft.writing(INDEX) as sink:
+        write_index(sink, file, pieces)
     if not draft.is_local:
         draft.write(MANIFEST, to_json(file).encode())
         draft.delete_tree(RECORDS)
@@ -420,8 +440,11 @@ def _commit(draft: Folder, target: Folder, parts: Sequence[Part], file: Manifest
     Path(draft.base).replace(target.base)
 
 
-def _keep(target: Folder, file: ManifestFile) -> None:
-    """Leave shards of the same digest where they are, or refuse to replace others."""
+def _keep(target: Folder, file: ManifestFile, pieces: Pieces) -> None:
+    """Leave shards of the same digest where they are, or refuse to replace others.
+
+    An index of labels that they lack, as those of earlier versions do, is written.
+    """
     present = open_manifest(target.address)
     if present.digest != file.digest:
         raise FileExistsError(
@@ -433,6 +456,9 @@ def _keep(target: Folder, file: ManifestFile) -> None:
     merged = file.model_copy(update={"splits": present.file.splits})
     if merged != present.file:
         target.write(MANIFEST, to_json(merged).encode())
+    if not has_index(target, merged):
+        with target.writing(INDEX) as sink:
+            write_index(sink, merged, pieces)
 
 
 def _interference(target: Folder) -> FileExistsError:

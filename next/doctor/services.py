@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from next.config import RunConfig
-from next.data.audit import shard_damage
-from next.data.shards import open_manifest
+from next.data.shards import open_manifest, shard_damage
 from next.doctor.finding import Finding, Inquiry
 from next.doctor.machine import clock_behind_files, clock_differs
 from next.evaluation.queries import measurable

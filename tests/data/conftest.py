@@ -109,3 +109,9 @@ def make_card():
 def make_jpeg():
     """Bytes of a JPEG, by key, size and mode."""
     return jpeg
+
+
+@pytest.fixture(autouse=True)
+def _own_home(tmp_path_factory, monkeypatch):
+    """A home of the test's own, which is where indices of labels are kept."""
+    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))

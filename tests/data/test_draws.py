@@ -56,3 +56,9 @@ def test_draws_never_change():
     np.testing.assert_array_equal(
         uniform("flip", 1, -2, 3, n=2), np.asarray([0.5675756395626125, 0.5546208679417952])
     )
+
+
+def test_a_long_row_of_numbers_may_be_asked_for_in_parts():
+    whole = uniform("flip", np.arange(3), 7, n=10)
+    parts = [uniform("flip", np.arange(3), 7, n=n, first=first) for first, n in ((0, 4), (4, 6))]
+    np.testing.assert_array_equal(np.concatenate(parts, axis=-1), whole)

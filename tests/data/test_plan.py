@@ -36,7 +36,7 @@ def plan_of(pids: np.ndarray, p: int = 2, k: int = 3, seed: int = 0, epoch: int 
 def test_every_batch_has_p_distinct_identities_times_k_rows(pids, p, k, epoch):
     p = min(p, len(np.unique(pids)))
     plan = plan_of(pids, p, k, epoch=epoch)
-    assert plan.dtype == np.int64
+    assert plan.dtype == np.int32
     assert plan.shape[0] >= 1
     for batch in pids[plan].reshape(-1, p, k):
         assert all(len(set(group)) == 1 for group in batch.tolist())
@@ -93,6 +93,16 @@ def test_a_plan_never_changes():
     pids = np.repeat(np.arange(12), np.arange(1, 13))
     plan = epoch_plan(pids, seed=7, epoch=3, p=4, k=4)
     assert plan_hash(plan) == "d5312aa2e9bb55a80897e0b11d265106298e685be6d24bcc0599918738387210"
+
+
+@pytest.mark.parametrize("block", [1, 7, 100])
+def test_a_plan_does_not_depend_on_how_much_of_it_is_made_at_a_time(monkeypatch, block):
+    pids = np.random.default_rng(0).integers(0, 40, 500)
+    plans = plan_of(pids, p=5, k=3), plan_of(pids, p=1, k=1)
+    monkeypatch.setattr("next.data.plan._BLOCK", block)
+    for plan, again in zip(plans, (plan_of(pids, p=5, k=3), plan_of(pids, p=1, k=1)), strict=True):
+        assert plan_hash(again) == plan_hash(plan)
+        np.testing.assert_array_equal(again, plan)
 
 
 @settings(deadline=None)

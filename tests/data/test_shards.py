@@ -19,6 +19,8 @@ from next.data.benchmark import Benchmark
 from next.data.layout import GROUP_ROWS, Loaded, Sample
 from next.data.manifest import VERSION, Findings, Skipped
 from next.data.shards import (
+    encode_captions,
+    number_sentences,
     open_manifest,
     read_matrix,
     write_matrix,
@@ -87,7 +89,7 @@ def test_what_was_written_is_read_back(write):
     assert labels.pid.tolist() == [one.pid for one in TRAIN]
     assert labels.camera.tolist() == [one.camera for one in TRAIN]
     assert labels.scene.tolist() == [-1] * 20
-    assert all(column.dtype == np.int64 for column in labels[1:])
+    assert all(one.dtype == np.int64 for one in (labels.pid, labels.camera, labels.scene))
     rows, images = zip(*manifest.iter_images("train"), strict=True)
     assert rows == tuple(range(20))
     assert list(images) == [list(load(one).images) for one in TRAIN]
@@ -464,11 +466,26 @@ def test_a_shard_cut_short_is_refused(write, tmp_path):
 
 
 def test_a_shard_that_is_no_parquet_file_is_refused(write, tmp_path):
-    write()
+    manifest = write()
     shard = tmp_path / "out" / "train" / "00000.parquet"
     shard.write_bytes(b"x" * shard.stat().st_size)
     with pytest.raises(ValueError, match=r"00000\.parquet is no Parquet file"):
+        manifest.sentences("train")
+    (tmp_path / "out" / "labels.parquet").unlink()
+    with pytest.raises(ValueError, match=r"00000\.parquet is no Parquet file"):
         open_manifest(tmp_path / "out")
+
+
+def test_images_of_a_shard_with_one_changed_byte_are_not_read(write, tmp_path):
+    write()
+    shard = tmp_path / "out" / "train" / "00000.parquet"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(
+        ValueError, match=r"00000\.parquet: its sha256 is not the manifest's, .*pre"
+    ):
+        list(open_manifest(tmp_path / "out").iter_images("train", np.array([3])))
 
 
 def test_a_missing_shard_is_named(write, tmp_path):
@@ -526,3 +543,51 @@ def test_a_matrix_file_cut_short_is_refused(tmp_path, keep):
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ValueError, match=r"m\.arrow is no matrix file .*remove it"):
         read_matrix(path)
+
+
+def column_of(captions: list[list[str] | None]) -> pa.ChunkedArray:
+    return pa.chunked_array([pa.array(captions, pa.list_(pa.string()))])
+
+
+def test_sentences_are_numbered_over_shards_modality_by_modality():
+    first = [column_of([["b.", "a."], None]), column_of([[], ["c."]])]
+    second = [column_of([["a."]]), column_of([["b.", "d.", "b."]])]
+    shards = [[encode_captions(column) for column in shard] for shard in (first, second)]
+    sentences, ids = number_sentences(shards)
+    assert sentences == ["b.", "a.", "c.", "d."]
+    assert ids.tolist() == [
+        [[0, 1, -1], [-1, -1, -1]],
+        [[-1, -1, -1], [2, -1, -1]],
+        [[1, -1, -1], [0, 3, 0]],
+    ]
+
+
+def test_captions_of_more_than_2_gib_are_numbered():
+    """Without the memory: one piece of text stands in many chunks."""
+    piece = pa.array([["x" * 2**24, "y"]], pa.list_(pa.string()))
+    column = pa.chunked_array([piece] * 140)
+    assert 140 * 2**24 > 2**31
+    with pytest.raises(pa.ArrowInvalid, match="offset overflow"):
+        column.combine_chunks()  # what must not be done
+    sentences, ids = number_sentences([[encode_captions(column)]])
+    assert [len(sentence) for sentence in sentences] == [2**24, 1]
+    assert ids.tolist() == [[[0, 1]]] * 140
+
+
+def test_distinct_texts_have_room_for_more_than_2_gib(tmp_path):
+    """In memory and in the text bank's file."""
+    assert encode_captions(column_of([["a."]])).sentences.type.value_type == pa.large_string()
+    write_matrix(tmp_path / "m.arrow", ["a"], np.zeros((1, 3), np.float32))
+    with pa.memory_map(str(tmp_path / "m.arrow")) as file, pa.ipc.open_file(file) as reader:
+        assert reader.schema.field("text").type == pa.large_string()
+
+
+def test_a_matrix_of_an_earlier_version_is_read(tmp_path):
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(np.ones(3, np.float32)), 3)
+    batch = pa.record_batch([pa.array(["a"], pa.string()), vectors], names=["text", "vector"])
+    with (
+        pa.OSFile(str(tmp_path / "m.arrow"), "wb") as file,
+        pa.ipc.new_file(file, batch.schema) as writer,
+    ):
+        writer.write_batch(batch)
+    assert read_matrix(tmp_path / "m.arrow").strings == ["a"]

@@ -65,7 +65,7 @@ def read(monkeypatch) -> list[str]:
 
 
 def test_local_and_remote_sets_are_the_same_to_the_last_byte(source, make_card, expected, out):
-    assert len(expected) == 7  # four identities of train, two of the gallery, the manifest
+    assert len(expected) == 8  # four identities of train, two of the gallery, index, manifest
     manifest = prepare(make_card(), source.root, out)
     assert contents(out) == expected
     assert manifest.uri == out
@@ -176,6 +176,7 @@ def test_shards_that_a_smaller_source_no_longer_has_are_not_left_over(
     assert sorted(contents(interrupted)) == [
         "gallery/00000.parquet",
         "gallery/00001.parquet",
+        "labels.parquet",
         "manifest.json",
         "train/00000.parquet",
     ]
@@ -189,7 +190,7 @@ def test_a_shard_of_which_every_sample_is_skipped_is_not_written(source, make_ca
         f"train/0000{number}.parquet" for number in (1, 2, 3)
     ]
     assert len(manifest.file.findings.skipped) == 9
-    assert len(contents(out)) == 6
+    assert len(contents(out)) == 7
 
 
 def test_a_failure_keeps_what_is_finished_and_says_nothing_is(source, make_card, out, read):

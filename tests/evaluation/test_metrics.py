@@ -321,7 +321,7 @@ def test_a_far_row_of_a_stranger_changes_nothing(seed, ties):
 @given(seed=st.integers(0, 10_000))
 def test_a_match_moved_nearer_never_lowers_the_average_precision(seed):
     query, gallery, query_labels, gallery_labels = random_task(seed, queries=1, gallery=30)
-    query_labels = query_labels._replace(pid=gallery_labels.pid[:1], camera=np.array([9]))
+    query_labels = query_labels.replace(pid=gallery_labels.pid[:1], camera=np.array([9]))
     before = retrieval_metrics(query, gallery, query_labels, gallery_labels)
     moved = gallery.copy()
     moved[0] = (moved[0] + query[0]) / 2
@@ -336,7 +336,7 @@ def test_an_unknown_rule_names_the_near_match():
 
 def test_a_rule_without_its_label_says_so():
     query, gallery, query_labels, gallery_labels = random_task(0)
-    gallery_labels = gallery_labels._replace(scene=np.full(60, -1))
+    gallery_labels = gallery_labels.replace(scene=np.full(60, -1))
     with pytest.raises(
         ValueError, match=r"rule scene needs the scene of every row, but 60 of 60 g"
     ):

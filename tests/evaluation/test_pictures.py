@@ -67,7 +67,7 @@ def test_ablated_models_have_the_pictures_of_what_is_left(
 
 def test_data_without_cameras_can_be_drawn(tmp_path, make_model, samples, config, drawn):
     drawn(usagemaps)
-    labels = samples.labels._replace(camera=np.full(24, -1))
+    labels = samples.labels.replace(camera=np.full(24, -1))
     assert len(draw(tmp_path, make_model(), replace(samples, labels=labels), config, "none")) == 6
 
 

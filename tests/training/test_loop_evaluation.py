@@ -78,7 +78,7 @@ def run(config: RunConfig, folder: Path, *, blind: bool = False) -> Outcome:
     data = training_data(config, open_manifest(config.data.uri))
     if blind:
         labels = data.query.labels
-        one_camera = replace(data.query, labels=labels._replace(camera=np.zeros_like(labels.pid)))
+        one_camera = replace(data.query, labels=labels.replace(camera=np.zeros_like(labels.pid)))
         data = data._replace(query=one_camera, gallery=one_camera)
     with FolderReporter(folder, checkpoint=config.checkpoint) as reporter:
         return train(config, data, reporter)
@@ -110,7 +110,7 @@ def test_a_worker_rescues_its_checkpoint_without_waiting_for_the_others(ready, t
             tmp_path, rank, 1, send=sent.append, checkpoint=ready.checkpoint, bell=Bell()
         )
         data = training_data(ready, open_manifest(ready.data.uri))
-        labels = data.query.labels._replace(camera=np.zeros_like(data.query.labels.pid))
+        labels = data.query.labels.replace(camera=np.zeros_like(data.query.labels.pid))
         blind = replace(data.query, labels=labels)
         with pytest.raises(ValueError, match="no query has a match"), reporter:
             train(ready, data._replace(query=blind, gallery=blind), reporter)
