@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -18,8 +21,8 @@ from next.data.workspace import Workspace
 class PartedImages:
     """Decoded images of a split in several caches, opened when their rows are asked for.
 
-    What :meth:`prefetch` was told of last stays open; of the others one at a time, so that a split
-    read in order needs no more than a part of it at once.
+    What :meth:`prefetch` was told of last stays open once it was opened; of the others one at a
+    time, so that a split read in order needs no more than a part of it at once.
 
     Args:
         rows: R, rows of the split.
@@ -45,13 +48,22 @@ class PartedImages:
             self._place_of[part] = np.arange(len(part))
         self._open: dict[int, np.ndarray] = {}
         self._kept: set[int] = set()
+        self._ahead = _Ahead()
 
     def prefetch(self, rows: np.ndarray) -> None:
-        """Open the parts that hold ``rows`` (built if they are missing), and close all others."""
-        self._kept = set(np.unique(self._part_of[rows]).tolist())
+        """Close the parts that hold none of ``rows``, and open the others in the background.
+
+        They are opened (built if they are missing) in the order in which ``rows`` first needs them.
+        Who asks for a row waits for its part alone, and gets the error of opening it.
+        """
+        parts, first = np.unique(self._part_of[rows], return_index=True)
+        self._ahead.stop()
+        self._kept = set(parts.tolist())
         self._open = {part: image for part, image in self._open.items() if part in self._kept}
-        for part in sorted(self._kept):
-            self._images(part)
+        missing = [part for part in parts[np.argsort(first)].tolist() if part not in self._open]
+        self._ahead = _Ahead()
+        weakref.finalize(self, self._ahead.stopped.set)
+        self._ahead.begin([(part, self._parts[part]) for part in missing], self._open_part)
 
     def __getitem__(self, row: int) -> np.ndarray:
         return self._images(int(self._part_of[row]))[self._place_of[row]]
@@ -62,8 +74,51 @@ class PartedImages:
             assert part >= 0, "a row that no part holds"
             if part not in self._kept:
                 self._open = {other: self._open[other] for other in self._open.keys() & self._kept}
-            images = self._open[part] = np.asarray(self._open_part(self._parts[part]))
+            coming = self._ahead.parts.get(part)
+            opened = self._open_part(self._parts[part]) if coming is None else coming.result()
+            images = self._open[part] = np.asarray(opened)
         return images
+
+
+class _Ahead:
+    """Parts that a thread opens, one after another."""
+
+    def __init__(self) -> None:
+        self.parts: dict[int, Future[np.ndarray]] = {}
+        self.stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def begin(
+        self, parts: Sequence[tuple[int, np.ndarray]], open_part: Callable[[np.ndarray], np.ndarray]
+    ) -> None:
+        """Open them in this order; a process that ends does not wait for it."""
+        self.parts = {part: Future() for part, _ in parts}
+        work = [(self.parts[part], rows) for part, rows in parts]
+        self._thread = threading.Thread(
+            target=_open_all, args=(work, open_part, self.stopped), name="parts", daemon=True
+        )
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Open no other part; waits for the one that is being opened."""
+        self.stopped.set()
+        if self._thread is not None:
+            self._thread.join()
+
+
+def _open_all(
+    work: Sequence[tuple[Future[np.ndarray], np.ndarray]],
+    open_part: Callable[[np.ndarray], np.ndarray],
+    stopped: threading.Event,
+) -> None:
+    for coming, rows in work:
+        if stopped.is_set():
+            coming.cancel()
+            continue
+        try:
+            coming.set_result(open_part(rows))
+        except BaseException as error:
+            coming.set_exception(error)
 
 
 @dataclass(frozen=True)
@@ -171,6 +226,9 @@ class SampleSet:
         return found
 
     def prefetch(self, rows: np.ndarray) -> None:
-        """Have the caches of ``rows`` at hand, and let others go (``data.placement = sharded``)."""
+        """Get the caches of ``rows`` ready, in their order, and let others go.
+
+        Only with ``data.placement = sharded``; see :meth:`PartedImages.prefetch`.
+        """
         if isinstance(self.images, PartedImages):
             self.images.prefetch(self.rows[rows])
