@@ -38,6 +38,11 @@ _OUTSIDE = (
 )
 """Fields of jobs that name data or results, which are never part of the project's own files."""
 
+_RENAMED = {"peers": "peers-schedule"}
+"""Recipes of cards by their former names; shards that were prepared earlier still have those."""
+
+_log = logging.getLogger(__name__)
+
 Job = TypeVar("Job")
 
 Settings = Annotated[RunConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
@@ -138,6 +143,14 @@ def base_config(card: Benchmark | None, recipe: str | Path | None) -> RunConfig:
     settings: dict[str, Any] = dict(card.recipe) if card is not None else {}
     if recipe is not None:
         named = card.recipes if card is not None else {}
+        new = _RENAMED.get(str(recipe))
+        if new is not None and (recipe in named or new in named) and not Path(recipe).exists():
+            _log.warning(
+                "--recipe %s is the former name of %s, which is less than what DeMo and IDEA run; "
+                "--recipe demo-training and idea-training train as they do",
+                *(recipe, new),
+            )
+            recipe = recipe if recipe in named else new
         if str(recipe) in named:
             settings |= named[str(recipe)]
         elif not Path(recipe).exists() and named:

@@ -73,6 +73,9 @@ class DataConfig(Section):
     cache_limit: float | None = Field(default=None, gt=0)
     """Gigabytes (10^9 bytes) that this folder may take; what was not used for longest and is not
     in use is removed to make room. None: no limit."""
+    test_resize: Literal["bicubic", "bilinear"] = "bicubic"
+    """How query and gallery images of another size are resized; train images always bicubic. The
+    public codes resize those of the test bilinearly."""
     placement: Literal["replicated", "sharded"] = "replicated"
     """replicated: every node decodes all of a split; sharded: a worker decodes the shards that an
     epoch deals to it, and draws its identities within them (another plan, for other world sizes

@@ -15,6 +15,7 @@ from next.cli import (
     run_job,
 )
 from next.config import RunConfig
+from next.data.benchmark import load_card
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,25 @@ def test_named_options_are_found_among_others():
 
 def test_a_cards_recipe_is_chosen_by_its_name_and_a_wrong_name_lists_them():
     card = str(Path(__file__).resolve().parents[1] / "datasets" / "rgbnt201.toml")
-    config = run_defaults(["--card", card, "--recipe", "peers"])
+    config = run_defaults(["--card", card, "--recipe", "demo-training"])
     assert (config.optim.schedule, config.selection.split) == ("peers", "test")
     assert config.batch.instances == 8, "the card's own recipe lies below it"
-    with pytest.raises(FileNotFoundError, match=r"recipes \(peers, dinov3, gpu\), but got 'pears'"):
+    with pytest.raises(FileNotFoundError, match=r"\(demo-training, .*gpu\), but got 'pears'"):
         run_defaults(["--card", card, "--recipe", "pears"])
+
+
+def test_the_former_name_of_a_recipe_is_taken_with_a_warning(caplog):
+    card = str(Path(__file__).resolve().parents[1] / "datasets" / "wmveid863.toml")
+    config = run_defaults(["--card", card, "--recipe", "peers"])
+    assert config == run_defaults(["--card", card, "--recipe", "peers-schedule"])
+    assert "--recipe peers is the former name of peers-schedule" in caplog.text
+    caplog.clear()
+    old = load_card(card)  # as it lies within shards that were prepared earlier
+    former = {"peers": old.recipes["peers-schedule"]}
+    assert base_config(old.model_copy(update={"recipes": former}), "peers") == base_config(
+        old, "peers-schedule"
+    )
+    assert "is the former name" in caplog.text
 
 
 def test_a_recipe_replaces_the_card_and_flags_replace_both(tmp_path, demo_shards):

@@ -242,7 +242,7 @@ class Benchmark(Section):
     recipe: dict[str, Any] = Field(default_factory=dict)
     """Settings of a run that this benchmark wants other than the defaults, by dotted name."""
     recipes: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Further recipes by name (``--recipe peers``), each on top of ``recipe``."""
+    """Further recipes by name (``--recipe demo-training``), each on top of ``recipe``."""
     anchors: dict[str, Anchor] = Field(default_factory=dict)
     """Published results by method."""
 

@@ -34,7 +34,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from filelock import FileLock, Timeout
 
-from next.data.decoding import Progress, decode_into, reserve
+from next.data.decoding import Progress, Resize, decode_into, reserve
 from next.data.index import CACHED, default_cache
 from next.data.shards import Manifest
 
@@ -107,11 +107,11 @@ def open_cache(
     *,
     rows: np.ndarray | None = None,
     limit: float | None = None,
+    resize: Resize = "bicubic",
 ) -> DecodedCache:
     """The decoded images of a split, built if this node does not have them yet.
 
-    Images are read as RGB and resized as the public codes do (bicubic, antialiased), where they
-    have another size.
+    Images are read as RGB and resized (antialiased), where they have another size.
 
     Args:
         manifest: prepared data.
@@ -121,6 +121,7 @@ def open_cache(
         progress: called with rows done and rows in all while a cache is built.
         rows: the only rows to decode, ascending, into a cache of their own; None: all.
         limit: ``data.cache_limit``, gigabytes; None: no limit.
+        resize: of images of another size.
 
     Raises:
         OSError: the disk, or the limit, has no room (with the bytes needed and free), or the cache
@@ -132,7 +133,7 @@ def open_cache(
     all_rows = manifest.splits[split].rows
     if not all_rows:
         raise ValueError(f"split {split} of {manifest.uri} has no rows; prepare the data again")
-    path = Path(root) / _name(manifest.digest, split, rows, image_size, modalities)
+    path = Path(root) / _name(manifest.digest, split, rows, image_size, modalities, resize)
     if rows is None:
         rows = np.arange(all_rows)
     shape = (len(rows), len(modalities), *image_size, 3)
@@ -140,7 +141,7 @@ def open_cache(
     while cache is None:
         with exclusive(path) as draft:
             if _open(path, shape) is None:
-                _build(draft, manifest, split, rows, shape, limit, progress)
+                _build(draft, manifest, split, rows, shape, limit, progress, resize)
                 _remove(path)
                 draft.rename(path)
         cache = _open(path, shape)  # None again if a clean-up came between
@@ -332,13 +333,15 @@ def _name(
     rows: np.ndarray | None,
     image_size: tuple[int, int],
     modalities: tuple[str, ...],
+    resize: Resize,
 ) -> str:
     height, width = image_size
     axis = hashlib.sha256("\n".join(modalities).encode()).hexdigest()[:8]
     part = split
     if rows is not None:
         part += "-" + hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()[:8]
-    return f"decoded-{digest[:16]}-{part}-{height}x{width}-{axis}"
+    how = "" if resize == "bicubic" else f"-{resize}"
+    return f"decoded-{digest[:16]}-{part}-{height}x{width}-{axis}{how}"
 
 
 def _open(path: Path, shape: tuple[int, ...]) -> DecodedCache | None:
@@ -370,6 +373,7 @@ def _build(
     shape: tuple[int, ...],
     limit: float | None,
     progress: Progress | None,
+    resize: Resize,
 ) -> None:
     began = time.perf_counter()
     needed = int(np.prod(shape))
@@ -382,7 +386,9 @@ def _build(
         with _told_if_full(draft.parent, needed):
             start = reserve(draft / "images.npy", shape)
     with _told_if_full(draft.parent, needed):
-        present = decode_into(draft / "images.npy", start, manifest, split, rows, shape, progress)
+        present = decode_into(
+            draft / "images.npy", start, manifest, split, rows, shape, progress, resize
+        )
         np.save(draft / "present.npy", present)
         about = {
             "benchmark": manifest.benchmark.name,

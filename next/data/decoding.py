@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -17,12 +18,15 @@ from next.data.shards import Manifest
 Progress = Callable[[int, int], None]
 """Called with rows done and rows in all."""
 
+Resize = Literal["bicubic", "bilinear"]
+"""How an image of another size is brought to the one that is asked for."""
+
 _WAITING_PER_THREAD = 8
 """Rows that are read ahead of the decoding threads."""
 
 
-def decode(encoded: bytes, image_size: tuple[int, int]) -> np.ndarray:
-    """One image as uint8 ``[H, W, 3]``, resized (bicubic) if it has another size.
+def decode(encoded: bytes, image_size: tuple[int, int], resize: Resize = "bicubic") -> np.ndarray:
+    """One image as uint8 ``[H, W, 3]``, resized (antialiased) if it has another size.
 
     Raises:
         ValueError: the bytes are no image, or are cut short.
@@ -34,7 +38,7 @@ def decode(encoded: bytes, image_size: tuple[int, int]) -> np.ndarray:
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot be decoded ({error})") from None
     if pixels.size != (width, height):
-        pixels = pixels.resize((width, height), Image.Resampling.BICUBIC)
+        pixels = pixels.resize((width, height), Image.Resampling[resize.upper()])
     return np.asarray(pixels)
 
 
@@ -61,6 +65,7 @@ def decode_into(
     rows: np.ndarray,
     shape: tuple[int, ...],
     progress: Progress | None,
+    resize: Resize = "bicubic",
 ) -> np.ndarray:
     """Decode rows into a file that :func:`reserve` made, in as many threads as there are cores.
 
@@ -72,6 +77,7 @@ def decode_into(
         rows: [n] rows of the split, ascending.
         shape: ``[n, M, H, W, 3]``.
         progress: called with rows done and rows in all.
+        resize: of images of another size.
 
     Returns:
         bool ``[n, M]``: which images there are.
@@ -93,7 +99,7 @@ def decode_into(
                 if encoded is None:
                     continue
                 try:
-                    pixels[number] = decode(encoded, (height, width))
+                    pixels[number] = decode(encoded, (height, width), resize)
                 except ValueError as error:
                     sample = manifest.labels(split).sample_id[rows[place]]
                     raise ValueError(

@@ -29,7 +29,7 @@ from next.data.captions import (
     find_text_bank,
     open_text_bank,
 )
-from next.data.decoding import Progress
+from next.data.decoding import Progress, Resize
 from next.data.samples import PartedImages, SampleSet
 from next.data.shards import Manifest
 from next.data.workspace import Workspace
@@ -182,15 +182,17 @@ def open_samples(
     image_size = config.data.image_size or manifest.benchmark.image_size
     shape = (len(manifest.benchmark.modalities), *image_size, 3)
     limit = config.data.cache_limit
+    trains = manifest.resolve(split) == "train"  # its held-out samples are resized with the others
+    resize: Resize = "bicubic" if trains else config.data.test_resize
 
     def open_part(rows: np.ndarray) -> np.ndarray:
         return open_cache(
-            manifest, split, image_size, root, progress, rows=rows, limit=limit
+            manifest, split, image_size, root, progress, rows=rows, limit=limit, resize=resize
         ).images
 
     images: np.ndarray | PartedImages
     if parts is None:
-        cache = open_cache(manifest, split, image_size, root, progress, limit=limit)
+        cache = open_cache(manifest, split, image_size, root, progress, limit=limit, resize=resize)
         images, present = cache.images, cache.present
     else:
         present = manifest.present(split)

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import safetensors
 import safetensors.torch
 import torch
+from torch import nn
 
 from next.config import OptimConfig, RunConfig, from_toml, to_toml
 from next.model.network import NEXT
@@ -88,7 +89,7 @@ class Snapshot(NamedTuple):
 
 
 def take_snapshot(
-    network: NEXT,
+    network: nn.Module,
     optimizer: torch.optim.Optimizer,
     progress: Progress,
     config: RunConfig,
@@ -211,7 +212,7 @@ def read_config(folder: Path) -> RunConfig:
     return from_toml((Path(folder) / "config.toml").read_text())
 
 
-def load_weights(folder: Path, network: NEXT, file: str = "model.safetensors") -> None:
+def load_weights(folder: Path, network: nn.Module, file: str = "model.safetensors") -> None:
     """Fill ``network`` with a checkpoint's weights; all of them, or none.
 
     Raises:
@@ -230,7 +231,7 @@ def load_weights(folder: Path, network: NEXT, file: str = "model.safetensors") -
 
 def load_training_state(
     folder: Path,
-    network: NEXT,
+    network: nn.Module,
     optimizer: torch.optim.Optimizer,
     config: OptimConfig,
     average: WeightAverage | None = None,

@@ -106,7 +106,7 @@ class Embedder:
         for row, modality in zip(*np.nonzero(present), strict=True):
             encoded = (images[modality] or [])[row]
             try:
-                pixels[row, modality] = decode(bytes(encoded), size)
+                pixels[row, modality] = decode(bytes(encoded), size, self._config.data.test_resize)
             except ValueError as error:
                 raise ValueError(
                     f"row {row}, column image_{self.modalities[modality]}: {error}"

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from next.config import OptimConfig
+from next.model.alignment import TwoTowers
 from next.model.network import NEXT
 
 _TOWER = "backbone.tower."
 
 
-def build_optimizer(network: NEXT, config: OptimConfig) -> torch.optim.Optimizer:
+def build_optimizer(network: NEXT | TwoTowers, config: OptimConfig) -> torch.optim.Optimizer:
     """Adam or AdamW over groups of tensors: visual tower or not, weight decay or not.
 
     Norms, biases (the experts' batched ones too) and embeddings are not decayed, of the tower
@@ -44,7 +45,7 @@ def build_optimizer(network: NEXT, config: OptimConfig) -> torch.optim.Optimizer
 def load_optimizer(
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
-    network: NEXT,
+    network: nn.Module,
     config: OptimConfig,
 ) -> None:
     """Continue from a saved state, with the groups that it was saved with.
@@ -74,7 +75,9 @@ def load_optimizer(
     optimizer.load_state_dict(state)
 
 
-def _groups(network: NEXT, config: OptimConfig, spared: set[str]) -> dict[str, list[nn.Parameter]]:
+def _groups(
+    network: nn.Module, config: OptimConfig, spared: set[str]
+) -> dict[str, list[nn.Parameter]]:
     """The trained tensors by the name of their group; ``spared`` names those of the tower."""
     groups: dict[str, list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():

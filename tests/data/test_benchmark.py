@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from next.config import RunConfig, override
+from next.config import LossConfig, RunConfig, override
 from next.data.benchmark import UNKNOWN, NameParts, load_card
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,13 +36,56 @@ def test_every_card_loads_and_its_recipe_is_a_valid_configuration(path):
 
 
 @pytest.mark.parametrize("name", ["rgbnt201", "rgbnt100", "msvr310", "wmveid863"])
-def test_every_benchmark_has_the_peers_recipe_and_the_anchors_beside_it(name):
+def test_every_benchmark_has_the_peers_schedule_and_the_anchors_beside_it(name):
     card = load_card(ROOT / "datasets" / f"{name}.toml")
-    peers = override(override(RunConfig(), card.recipe), card.recipes["peers"])
+    peers = override(override(RunConfig(), card.recipe), card.recipes["peers-schedule"])
     assert (peers.optim.schedule, peers.augment.shared_geometry) == ("peers", False)
     assert (peers.optim.lr, peers.optim.tower_lr, peers.optim.weight_decay) == (3.5e-4, 5e-6, 1e-4)
-    assert (peers.optim.epochs, peers.optim.warmup_epochs) == (50, 10)
+    assert (peers.optim.epochs, peers.optim.warmup) == (50, 10)
     assert {"DeMo (AAAI25)", "NEXT (v4)"} <= set(card.anchors)
+
+
+PEERS = {
+    ("rgbnt201", "demo"): ((256, 128), 64, 8, 50, 10),
+    ("rgbnt100", "demo"): ((128, 256), 128, 16, 30, 5),
+    ("msvr310", "demo"): ((128, 256), 64, 4, 50, 10),
+    ("rgbnt201", "idea"): ((256, 128), 64, 8, 50, 10),
+    ("rgbnt100", "idea"): ((128, 256), 128, 16, 50, 10),
+    ("msvr310", "idea"): ((128, 256), 64, 8, 50, 10),
+}
+"""Of the public codes: image size, batch, instances, epochs, warm-up."""
+
+
+@pytest.mark.parametrize(("name", "peer"), PEERS)
+def test_a_recipe_that_bears_a_peers_name_resolves_to_what_its_code_runs(name, peer):
+    """All that the platform can express; the rates by tensor and epoch: test_optimizer.py."""
+    card = load_card(ROOT / "datasets" / f"{name}.toml")
+    config = override(override(RunConfig(), card.recipe), card.recipes[f"{peer}-training"])
+    optim, augment = config.optim, config.augment
+    batch = (config.batch.size, config.batch.instances)
+    found = (card.image_size, *batch, optim.epochs, optim.warmup_epochs)
+    assert found == PEERS[name, peer]
+    base, tower, factor = (3.5e-4, 5e-6, 2.0) if peer == "demo" else (3.5e-6, 3.5e-6, 1.0)
+    assert (optim.lr, optim.tower_lr, optim.bias_lr_factor) == (base, tower, factor)
+    assert (optim.schedule_lr or optim.lr) == 3.5e-4
+    assert (optim.schedule, optim.lr_noise, optim.final_lr_share) == ("peers", True, 0.001)
+    assert (optim.name, optim.weight_decay, optim.decay) == ("adam", 1e-4, "all")
+    assert (optim.clip_norm, optim.ema, optim.precision) == (None, None, "float32")
+    assert config.loss == LossConfig(identity_weight=0.25, triplet_weight=1, label_smoothing=0.1)
+    backbone = config.model.backbone
+    assert (backbone.name, backbone.pretrained, backbone.camera_coefficient) == (
+        *("ViT-B-16", "openai"),
+        1.0,
+    )
+    assert (augment.flip, augment.pad, augment.erase) == (0.5, 10, 0.5)
+    assert (augment.erase_area, augment.shared_geometry) == ((0.02, 0.33), False)
+    assert (config.data.mean, config.data.std, config.data.test_resize) == (0.5, 0.5, "bilinear")
+    assert config.selection.split == "test"
+
+
+def test_no_recipe_bears_a_peers_name_where_the_peers_published_no_settings():
+    card = load_card(ROOT / "datasets" / "wmveid863.toml")
+    assert not [name for name in card.recipes if name.startswith(("demo", "idea"))]
 
 
 def test_the_recipe_of_a_card_follows_the_field():
@@ -115,12 +158,20 @@ def test_msvr310s_query_counts_are_those_of_ids_with_two_scenes():
         ('kind = "folders"', 'kind = "folder"', r"storage.kind: .*'folders'.* but got 'folder'"),
         ('name = "RGBNT201"', "", r"edited.toml: name is required"),
         (
-            "batch.instances",
-            "batch.instance",
+            "batch.instances = 8\n\n[recipes.demo",
+            "batch.instance = 8\n\n[recipes.demo",
             r"recipe: .*'batch.instance'; did you mean batch.ins",
         ),
-        ('schedule = "peers"', 'schedule = "peer"', r"recipes.peers: optim.schedule: .*'peer'"),
-        ("batch.instances = 8", "batch.instances = 1", r"recipe: batch.instances: .*but got 1"),
+        (
+            'geometry and choice of epoch\noptim.schedule = "peers"',
+            'geometry and choice of epoch\noptim.schedule = "peer"',
+            r"recipes.peers-schedule: optim.schedule: .*'peer'",
+        ),
+        (
+            "batch.instances = 8\n\n[recipes.demo",
+            "batch.instances = 1\n\n[recipes.demo",
+            r"recipe: batch.instances: .*but got 1",
+        ),
         ('query.same_as = "gallery"', 'query.same_as = "query"', r"same_as must name a split"),
         ('query.same_as = "gallery"', "query = {}", r"splits.query: .*either path or same_as"),
         ('train.path = "train_171"', 'train.same_as = "gallery"', r"train must have a path"),

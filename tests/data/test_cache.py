@@ -78,6 +78,17 @@ def test_images_of_another_size_are_resized_as_the_public_codes_do(manifest, tmp
     np.testing.assert_array_equal(cache.images[5, 2], expected)
 
 
+def test_images_resized_bilinearly_are_a_cache_of_their_own(manifest, tmp_path):
+    cubic = open_cache(manifest, "train", SIZE, tmp_path)
+    linear = open_cache(manifest, "train", SIZE, tmp_path, resize="bilinear")
+    assert linear.path.name == f"{cubic.path.name}-bilinear"
+    image = Image.fromarray(picture(205, (40, 20)))
+    expected = np.asarray(image.resize((16, 32), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(linear.images[5, 2], expected)
+    assert not np.array_equal(expected, cubic.images[5, 2])
+    np.testing.assert_array_equal(linear.images[:, 0], cubic.images[:, 0])
+
+
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK"])
 def test_every_mode_becomes_rgb(mode):
     file = io.BytesIO()
