@@ -313,8 +313,8 @@ class GlobalLoss(nn.Module):
             total = total + self.config.diversity_weight * torch.stack([*overlap.values()]).sum()
         return losses._replace(
             total=total,
-            dominance={name: routing["attention"][name].mean(0).max() for name in several},
-            entropy={name: rows.mean() for name, rows in routing["entropy"].items()},
+            dominance={name: routing["attention"][name].mean(0).max().detach() for name in several},
+            entropy={name: rows.mean().detach() for name, rows in routing["entropy"].items()},
             overlap={name: value.detach() for name, value in overlap.items()},
         )
 
