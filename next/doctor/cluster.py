@@ -121,12 +121,14 @@ def capacity(inquiry: Inquiry) -> Finding:
         return Finding(
             "capacity",
             "error",
-            found,
+            found if isinstance(survey, dict) else f"{found} now; {survey}",
             f"--scaling.num_workers {max(int(most), 1)}  # or add nodes: ray start "
             f"--address=HEAD:6379",
         )
     fit = int(most // workers)
     until = "until machines join" if known is None else "and never more"
+    if isinstance(survey, str):
+        until = f"or more, if an autoscaler adds machines ({survey})"
     return Finding(
         "capacity",
         "warning",
