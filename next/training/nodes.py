@@ -172,7 +172,7 @@ def require_versions(driver: Mapping[str, str]) -> None:
     Raises:
         ValueError: it has not; it is named.
     """
-    here = own_facts()
+    here = _known_here()  # asked by each trial of a process
     found = differences(here, Facts(dict(driver), here.clock), here.clock, here.clock)
     if found:
         raise ValueError(
@@ -203,14 +203,18 @@ def differences(there: Facts, here: Facts, sent: float, got: float) -> list[str]
 
 
 def own_facts() -> Facts:
-    """Those of this process's node."""
+    """Those of this process's node; goes to others by its code, so it refers to nothing cached."""
     driver = Path("/proc/driver/nvidia/version")
     found = re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", driver.read_text() if driver.is_file() else "")
-    return Facts(dict(_own_versions()), time.time(), found[1] if found else None)
+    return Facts(_versions(), time.time(), found[1] if found else None)
 
 
 @cache
-def _own_versions() -> dict[str, str]:
+def _known_here() -> Facts:
+    return own_facts()
+
+
+def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:

@@ -1,9 +1,13 @@
 """Nodes that differ are named, with what they have and what the driver has."""
 
+import subprocess
+import sys
 import time
 
 import pytest
+import ray.cloudpickle
 
+from next.training import nodes
 from next.training.nodes import Facts, differences, own_facts, require_versions
 
 
@@ -33,3 +37,20 @@ def test_a_node_that_joins_later_with_other_versions_is_refused_where_it_would_t
     require_versions(versions)
     with pytest.raises(ValueError, match=r"node \S+ must have what the driver has, but torch is "):
         require_versions(versions | {"torch": "1.0"})
+
+
+def test_what_a_node_is_asked_travels_as_code_to_one_that_has_none_of_it(tmp_path):
+    ray.cloudpickle.register_pickle_by_value(nodes)
+    try:
+        asked = ray.cloudpickle.dumps(own_facts)
+    finally:
+        ray.cloudpickle.unregister_pickle_by_value(nodes)
+    (tmp_path / "asked").write_bytes(asked)
+    answer = (
+        "import sys, ray.cloudpickle as c; sys.modules['next.training'] = None; "
+        "print(c.loads(open('asked', 'rb').read())().versions['torch'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", answer], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == own_facts().versions["torch"], done.stderr
