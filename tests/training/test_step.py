@@ -209,25 +209,24 @@ def test_the_whole_gradient_is_clipped_to_its_norm_and_only_if_asked():
 
 
 def naive_shares(aggregation: torch.nn.Module, inputs: tuple) -> list[float]:
-    """Attention of each expert token, mean over heads, samples and present modalities."""
+    """Attention of each expert token, mean over heads, present modalities and then samples."""
     cls, experts, present = inputs
     query = aggregation.query(aggregation.norm_query(cls))
     key, _ = aggregation.key_value(aggregation.norm_expert(experts)).chunk(2, dim=-1)
     width = cls.shape[-1] // aggregation.heads
-    total, rows = torch.zeros(experts.shape[1]), 0
+    total = torch.zeros(experts.shape[1])
     for sample in range(len(cls)):
         for modality in range(cls.shape[1]):
             if not present[sample, modality]:
                 continue
-            rows += 1
             for head in range(aggregation.heads):
                 part = slice(head * width, (head + 1) * width)
                 scores = [
                     query[sample, modality, part] @ token[part] / width**0.5
                     for token in key[sample]
                 ]
-                total += torch.stack(scores).softmax(0) / aggregation.heads
-    return (total / rows).tolist()
+                total += torch.stack(scores).softmax(0) / aggregation.heads / present[sample].sum()
+    return (total / len(cls)).tolist()
 
 
 def test_the_dominance_is_the_largest_share_of_an_expert_over_all_its_slots():
