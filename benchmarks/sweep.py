@@ -1,11 +1,12 @@
 """Sweeps: what a trial costs, how the search's own time grows, what ASHA saves, what is found.
 
     python benchmarks/sweep.py overhead [sweep] [documented] [processes]   # seconds, memory a trial
+    python benchmarks/sweep.py store       # what a store on this disk adds to a trial
     python benchmarks/sweep.py simulated [TRIALS]   # 1,000 trials of recorded curves
     python benchmarks/sweep.py asha        # the same curves, ASHA against no pruning
     python benchmarks/sweep.py experts     # 40 trials of the experts' space on the demo benchmark
 
-The first three write their figures to ``runs/benchmark-sweep/``.
+All but the last write their figures to ``runs/benchmark-sweep/``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 from sweep_overhead import OUT, ROOT, WAYS, bare, demo_settings, overhead, trial, way
 from sweep_simulated import asha_against_none, simulated
+from sweep_store import store_overhead
 
 from next.tuning.space import load_space
 from next.tuning.sweep import SweepConfig, run_sweep
@@ -49,6 +51,8 @@ def main(argv: list[str]) -> int:
         within[part](*rest)
     elif part == "overhead" and set(rest) <= set(WAYS):
         write("overhead", overhead(rest))
+    elif part == "store" and not rest:
+        write("store", store_overhead())
     elif part == "simulated" and len(rest) <= 1:
         write("simulated", simulated(*map(int, rest)))
     elif part == "asha" and not rest:

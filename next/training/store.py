@@ -108,6 +108,10 @@ class CheckpointStore:
         """Let a new run of this name begin without them; they go on under another name."""
         self.folder.move(suffix)
 
+    def is_empty(self) -> bool:
+        """Whether no checkpoint was written to its end."""
+        return not self._scores()
+
     def latest(self) -> Path | None:
         """The newest whole checkpoint; None for a run that has written none.
 
@@ -292,6 +296,7 @@ class BackgroundWriter:
             f"the checkpoint of step {step}",
             self.patience_s,
             self._giving_up,
+            kept="the last good one is kept. Mend the storage and start the same command again",
         )
         if snapshot.progress.step_in_epoch and not waited:
             within = snapshot.progress.step_in_epoch
@@ -307,6 +312,9 @@ def persist(
     what: str,
     patience_s: float,
     giving_up: threading.Event | None = None,
+    *,
+    verb: str = "written",
+    kept: str = "mend the storage and go on",
 ) -> bool:
     """Write, and try again while storage fails; whether it had to be tried again.
 
@@ -315,6 +323,8 @@ def persist(
         what: is written, for the log and the error.
         patience_s: seconds for which it is tried again.
         giving_up: when set, it is tried no more.
+        verb: what is done to it.
+        kept: end of the error: what is kept, and what to do.
 
     Raises:
         StoreError: it could not be written.
@@ -327,20 +337,19 @@ def persist(
         except OSError as error:
             if time.monotonic() + pause > deadline or giving_up.is_set():
                 raise StoreError(
-                    f"{what} could not be written for {patience_s:.0f} s (checkpoint.patience_s): "
-                    f"{error}; the last good one is kept. Mend the storage and start the same "
-                    f"command again"
+                    f"{what} could not be {verb} for {patience_s:.0f} s (checkpoint.patience_s): "
+                    f"{error}; {kept}"
                 ) from error
             if pause == _FIRST_PAUSE:
                 _log.warning(
-                    "%s cannot be written (%s); training goes on, and it is tried again for %.0f s",
-                    *(what, error, patience_s),
+                    "%s cannot be %s (%s); it is tried again for %.0f s, and training goes on",
+                    *(what, verb, error, patience_s),
                 )
             giving_up.wait(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
         else:
             if pause != _FIRST_PAUSE:
-                _log.warning("%s is written now", what)
+                _log.warning("%s is %s now", what, verb)
             return pause != _FIRST_PAUSE
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,20 +52,52 @@ class Home:
         self.checkpoints = self.store or str(folder / "checkpoints")
         """Where the training keeps its checkpoints."""
 
-    def best(self) -> Path | None:
-        """The best checkpoint, on this machine; None where none was written.
+    @contextmanager
+    def best_at_hand(self) -> Iterator[Path | None]:
+        """The best checkpoint while the block runs; None where none was written.
 
         Raises:
             OSError: the store cannot be reached.
         """
-        kept = CheckpointStore(self.checkpoints)
+        kept = CheckpointStore(self.checkpoints)  # which has what it fetches removed at its end
         try:
-            if kept.folder.is_local:
-                return kept.best()
-            here = CheckpointStore(self.folder / "checkpoints")
-            return here.bring_best(kept)
+            best = kept.best()
+        except FileNotFoundError:
+            yield None
+        else:
+            yield best
+
+    def best(self) -> Path | None:
+        """The best checkpoint, kept in the folder on this machine; None where none was written.
+
+        Raises:
+            OSError: the store cannot be reached.
+        """
+        kept, here = CheckpointStore(self.checkpoints), CheckpointStore(self.folder / "checkpoints")
+        try:
+            return kept.best() if kept.folder.is_local else here.bring_best(kept)
+        except FileNotFoundError:
+            pass
+        try:
+            return here.best()  # of a sweep that had no store yet
         except FileNotFoundError:
             return None
+
+    def carry_over(self) -> None:
+        """Bring the folder's checkpoints to a store that has none: the sweep had no store yet.
+
+        Raises:
+            OSError: the store cannot be reached or is full.
+        """
+        here = open_folder(self.folder / "checkpoints")
+        names = [name for name in here.names() if name.startswith("step-")]
+        if self.store is None or not names:
+            return
+        store = CheckpointStore(self.store)
+        if not store.is_empty():
+            return
+        for name in names:
+            store.folder.upload_tree(f"{here.base}/{name}", name, last=("state.json",))
 
     def publish(self, *names: str) -> None:
         """Bring files of the folder to the store; it is tried again while the store is away.

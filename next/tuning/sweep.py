@@ -37,7 +37,7 @@ from next.training.launch import read_history, run_tags, tracking_address
 from next.training.placement import assess_in_place
 from next.training.record import record_assessment, record_inputs
 from next.training.registration import register_best, write_card
-from next.training.store import store_address
+from next.training.store import persist, store_address
 from next.tuning.comparison import comparison_link, record_pictures, set_up_comparison
 from next.tuning.folder import driving, new_folder, read_record, write_record
 from next.tuning.home import Home, mirror
@@ -395,7 +395,7 @@ def _drive(it: _Sweep) -> SweepResult:
             lambda places: _new_search(it, places),
         )
         trials, settings = it.standing()
-        mirror(trials, base)
+        _bring_home(trials, it)
         _complete_children(folder, trials, tracked)
         if not any(setting.score is not None for setting in settings):
             raise RuntimeError(_all_failed(trials, metric))
@@ -446,8 +446,7 @@ def _drive(it: _Sweep) -> SweepResult:
         )
         compare = comparison_link(parent)
         parent.close()
-        if it.record is not None:
-            it.record.save()
+        _store_the_end(it)
         register_best(folder, base, uri)
     serve = None if base.tracking.uri else view_command(folder.parent / "mlflow")
     return SweepResult(
@@ -458,6 +457,36 @@ def _drive(it: _Sweep) -> SweepResult:
 def _new_search(it: _Sweep, places: Places) -> Search:
     given = (it.studies, it.space, it.sweep, it.base, places, lambda: _race(it))
     return Search(*given) if it.record is None else StoredSearch(it.record, it.folder, *given)
+
+
+def _bring_home(trials: list[Trial], it: _Sweep) -> None:
+    """Have here what comparing the trials needs.
+
+    Raises:
+        StoreError: the store could not be reached for ``checkpoint.patience_s``.
+    """
+    persist(
+        lambda: mirror(trials, it.base),
+        f"what the trials of {it.folder.name} left",
+        it.base.checkpoint.patience_s,
+        verb="read",
+        kept=f"all trials have ended, and their scores are kept in {it.folder}. Mend the store and "
+        f"give `jobs/sweep.py resume {it.folder.name}`, which compares and assesses them",
+    )
+
+
+def _store_the_end(it: _Sweep) -> None:
+    """Store the record once more; all is done, so a store that is away is no error."""
+    if it.record is None:
+        return
+    try:
+        it.record.save()
+    except OSError as error:
+        _log.warning(
+            "the sweep has ended, but the end of its record is not in its store (%s); "
+            "`jobs/sweep.py resume %s` here brings it there",
+            *(error, it.folder.name),
+        )
 
 
 def _all_failed(trials: list[Trial], metric: str) -> str:

@@ -20,7 +20,7 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 from next.config import RunConfig, from_toml, override, to_toml
 from next.data.shards import Manifest, open_manifest
 from next.evaluation.protocol import Evaluation
-from next.storage import write_whole
+from next.storage import open_folder, write_whole
 from next.tracking.provenance import git_tags
 from next.tracking.run import Run, open_run
 from next.tracking.views import SWEEP
@@ -30,7 +30,7 @@ from next.training.loop import Worker, train
 from next.training.process import configure_torch, device
 from next.training.record import data_tags, record_data, seed_tags
 from next.training.report import FolderReporter
-from next.training.store import StoreError
+from next.training.store import StoreError, persist
 from next.tuning import workers
 from next.tuning.axes import measure_axes
 from next.tuning.forkserver import Report
@@ -87,15 +87,36 @@ def train_trial(
     try:
         _require_home(Path(folder), home)
         with _alone_in(own):
-            home.clear_of_others(config)
+            persist(
+                lambda: _prepare(home, config),
+                f"what {name} left before",
+                config.checkpoint.patience_s,
+                verb="read",
+            )
         with _alone_in(own):  # a folder that was set aside took its lock along
             return _until_tune_ends_it(config, home, record, free_axes, report)
-    except StoreError as error:
-        if home.store is None:
-            return _failed(name, home, error, report)
-        return _report({"interrupted": f"{name}: {error}"}, report)
     except Exception as error:
+        if isinstance(error, OSError) and _store_fails(home, error):
+            return _report({"interrupted": f"{name}: {error}"}, report)
         return _failed(name, home, error, report)
+
+
+def _prepare(home: Home, config: RunConfig) -> None:
+    if home.store is not None:
+        open_folder(home.store).names()  # raises while the store is away
+    home.clear_of_others(config)
+    home.carry_over()
+
+
+def _store_fails(home: Home, error: OSError) -> bool:
+    """Whether it is the trial's store that does, and not the trial."""
+    if home.store is None or isinstance(error, StoreError):
+        return home.store is not None
+    try:
+        open_folder(home.store).names()
+    except OSError:
+        return True
+    return False
 
 
 def _failed(name: str, home: Home, error: Exception, report: Report) -> bool:
@@ -180,8 +201,9 @@ def _until_tune_ends_it(
     if not here:
         workers.measure_trial(config, home.folder, exhaustive=free_axes)
         return False
-    best = home.best()
-    if best is not None:
+    with home.best_at_hand() as best:
+        if best is None:
+            return False
         measure_axes(
             best,
             config,
@@ -191,7 +213,7 @@ def _until_tune_ends_it(
             exhaustive=free_axes,
             found=seen.of(best),
         )
-        home.publish(FEATURES, AXES)
+    home.publish(FEATURES, AXES)
     return False
 
 

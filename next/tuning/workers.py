@@ -132,9 +132,9 @@ def _measure(settings: str, folder: str, exhaustive: bool) -> None:
     config = from_toml(settings)
     configure_torch(config)
     home = Home(Path(folder), config)
-    best = home.best()
-    if best is None:
-        return
-    manifest, where = open_manifest(str(config.data.uri)), device(config)
-    measure_axes(best, config, manifest, home.folder, device=where, exhaustive=exhaustive)
+    with home.best_at_hand() as best:
+        if best is None:
+            return
+        manifest, where = open_manifest(str(config.data.uri)), device(config)
+        measure_axes(best, config, manifest, home.folder, device=where, exhaustive=exhaustive)
     home.publish(FEATURES, AXES)

@@ -168,6 +168,39 @@ def test_a_trial_whose_results_the_driver_would_not_find_fails_and_says_why(tiny
     assert "set checkpoint.storage_path to s3://bucket/prefix" in failure["failed"]
 
 
+def test_a_sweep_that_gets_a_store_later_goes_on_from_the_checkpoints_on_its_disk(
+    tiny_config, tmp_path
+):
+    config = resolve(tiny_config, open_manifest(str(tiny_config.data.uri)))
+    before = Machine(tmp_path / "one", config)
+    before.sweep.mkdir(parents=True)
+    (before.sweep / "sweep.toml").touch()
+    before.train(ends_after=2)
+    later = override(config, {"checkpoint.storage_path": str(tmp_path / "kept")})
+    machine = Machine(tmp_path / "one", later)
+    assert machine.home.best() == before.home.best(), "an ended trial's is where it was"
+    steps = losses(machine.own)
+    machine.train()
+    assert [report["epoch"] for report in machine.told] == [1, 2, 3]
+    assert losses(machine.own)[: len(steps)] == steps
+    assert len(losses(machine.own)) == len(set(losses(machine.own)))
+    names = open_folder(tmp_path / "kept" / "search" / "trials" / NAME).names()
+    assert "features.npz" in names
+    assert sum(name.startswith("step-") for name in names) >= 2
+
+
+def test_a_store_that_stays_away_leaves_the_trial_unfinished_and_not_failed(tiny_config, tmp_path):
+    (tmp_path / "kept").write_text("no folder")
+    away = {"checkpoint.storage_path": str(tmp_path / "kept"), "checkpoint.patience_s": 0}
+    config = resolve(override(tiny_config, away), open_manifest(str(tiny_config.data.uri)))
+    machine = Machine(tmp_path / "one", config)
+    machine.train()
+    (told,) = machine.told
+    assert told["interrupted"].startswith(
+        f"{NAME}: what {NAME} left before could not be read for 0 s"
+    )
+
+
 def test_without_a_store_nothing_is_written_beside_what_always_was(tiny_config, tmp_path):
     config = resolve(tiny_config, open_manifest(str(tiny_config.data.uri)))
     machine = Machine(tmp_path / "one", config)
