@@ -28,21 +28,16 @@ def switch() -> Iterator[Machines]:
     missing = [name for name in ("unshare", "nsenter", "setpriv", "ip") if not shutil.which(name)]
     if missing:
         pytest.skip(f"machines of their own namespaces need {', '.join(missing)}")
-    compile_sources()
-    folder = Path(tempfile.mkdtemp(prefix="next-cluster-"))
-    try:
-        machines = Machines(folder)
-    except PermissionError as error:
-        pytest.skip(f"namespaces are not allowed here: {error}")
-    try:
+    with tempfile.TemporaryDirectory(prefix="next-cluster-") as folder:
         try:
+            machines = Machines(Path(folder))
             machines.add(99, {}).kill()
         except PermissionError as error:
             pytest.skip(f"namespaces are not allowed here: {error}")
-        yield machines
-    finally:
-        machines.close()
-        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            yield machines
+        finally:
+            machines.close()
 
 
 def compile_sources() -> None:
@@ -62,6 +57,7 @@ def compile_sources() -> None:
 
 @pytest.fixture(scope="session")
 def services(switch: Machines) -> Services:
+    compile_sources()
     return services_of(switch)
 
 
@@ -83,8 +79,8 @@ def prepared(cluster: Cluster, demo_raw) -> Finished:
 
 @pytest.fixture(scope="session")
 def recipe(cluster: Cluster, prepared) -> str:
-    """A recipe on the head's disk, with which a run takes seconds."""
-    path = "/srv/recipe.toml"
+    """A recipe on the head's disk (a new head's, too), with which a run takes seconds."""
     settings = to_toml(override(RunConfig(), TINY | {"tracking.enabled": True}))
-    cluster.head.path(path).write_text(settings)
+    path = cluster.give("recipe.toml", settings)
+    cluster.services.machine.path(path).write_text(settings)
     return path

@@ -1,0 +1,89 @@
+"""What a sweep outlives on machines that share nothing."""
+
+import contextlib
+import json
+import shutil
+import sqlite3
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.cluster import ACTIVATE, Cluster, job
+from tests.cluster.machines import RUNS
+from tests.deploy.conftest import wait_for
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.network, pytest.mark.timeout(900)]
+TRIALS = 8
+ENDED = ("COMPLETE", "PRUNED")
+
+
+def test_a_sweep_outlives_a_machine_and_uses_the_one_that_joins(cluster: Cluster, recipe):
+    """Eight trials: none is lost or doubled, and no second driver gets in meanwhile."""
+    name = "drill"
+    settings = {
+        "run__name": name,
+        "recipe": recipe,
+        "optim__epochs": "12",
+        "sweep__pruner": "none",
+        "sweep__trials": f"{TRIALS}",
+        "space": "tune_spaces/quick.py",
+    }
+    cluster.wait_for_nodes(*cluster.workers)
+    first = cluster.submitting(job("sweep", **settings))
+
+    def said() -> str:
+        return f"{states(cluster, name)}\n{cluster.services.machine.said(first)}"
+
+    def ended(least: int) -> bool:
+        assert first.poll() is None, said()
+        return states(cluster, name)["ended"] >= least
+
+    wait_for("two trials", lambda: ended(2), 600, said)
+    second = cluster.services.machine.start(f"{ACTIVATE}{job('sweep', **settings)}")
+    cluster.kill_worker(3)
+    cluster.add_worker(4)
+    assert states(cluster, name)["ended"] < TRIALS - 1, "a machine was lost in the middle"
+    assert second.wait(300) == 2, cluster.services.machine.said(second)
+    refusal = f"sweep {name} in s3://data/checkpoints/{name} is being driven by m1"
+    assert refusal in cluster.services.machine.said(second)
+    assert first.wait(600) == 0, said()
+    assert_whole(cluster, name)
+
+
+def states(cluster: Cluster, name: str) -> Counter:
+    """How many trials of a running sweep are in each state, and ``ended``."""
+    study = cluster.head.path(f"{RUNS}/{name}/study.db")
+    found: Counter = Counter()
+    with tempfile.TemporaryDirectory() as copy:  # SQLite would follow the link to the disk's root
+        for file in study.parent.glob("study.db*"):
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copyfile(file, Path(copy) / file.name)
+        Path(copy, "study.db-shm").unlink(missing_ok=True)
+        with contextlib.suppress(sqlite3.DatabaseError):  # it was written meanwhile: look again
+            connection = sqlite3.connect(Path(copy) / "study.db")
+            with contextlib.closing(connection):
+                rows = connection.execute("select state, count(*) from trials group by state")
+                found.update(dict(rows.fetchall()))
+    found["ended"] = sum(found[state] for state in ENDED)
+    return found
+
+
+def assert_whole(cluster: Cluster, name: str) -> None:
+    """All trials ended, none is lost or doubled, and neither is a value in MLflow."""
+    sweep = json.loads(cluster.head.path(f"{RUNS}/{name}/sweep.json").read_text())
+    names = [trial["name"] for trial in sweep["trials"]]
+    assert len(names) == len(set(names)) == TRIALS
+    assert {trial["state"] for trial in sweep["trials"]} <= {"finished", "pruned"}
+    runs = cluster.services.runs("demo")
+    [parent] = [run for run in runs if run.name == name]
+    assert parent.status == "FINISHED"
+    assert parent.metrics["test/mAP"] > 0
+    children = [run for run in runs if run.parent == parent.id]
+    assert sorted(run.name for run in children) == sorted(names)
+    for run in children:
+        assert run.status == "FINISHED", run.name
+        for metric in ("val/mAP", "train/loss"):
+            steps = cluster.services.steps(run, metric)
+            assert len(steps) == len(set(steps)) > 0, f"{metric} of {run.name}"
