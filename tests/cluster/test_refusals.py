@@ -20,3 +20,24 @@ def test_a_sweep_without_a_store_is_refused_with_the_setting_that_mends_it(clust
     assert "must be seen by every node of the cluster, but node 10.77.0." in done.stdout
     assert "set checkpoint.storage_path to s3://bucket/prefix" in done.stdout
     assert_nothing_began(cluster, "unstored")
+
+
+def test_a_store_that_one_machine_cannot_write_is_refused_and_the_machine_is_named(cluster, recipe):
+    with cluster.services.machine.network():
+        keys = cluster.services.s3.new_user("s3:Get*", "s3:List*")
+    reader = cluster.add_worker(5, **keys)
+    try:
+        cluster.wait_for_nodes(*cluster.workers)
+        name = "read-only"
+        done = cluster.submit(
+            job("sweep", run__name=name, recipe=recipe, space="tune_spaces/quick.py")
+        )
+    finally:
+        cluster.kill_worker(5)
+    assert done.returncode == 1, done.stdout
+    assert (
+        f"checkpoint.storage_path must be read and written by every node of the cluster, but on "
+        f"node {reader.address}: s3://data/checkpoints"
+    ) in done.stdout
+    assert "read-only for these credentials" in done.stdout
+    assert_nothing_began(cluster, name)
