@@ -13,11 +13,11 @@ from next.data.shards import Manifest
 from next.evaluation.metrics import check_rule
 
 SPREAD = 30.0
-"""Standard deviation of average precision between identities, mAP: that of numbers spread evenly
-over 0 to 100 is 29; trained models on the procedural benchmark show 20 to 30."""
+"""Standard deviation of average precision between identities, mAP. Assumed: that of numbers spread
+evenly over 0 to 100 is 29."""
 PAIRED_SPREAD = 10.0
 """The same of the difference of two settings on the same queries, where what makes an identity hard
-for both cancels; two runs of NEXT on the procedural benchmark show 8 to 10."""
+for both cancels. Assumed: a third of the above."""
 FEW = 20
 """Identities below which a warning is given: differences of 4 mAP cannot be told apart there."""
 

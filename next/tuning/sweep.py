@@ -22,6 +22,7 @@ import ray
 
 from next.config import RunConfig, from_toml, override
 from next.data.shards import Manifest, open_manifest
+from next.evaluation.queries import measurable
 from next.storage import open_folder, require_own_disk
 from next.tracking.run import (
     open_run,
@@ -149,6 +150,8 @@ def run_sweep(
         write_record(folder, space, sweep, description)
         studies = create_studies(folder / FILE, folder.name, space.objectives, sweep)
         say(f"sweep {folder.name}: {sweep.trials} trials over {', '.join(description)}")
+        for name, found in measurable(base, manifest).told.items():
+            say(f"measured on {name}: {found}")
         return _drive(
             _Sweep(folder, base, space, list(description), sweep, studies, manifest, say, record)
         )
