@@ -29,13 +29,13 @@ demo: $(VENV)/.ready ## the main job on embedded defaults: benchmark, shards, sw
 	@echo "starting; everything goes to demo/"
 	MALLOC_ARENA_MAX=1 $(BIN)/python jobs/demo.py
 
-test: style ## lint, types and every test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
+test: style ## lint, types and every test but the jobs of test-network
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder -m "not cluster"
 
 test-fast: $(VENV)/.ready ## the tests that take less than ten seconds each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
 
-test-network: $(VENV)/.ready ## a cluster of machines that share nothing, in namespaces of this one (needs root)
+test-network: $(VENV)/.ready ## jobs on a cluster of machines that share nothing, in namespaces of this one (needs root)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m network -rs
 
 browser: ## Chromium for the tests that look at pages (Debian's package; needs root), else they are skipped

@@ -14,7 +14,13 @@ from tests.cluster.cluster import ACTIVATE, Cluster, job
 from tests.cluster.machines import RUNS
 from tests.deploy.conftest import wait_for
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.network, pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.slow,
+    pytest.mark.network,
+    pytest.mark.cluster,
+    pytest.mark.timeout(900),
+]
 TRIALS = 8
 ENDED = ("COMPLETE", "PRUNED")
 

@@ -16,7 +16,13 @@ from tests.cluster.machines import RUNS
 from tests.conftest import TINY
 from tests.deploy.conftest import end_tree, wait_for
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.network, pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.slow,
+    pytest.mark.network,
+    pytest.mark.cluster,
+    pytest.mark.timeout(900),
+]
 EPOCHS = 40
 
 

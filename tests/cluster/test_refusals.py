@@ -4,7 +4,13 @@ import pytest
 
 from tests.cluster.cluster import Cluster, job
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.network, pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.slow,
+    pytest.mark.network,
+    pytest.mark.cluster,
+    pytest.mark.timeout(900),
+]
 
 
 def assert_nothing_began(cluster: Cluster, name: str) -> None:
