@@ -54,7 +54,7 @@ def test_sigterm_ends_it_with_code_75_and_the_same_command_goes_on(
     assert "continuing after epoch" in done.stderr
     answer = json.loads(done.stdout)
     assert Path(answer["weights"]).is_file()
-    assert answer["metrics"]["epoch"] == 3
+    assert "epoch 3/3" in done.stderr
 
 
 def test_a_wrong_name_of_the_file_is_refused_before_torch_is_imported(demo_shards):

@@ -208,6 +208,6 @@ def test_routers_can_start_so_that_experts_look_along_orthogonal_directions():
         own = products.diagonal(dim1=1, dim2=2)
         assert (products - torch.diag_embed(own)).abs().max() < 1e-4 * own.max()
         before = (cls @ usual.router_weight[modality]).square().sum(1).mean()
-        assert own.sum(1).mean() == pytest.approx(before.item(), rel=0.2)
+        assert own.sum(1).mean().item() == pytest.approx(before.item(), rel=0.2)
     with pytest.raises(ValueError, match=r"model.semantic.experts must not exceed .* 2 .* got 3"):
         SemanticExperts(2, 2, config, RoutingConfig(init="orthogonal"))
