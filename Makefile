@@ -36,7 +36,7 @@ test-fast: $(VENV)/.ready ## the tests that take less than ten seconds each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
 
 test-network: $(VENV)/.ready ## jobs on a cluster of machines that share nothing, in namespaces of this one (needs root)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m network -rs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "network or cluster" -rs
 
 browser: ## Chromium for the tests that look at pages (Debian's package; needs root), else they are skipped
 	command -v chromium || (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null) \

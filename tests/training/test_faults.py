@@ -125,6 +125,7 @@ def test_a_run_whose_workers_and_driver_die_ends_with_the_bits_of_an_undisturbed
     assert all("ended: " in life for life in lives[:3]), "why Ray starts workers again is told"
 
 
+@pytest.mark.cluster
 def test_one_worker_is_placed_by_ray_and_the_head_computes_nothing(
     cluster, drill, tiny_config, monkeypatch, tmp_path
 ):

@@ -71,6 +71,7 @@ def test_what_a_cluster_may_grow_to_is_read_from_its_configuration():
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 @pytest.mark.parametrize(("workers", "trials"), [(1, 6), (2, 3)])
 def test_as_many_trials_run_at_a_time_as_machines_came_and_the_machines_go_afterwards(
@@ -111,6 +112,7 @@ def test_as_many_trials_run_at_a_time_as_machines_came_and_the_machines_go_after
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 def test_a_cluster_of_a_head_alone_has_room_for_what_its_autoscaler_may_add(address, tiny_config):
     ray.init(address=address, log_to_driver=False)
@@ -133,6 +135,7 @@ def test_a_cluster_of_a_head_alone_has_room_for_what_its_autoscaler_may_add(addr
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_the_doctor_knows_what_the_cluster_may_grow_to(head, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", head[1])
     monkeypatch.setattr(cluster, "SURVEY_SECONDS", 120.0)  # however busy this machine is

@@ -84,6 +84,7 @@ class Head:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.timeout(1200)
 def test_a_lost_head_loses_no_trial_and_another_goes_on_from_the_store(
     nodes, tiny_config, s3, tmp_path
