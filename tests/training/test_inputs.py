@@ -83,7 +83,7 @@ def test_another_fold_neither_encodes_nor_decodes(placement, tiny_config, tmp_pa
 
 def read_all(data: TrainingData) -> None:
     for samples in (data.train, data.query):
-        samples.prefetch(np.arange(len(samples)))
+        samples.pixels(np.arange(len(samples)))  # decodes what is not decoded yet, and waits
 
 
 def test_a_run_that_nothing_can_be_measured_on_is_refused_before_it_starts(tiny_config):
