@@ -39,6 +39,8 @@ _FIRST_SECONDS, _IDLE_SECONDS = 120.0, 5.0
 """How long a server stays without a child: before the first one, and after the last one."""
 _LOOK_SECONDS = 1.0
 _GO_ON, _END = "go on", "end"
+_started: list[subprocess.Popen[bytes]] = []
+"""Servers of this process that may still run; each is waited for once it has ended."""
 _ALLOCATION = "oversize_threshold:0,dirty_decay_ms:-1"
 """jemalloc keeps what a step frees: to return it, and fault it in again, took a tenth of a run."""
 
@@ -149,6 +151,7 @@ def _start(key: str, target: str) -> subprocess.Popen[bytes]:
             start_new_session=True,  # an interrupt at the terminal is for the driver
         )
     Path(f"{address}.pid").write_text(str(process.pid))
+    _started[:] = [each for each in _started if each.poll() is None] + [process]
     return process
 
 

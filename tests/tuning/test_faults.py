@@ -19,12 +19,13 @@ from next.tuning.training import kind_of
 ROOT = Path(__file__).resolve().parents[2]
 
 SPACE = '''
+COLD = {"model.routing.temperature": 0.01}
 WHAT = [
     {},
     {"model.aggregation.heads": 5},
     {"model.semantic.expansion": 1e9},
     {"optim.lr": 1e30, "optim.tower_lr": 1e30},
-    {"optim.lr": 1.0, "optim.warmup_epochs": 0.0, "optim.collapse_steps": 3},
+    {"optim.lr": 10.0, "optim.warmup_epochs": 0.0, "optim.collapse_steps": 3} | COLD,
     {},
 ]
 

@@ -199,6 +199,6 @@ def test_an_unknown_sweep_names_its_near_match(tmp_path):
     (tmp_path / "experts-1" / "sweep.toml").write_text("")
     with pytest.raises(FileNotFoundError, match=r"no sweep 'expert-1'.*did you mean experts-1"):
         find_sweep(tmp_path, "expert-1")
-    with pytest.raises(FileNotFoundError, match=r"holds no sweep"):
+    with pytest.raises(FileNotFoundError, match=r"there is no sweep in .*experts-2"):
         resume_sweep(tmp_path / "experts-2")
     assert find_sweep(tmp_path, "experts-1") == tmp_path / "experts-1"
