@@ -37,6 +37,7 @@ from next.evaluation.figures import seeds_bar
 from next.evaluation.noise import seed_spread
 from next.evaluation.protocol import evaluate
 from next.model.network import NEXT
+from next.storage import write_whole
 from next.training.checkpoint import load_network
 from next.training.inputs import resolve, test_data, training_data
 from next.training.loop import train
@@ -169,10 +170,7 @@ def keep(record: Path, digest: str, results: dict[str, dict[str, dict[str, Any]]
         "machine": f"{platform.processor() or platform.machine()}, torch {torch.__version__}",
         "results": results,
     }
-    record.parent.mkdir(parents=True, exist_ok=True)
-    draft = record.with_name(".ablation.json")
-    draft.write_text(json.dumps(answer, indent=2))
-    draft.replace(record)
+    write_whole(record, json.dumps(answer, indent=2))
 
 
 def with_others_captions(samples: SampleSet, seed: int) -> SampleSet:

@@ -8,10 +8,16 @@ region also from the URI: ``s3://bucket/prefix?endpoint_override=host:9000&schem
 What can be relied on:
 
 * A **file** appears whole, under its name, or not at all, and until then the older one stays:
-  locally by a temporary name and a rename (:func:`write_whole` for files beside a folder), in an
-  object store because an object is there only when its upload is complete.
-* A **folder** appears whole only on this machine (:meth:`Folder.download`). An object store knows
-  no folders and cannot rename them, so whoever writes several files writes last the one that says
+  locally by a draft beside it and a rename (:func:`drafting`; :func:`replacing` and
+  :func:`write_whole` for files that are written piece by piece or at once), in an object store
+  because an object is there only when its upload is complete. An upload that fails is never
+  completed; what was sent of it is no object, and goes when the bucket's rule for incomplete
+  uploads says so.
+* What has its name is on the disk: a power cut leaves the older one or the new one. Drafts are
+  told apart from those of other threads, processes and machines, so two may write one file: both
+  succeed, and the later one stays.
+* A **folder** appears whole only on this machine (:func:`drafting`). An object store knows no
+  folders and cannot rename them, so whoever writes several files writes last the one that says
   that the others are there (a manifest, a marker; ``last`` of :meth:`Folder.upload`), and whoever
   reads looks for that one first.
 * Nothing waits for long: an endpoint that does not answer is an error within a minute.
@@ -22,6 +28,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Collection, Iterator
@@ -46,6 +53,7 @@ ATTEMPTS = 3
 THREADS = 8
 """Files that are copied at a time."""
 _BLOCK = 8 * 2**20
+_DRAFT = re.compile(r"\..+\.[0-9a-f]{32}\.partial", re.DOTALL)
 _OPTIONS = ("endpoint_override", "scheme", "region")
 _MOUNTS = Path("/proc/self/mountinfo")
 _NETWORK = frozenset(
@@ -269,25 +277,20 @@ class Folder:
             FileNotFoundError: there is no such folder; the message names its neighbours.
             OSError: the target is there and not empty, or cannot be written.
         """
-        target = Path(target)
-        draft = target.with_name(f".{target.name}.{os.getpid()}.partial")
         source = self.below(below) if below else self
         paths = list(self.walk(below))
+        with drafting(target) as draft:
+            draft.mkdir()
 
-        def fetch(path: str) -> None:
-            local = draft / path
-            local.parent.mkdir(parents=True, exist_ok=True)
-            with source.opened(path) as file:
-                file.download(str(local))
+            def fetch(path: str) -> None:
+                local = draft / path
+                local.parent.mkdir(parents=True, exist_ok=True)
+                with source.opened(path) as file:
+                    file.download(str(local))
 
-        try:
-            draft.mkdir(parents=True)
             with ThreadPoolExecutor(THREADS) as pool:
                 list(pool.map(fetch, paths))
-            draft.replace(target)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
-        return target
+        return Path(target)
 
     @contextmanager
     def _replacing(self, path: str) -> Iterator[Any]:
@@ -298,10 +301,10 @@ class Folder:
         file = self.filesystem.open_output_stream(self._path(path))
         try:
             yield file
+            file.close()
         except BaseException:
             _abandon(file)
             raise
-        file.close()
 
     def _path(self, path: str) -> str:
         return f"{self.base}/{path}" if path not in ("", ".") else self.base
@@ -480,25 +483,67 @@ def _local_error(error: OSError, name: str, writing: bool) -> OSError | None:
     return None
 
 
-@contextmanager
-def replacing(path: str | Path) -> Iterator[BinaryIO]:
-    """A local file to write to; it appears at the end of the block, whole, or not at all.
+def is_draft(name: str) -> bool:
+    """Whether a file or folder of this name is a draft of :func:`drafting`."""
+    return _DRAFT.fullmatch(name) is not None
 
-    Until then an older one of its name stays. It is on the disk when it appears, so that a power
-    cut leaves the one or the other. Drafts are told apart from those of other machines, too, which
-    may write to the same folder.
+
+def commit(draft: Path, target: Path, *, over: bool = False) -> None:
+    """Bring a finished draft to the disk and give it the name of ``target``.
+
+    :func:`drafting` does it at the end of its block; this is for drafts whose names are fixed,
+    because a second call goes on with them or a lock guards them.
+
+    Args:
+        draft: file, folder or link beside ``target``.
+        target: an older file or link of this name is replaced.
+        over: an older folder is replaced too. It cannot be at once: for a moment there is none.
+
+    Raises:
+        OSError: the disk does not take it, or ``target`` is a folder that holds something.
+    """
+    _bring_to_disk(draft)
+    if over and target.is_dir() and not target.is_symlink():
+        aside = target.with_name(_draft_name(target))
+        target.rename(aside)
+        draft.rename(target)
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        draft.replace(target)
+    _sync(target.parent)
+
+
+@contextmanager
+def drafting(path: str | Path, *, over: bool = False) -> Iterator[Path]:
+    """The name of a draft beside ``path``, which the block makes; it gets its name at the end.
+
+    Nothing of what a failed block made is left, and until the end an older file stays.
+
+    Args:
+        path: of a local file, folder or link.
+        over: as in :func:`commit`.
+
+    Raises:
+        OSError: as :func:`commit`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    draft = path.with_name(_draft_name(path))
     try:
-        with draft.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
+        yield draft
+        commit(draft, path, over=over)
     finally:
-        draft.unlink(missing_ok=True)
+        if draft.is_dir() and not draft.is_symlink():
+            shutil.rmtree(draft, ignore_errors=True)
+        else:
+            draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[BinaryIO]:
+    """A local file to write to; it appears at the end of the block, whole, or not at all."""
+    with drafting(path) as draft, draft.open("wb") as file:
+        yield file
 
 
 def write_whole(path: str | Path, content: bytes | str) -> Path:
@@ -519,6 +564,32 @@ def _abandon(file: Any) -> None:
     more; it has no other end for it. So one reference too many is kept until the process ends.
     """
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(file))
+
+
+def _draft_name(path: Path) -> str:
+    return f".{path.name}.{uuid.uuid4().hex}.partial"
+
+
+def _bring_to_disk(draft: Path) -> None:
+    """Every byte and name of a file or folder; a link is a name of the folder that it is in."""
+    if draft.is_symlink():
+        return
+    if draft.is_dir():
+        for item in draft.iterdir():
+            _bring_to_disk(item)
+    _sync(draft)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems (FUSE, CIFS) have nothing to bring for a folder, and say so.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def _path_of(info: Any) -> str:

@@ -127,6 +127,41 @@ def test_datasets_is_no_package_and_holds_no_python():
     assert not list((ROOT / "datasets").rglob("*.py"))
 
 
+MOVES = {
+    "next/training/folder.py": 1,  # sets the folder of an earlier run aside
+    "next/tuning/record.py": 1,  # the same for a study
+    "next/tracking/publication.py": 1,  # and for a journal
+    "next/tuning/forkserver.py": 1,  # a socket, which is no file
+}
+"""Files that rename, and how often; who writes a file uses the helpers of next/storage.py."""
+
+
+def test_files_get_their_names_in_one_place_alone():
+    """Whole, on the disk, and by drafts that no two writers share."""
+    found = {}
+    for folder in ("next", "jobs", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            count = sum(map(renames, ast.walk(ast.parse(path.read_text()))))
+            if count and relative(path) != "next/storage.py":
+                found[relative(path)] = count
+    assert found == MOVES, "write by next.storage.replacing, write_whole, drafting or commit"
+
+
+def renames(node: ast.AST) -> bool:
+    """Whether this is a call of ``os.replace``, ``Path.rename`` and the like.
+
+    Those of texts, dates and dataclasses have two arguments or named ones.
+    """
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+        return False
+    name, of = node.func.attr, node.func.value
+    if isinstance(of, ast.Name) and (of.id, name) in {
+        ("os", "replace"), ("os", "rename"), ("os", "renames"), ("os", "link"), ("shutil", "move"),
+    }:  # fmt: skip
+        return True
+    return name in ("rename", "replace") and len(node.args) == 1 and not node.keywords
+
+
 def test_print_stays_in_the_jobs():
     for path in (ROOT / "next").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

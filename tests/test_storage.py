@@ -1,14 +1,19 @@
+import errno
+import gc
 import os
 import pickle
 import socket
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from next import storage
 from next.storage import open_folder, replacing, write_whole
+from tests.broken_link import broken_link
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -152,6 +157,136 @@ def test_a_local_file_is_written_whole_or_not_at_all(tmp_path):
         fail()
     assert path.read_text() == "text"
     assert os.listdir(path.parent) == ["a"], "no draft stays"
+
+
+WRITER = """
+import sys, threading
+from next.storage import write_whole
+
+def write(number):
+    for _ in range(40):
+        write_whole(sys.argv[1], (sys.argv[2] + str(number)) * 50_000)
+
+print("ready", flush=True)
+sys.stdin.readline()
+threads = [threading.Thread(target=write, args=(number,)) for number in range(2)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+
+
+def test_threads_of_several_processes_write_one_file_at_once_and_all_succeed(tmp_path):
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(tmp_path / "file"), letter], **pipes, text=True
+        )
+        for letter in "xy"
+    ]
+    for writer in writers:
+        assert writer.stdout.readline() == "ready\n"
+    for writer in writers:
+        writer.stdin.write("go\n")
+        writer.stdin.flush()
+    for writer in writers:
+        _, problems = writer.communicate(timeout=120)
+        assert (writer.returncode, problems) == (0, "")
+    content = (tmp_path / "file").read_text()
+    assert content == content[:2] * 50_000, "whole, and one writer's"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_folder_is_replaced_whole_where_that_is_asked_for(tmp_path):
+    def write(text: str, *, over: bool = True, fail: bool = False) -> None:
+        with storage.drafting(tmp_path / "tree", over=over) as draft:
+            draft.mkdir()
+            (draft / "a").write_text(text)
+            if fail:
+                raise KeyboardInterrupt
+
+    write("1")
+    write("2")
+    with pytest.raises(KeyboardInterrupt):
+        write("3", fail=True)
+    with pytest.raises(OSError, match="tree"):
+        write("3", over=False)
+    assert open_folder(tmp_path).walk() == {"tree/a": 1}
+    assert (tmp_path / "tree" / "a").read_text() == "2"
+
+
+def test_a_link_is_replaced_and_what_it_names_stays(tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "last").symlink_to("old")
+    with storage.drafting(tmp_path / "last") as draft:
+        draft.symlink_to("new")
+    assert os.readlink(tmp_path / "last") == "new"
+    assert sorted(os.listdir(tmp_path)) == ["last", "old"]
+
+
+def test_a_draft_is_on_the_disk_before_it_gets_its_name_and_the_name_afterwards(
+    tmp_path, monkeypatch
+):
+    happened = []
+    fsync, replace = os.fsync, Path.replace
+
+    def synced(descriptor: int) -> None:
+        happened.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    def renamed(path: Path, target: Path) -> Path:
+        happened.append("renamed")
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", renamed)
+    with storage.drafting(tmp_path / "tree") as draft:
+        draft.mkdir()
+        (draft / "a").write_text("a")
+    assert happened == [str(draft / "a"), str(draft), "renamed", str(tmp_path)]
+    assert storage.is_draft(draft.name)
+    assert not storage.is_draft("tree")
+
+
+def test_a_download_leaves_the_draft_of_another_thread_alone(tmp_path, monkeypatch):
+    source = open_folder(tmp_path / "source")
+    fill(source, ("a", "b"))
+    opened, begun, goes_on = storage.Folder.opened, threading.Event(), threading.Event()
+
+    def slow(self, path):
+        if not begun.is_set():
+            begun.set()
+            goes_on.wait(60)
+        return opened(self, path)
+
+    monkeypatch.setattr(storage.Folder, "opened", slow)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(source.download_tree, "", tmp_path / "first" / "copy")
+        begun.wait(60)
+        source.download_tree("", tmp_path / "first" / "copy")  # comes later, is done earlier
+        goes_on.set()
+        with pytest.raises(OSError, match="copy"):  # not "no such file": its draft is there
+            first.result()
+    assert isinstance(first.exception(), OSError)
+    assert first.exception().errno == errno.ENOTEMPTY
+    assert open_folder(tmp_path / "first").walk() == {"copy/a": 1, "copy/b": 1}
+
+
+@pytest.mark.parametrize("request_", ["partNumber=2", "^POST .*uploadId"], ids=["part", "end"])
+def test_an_upload_whose_connection_breaks_leaves_the_older_file(
+    s3, s3_server, tmp_path, monkeypatch, request_
+):
+    (tmp_path / "new").write_bytes(bytes(18 * 2**20))
+    monkeypatch.setattr(storage, "ATTEMPTS", 1)
+    reader = open_folder(s3)
+    reader.write("a", b"old")
+    with broken_link(int(s3_server.endpoint.rpartition(":")[2]), request_) as port:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        with pytest.raises(ConnectionError, match=rf"/a: http://127.0.0.1:{port} cannot be rea"):
+            open_folder(s3).upload(tmp_path / "new", "a")
+        gc.collect()  # Arrow closes what nobody refers to any more
+        assert (reader.names(), reader.read("a")) == (["a"], b"old")
 
 
 def test_an_error_of_a_source_is_not_taken_for_one_of_the_destination(folder, s3, monkeypatch):

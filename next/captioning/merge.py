@@ -22,6 +22,7 @@ from scipy.optimize import isotonic_regression  # type: ignore[import-untyped]
 
 from next.captioning.attributes import NOT_VISIBLE, Attribute, Reading, Schema
 from next.config import Fraction, Section
+from next.storage import write_whole
 
 Readings = Mapping[str, Mapping[str, Reading]]
 """By model and attribute: what is said of one image."""
@@ -82,7 +83,7 @@ class Calibration:
     def save(self, path: str | Path) -> None:
         """Write as JSON."""
         rows = [[*key, *map(list, points)] for key, points in sorted(self.knots.items())]
-        Path(path).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(rows, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:

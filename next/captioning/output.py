@@ -20,6 +20,7 @@ from next.captioning.source import Picture, Source, Texts
 from next.captioning.spending import Spending
 from next.captioning.template import CaptionWriter
 from next.data.benchmark import Benchmark
+from next.storage import replacing, write_whole
 
 _log = logging.getLogger(__name__)
 
@@ -105,10 +106,11 @@ def write_captions(
         calibration.save(out / "calibration.json")
         result.files.append(out / "calibration.json")
     book = _Book(captioner, labels, result)
-    with open(out / "beliefs.jsonl", "w", encoding="utf-8") as file:
+    with replacing(out / "beliefs.jsonl") as file:
         for image, one, beliefs in captioner.believe(captioner.hear(ledger, images), calibration):
             caption = book.write(image, one, beliefs)
-            file.write(json.dumps(_line(image, one, beliefs, caption), ensure_ascii=False) + "\n")
+            line = json.dumps(_line(image, one, beliefs, caption), ensure_ascii=False)
+            file.write(f"{line}\n".encode())
     result.files.append(out / "beliefs.jsonl")
     if captioner.rewriter is not None:
         book.put_into_other_words(ledger)
@@ -117,7 +119,7 @@ def write_captions(
         manifest = captioner.source.write_shards(shards, book, progress)
         result.files.append(Path(manifest.uri))
     result.files.append(out / "report.json")
-    (out / "report.json").write_text(json.dumps(result.as_dict(), indent=1, default=str) + "\n")
+    write_whole(out / "report.json", json.dumps(result.as_dict(), indent=1, default=str) + "\n")
     return result
 
 
@@ -220,9 +222,8 @@ def write_caption_files(source: Source, texts: Texts, out: str | Path) -> list[P
                 if text is not None:
                     of_file[source.item(split, sample, number)] = text
     for path, of_file in entries.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
         items = [{"item": item, "description": text} for item, text in of_file.items()]
-        path.write_text(json.dumps(items, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(items, indent=1, ensure_ascii=False) + "\n")
     return list(entries)
 
 

@@ -37,6 +37,7 @@ from filelock import FileLock, Timeout
 from next.data.decoding import Progress, Resize, decode_into, reserve
 from next.data.index import CACHED, default_cache
 from next.data.shards import Manifest
+from next.storage import commit, write_whole
 
 _log = logging.getLogger(__name__)
 
@@ -143,7 +144,7 @@ def open_cache(
             if _open(path, shape) is None:
                 _build(draft, manifest, split, rows, shape, limit, progress, resize)
                 _remove(path)
-                draft.rename(path)
+                commit(draft, path)
         cache = _open(path, shape)  # None again if a clean-up came between
     return cache
 
@@ -398,7 +399,7 @@ def _build(
             "image_size": shape[2:4],
             "modalities": manifest.benchmark.modalities,
         }
-        (draft / "about.json").write_text(json.dumps(about))
+        write_whole(draft / "about.json", json.dumps(about))
     seconds = time.perf_counter() - began
     _log.info("decoded %d samples of %s in %.1f s: %s", shape[0], split, seconds, draft.stem)
 

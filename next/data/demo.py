@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from PIL import Image
 from next.data.demo_captions import describe
 from next.data.demo_drawing import draw
 from next.data.demo_people import MODALITIES, Difficulty, Person, Shot, Split, person, shot, stream
+from next.storage import drafting
 
 _FIRST_PID: dict[Split, int] = {"train": 1, "test": 500_001}
 """Identity numbers of the splits are far apart, so that they depend on no count."""
@@ -136,11 +136,8 @@ def write_demo(
             f"the demo benchmark is written into a new or empty folder, but {folder} is there "
             f"already; remove it or choose another"
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        draft = Path(scratch) / "draft"
+    with drafting(folder) as draft:
         unreliable = _write(draft, size, seed, difficulty, progress)
-        draft.replace(folder)
     images = len(MODALITIES) * size.total_samples
     return DemoSummary(
         folder=folder,

@@ -19,7 +19,6 @@ Files are read and written through :mod:`next.storage`.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -45,7 +44,7 @@ from next.data.manifest import (
     SplitEntry,
     parse_manifest,
 )
-from next.storage import Folder, open_folder
+from next.storage import Folder, open_folder, replacing
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -538,14 +537,8 @@ def write_matrix(path: str | Path, strings: Sequence[str], values: np.ndarray) -
     )
     texts = pa.array(strings, pa.large_string())
     batch = pa.record_batch([texts, vectors], names=["text", "vector"])
-    path = Path(path)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with pa.OSFile(str(draft), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
-            writer.write_batch(batch)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    with replacing(path) as file, pa.ipc.new_file(file, batch.schema) as writer:
+        writer.write_batch(batch)
 
 
 def read_matrix(path: str | Path) -> Matrix:

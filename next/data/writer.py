@@ -52,7 +52,7 @@ from next.data.manifest import (
     to_json,
 )
 from next.data.shards import Manifest, open_manifest, shard_schema
-from next.storage import Folder, open_folder
+from next.storage import Folder, commit, open_folder
 
 RECORDS = ".unfinished"
 """Folder of the records in a draft."""
@@ -437,7 +437,7 @@ def _commit(
     draft.delete_tree(RECORDS)
     draft.write(MANIFEST, to_json(file).encode())
     draft.delete(_LOCK)
-    Path(draft.base).replace(target.base)
+    commit(Path(draft.base), Path(target.base))
 
 
 def _keep(target: Folder, file: ManifestFile, pieces: Pieces) -> None:

@@ -7,7 +7,6 @@ be read when MLflow's image grid shows it 300 pixels wide.
 from __future__ import annotations
 
 import io
-import os
 import textwrap
 import threading
 from collections.abc import Iterator
@@ -18,6 +17,8 @@ from typing import Any
 import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from next.storage import write_whole
 
 DPI = 120
 """Pixels of one inch."""
@@ -102,7 +103,4 @@ def save(figure: Figure, path: str | Path) -> Path:
     content = io.BytesIO()
     # Without the library's version the same input gives the same bytes on every machine.
     figure.savefig(content, format="png", metadata={"Software": None})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_bytes(content.getvalue())
-    return unfinished.replace(path)
+    return write_whole(path, content.getvalue())

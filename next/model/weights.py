@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import tempfile
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from next.config import BackboneConfig
+from next.storage import drafting
 
 
 class Origin(NamedTuple):
@@ -54,16 +57,16 @@ def find_weights(model: str, tag: str, origin: Origin, folder: Path) -> Path:
             return target
     problem = ""
     for file, target in zip(origin.files, targets, strict=True):
-        try:
-            fetched = _fetch(origin.repository, file)
-        # Libraries of several protocols raise their own kinds; every one means "not fetched".
-        except Exception as error:
-            problem = problem or f"{type(error).__name__}: {error}".splitlines()[0]
-            continue
-        folder.mkdir(parents=True, exist_ok=True)
-        draft = target.with_name(f".{target.name}")
-        shutil.copyfile(fetched, draft)
-        return draft.rename(target)
+        with ExitStack() as stack:
+            try:
+                fetched = stack.enter_context(_fetched(origin.repository, file, folder))
+            # Libraries of several protocols raise their own kinds; every one means "not fetched".
+            except Exception as error:
+                problem = problem or f"{type(error).__name__}: {error}".splitlines()[0]
+                continue
+            with drafting(target) as draft:
+                shutil.copyfile(fetched, draft)
+            return target
     where = f" of the Hugging Face repository {origin.repository}" if origin.repository else ""
     raise ConnectionError(
         f"the weights {tag} of {model} are not on this machine and cannot be fetched ({problem}). "
@@ -72,14 +75,19 @@ def find_weights(model: str, tag: str, origin: Origin, folder: Path) -> Path:
     )
 
 
-def _fetch(repository: str, file: str) -> Path:
+@contextmanager
+def _fetched(repository: str, file: str, folder: Path) -> Iterator[Path]:
     if repository:
         from huggingface_hub import hf_hub_download
 
-        return Path(hf_hub_download(repository, file))
+        yield Path(hf_hub_download(repository, file))
+        return
     from open_clip.pretrained import download_pretrained_from_url
 
-    return Path(download_pretrained_from_url(file))
+    folder.mkdir(parents=True, exist_ok=True)
+    # To a folder of its own: open_clip writes under the file's name, whoever else does so too.
+    with tempfile.TemporaryDirectory(prefix=".fetched-", dir=folder) as own:
+        yield Path(download_pretrained_from_url(file, own))
 
 
 def sha256(path: Path) -> str:

@@ -19,6 +19,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from next.storage import write_whole
 from next.tracking.client import (
     RUN_KEY,
     NotDelivered,
@@ -291,10 +292,8 @@ class Delivery:
         if address == self.address:
             return
         self.address = address
-        new = self.folder / "run.json.new"  # sent again after a power cut, so it needs no disk
         try:
-            new.write_text(json.dumps(asdict(address)))
-            new.replace(self.folder / "run.json")
+            write_whole(self.folder / "run.json", json.dumps(asdict(address)))
         except OSError as error:  # a full disk; the records are then sent once more after a crash
             _log.debug("run.json cannot be written: %s", error)
 

@@ -20,6 +20,8 @@ from typing import Any
 
 from PIL import Image
 
+from next.storage import write_whole
+
 LOGGED_IMAGES = "mlflow.loggedImages"
 """Tag of a run whose pictures the image grid shows."""
 LOGGED_TABLES = "mlflow.loggedArtifacts"
@@ -80,9 +82,7 @@ def write_table(path: Path, columns: Mapping[str, Sequence[Any]]) -> Path:
     if len(set(lengths.values())) > 1:
         raise ValueError(f"the columns of a table must be of one length, but got {lengths}")
     rows = [[_plain(value) for value in row] for row in zip(*columns.values(), strict=True)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"columns": list(columns), "data": rows}))
-    return path
+    return write_whole(path, json.dumps({"columns": list(columns), "data": rows}))
 
 
 def table_tag(paths: Sequence[str]) -> str:

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from next.storage import write_whole
 from next.tracking.client import check_server, connect, http_status, short_message
 from next.tracking.delivery import read_address
 from next.tracking.links import check_uri
@@ -136,7 +137,7 @@ def register(
             f"tracking.model must be made of letters, digits and _ - ., but got {name!r}"
         )
     _refuse_pickles(folder)
-    (folder / "card.json").write_text(json.dumps(asdict(card), indent=2))
+    write_whole(folder / "card.json", json.dumps(asdict(card), indent=2))
     with (
         registry_errors(uri),
         _mlflows_own_warnings_off(),

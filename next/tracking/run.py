@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, SupportsFloat
 
+from next.storage import write_whole
 from next.tracking.client import check_server, child_run_ids
 from next.tracking.delivery import Address, Delivery
 from next.tracking.images import LOGGED_IMAGES, LOGGED_TABLES, add_image, table_tag, write_table
@@ -194,8 +195,7 @@ class Run:
     def log_text(self, text: str, name: str) -> None:
         """Log a text as the artifact ``name``, for example ``config.toml`` or ``git/diff.txt``."""
         path = self.folder / "artifacts" / _place(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        write_whole(path, text)
         folder = path.parent.relative_to(self.folder / "artifacts").as_posix()
         self.log_artifact(path, "" if folder == "." else folder)
 

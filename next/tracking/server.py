@@ -32,6 +32,8 @@ from pathlib import Path
 import psutil
 from filelock import FileLock
 
+from next.storage import write_whole
+
 _log = logging.getLogger(__name__)
 
 _HOST = "127.0.0.1"
@@ -195,9 +197,7 @@ def _launch(folder: Path, lease: int, port: int) -> TrackingServer:
         port = listener.getsockname()[1]
     _children.append(child)
     state = {"pid": child.pid, "port": port, "started": psutil.Process(child.pid).create_time()}
-    new = folder / "server.json.new"
-    new.write_text(json.dumps(state))
-    new.replace(folder / "server.json")
+    write_whole(folder / "server.json", json.dumps(state))
     _log.info("MLflow is starting for %s", folder)
     return TrackingServer(folder, port, child.pid, lease, child)
 

@@ -19,9 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import uuid
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,10 +32,8 @@ from torch import nn
 from next.config import OptimConfig, RunConfig, from_toml, to_toml
 from next.model.network import NEXT
 from next.model.weights import misfits
+from next.storage import drafting, write_whole
 from next.training.optimizer import WeightAverage, load_optimizer
-
-DRAFT = ".draft-"
-"""Beginning of the name of a folder that is being written."""
 
 _FORMAT = 2
 
@@ -129,19 +125,13 @@ def write_snapshot(folder: Path, snapshot: Snapshot) -> Path:
     Raises:
         OSError: the disk is full or not writable; nothing is left behind.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = folder.with_name(f"{DRAFT}{folder.name}-{uuid.uuid4().hex}")
-    draft.mkdir()
     try:
-        _write_files(draft, snapshot)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(draft, folder)
+        with drafting(folder, over=True) as draft:
+            draft.mkdir()
+            _write_files(draft, snapshot)
     except (safetensors.SafetensorError, RuntimeError) as error:  # theirs for what the disk says
         free = shutil.disk_usage(folder.parent).free
         raise OSError(f"{folder} ({free / 2**20:.0f} MiB free): {error}") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return folder
 
 
@@ -283,7 +273,7 @@ def export_checkpoint(folder: Path, destination: Path) -> Path:
     state["files"] = {name: state["files"][name] for name in ("config.toml", "model.safetensors")}
     for name in state["files"]:
         shutil.copyfile(Path(folder) / name, destination / name)
-    (destination / "state.json").write_text(json.dumps(state, indent=2))
+    write_whole(destination / "state.json", json.dumps(state, indent=2))
     return destination
 
 

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 
 from next.config import RunConfig, from_toml, to_toml
 from next.data.shards import Manifest, open_manifest
+from next.storage import write_whole
 from next.training.assessment import Assessment, assess
 from next.training.cluster import in_a_workers_place, on_cluster
 from next.training.process import assessing_device, configure_torch, device
@@ -62,10 +63,9 @@ def assess_in_place(
         *(to_toml(config), store, checkpoint.name, manifest.folder.address, split, history),
     )
     own = folder / "figures"
-    own.mkdir(parents=True, exist_ok=True)
     pictures = [own / path.name for path in found.assessment.pictures]
     for path, content in zip(pictures, found.pictures, strict=True):
-        path.write_bytes(content)
+        write_whole(path, content)
     return found.assessment._replace(pictures=pictures)
 
 

@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -28,6 +27,7 @@ from next.data.shards import Manifest, open_manifest
 from next.evaluation.retrieval import Retrieval, caption_retrieval
 from next.model.alignment import Captions, TwoTowers, cropped
 from next.model.clip import IMAGE_SIZE, is_clip
+from next.storage import drafting, write_whole
 from next.tracking.provenance import provenance_tags
 from next.tracking.run import open_run
 from next.training.checkpoint import (
@@ -511,8 +511,6 @@ def _export(
         "run": folder.name,
         "metrics": {name: value for name, value in metrics.items() if name.startswith("val/")},
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    draft = out.with_name(f".{out.name}.draft")
     metadata = {
         "format": "pt",
         "next.mark": mark,
@@ -520,12 +518,9 @@ def _export(
         IMAGE_SIZE: json.dumps(config.model.image_size),
     }
     try:
-        safetensors.torch.save_file(network.weights(), draft, metadata)
-        os.replace(draft, out)
+        with drafting(out) as draft:
+            safetensors.torch.save_file(network.weights(), draft, metadata)
     except safetensors.SafetensorError as error:
         raise OSError(f"{out} cannot be written: {error}") from None
-    finally:
-        draft.unlink(missing_ok=True)
-    card = out.with_suffix(".json")
-    card.write_text(json.dumps(origin, indent=2) + "\n")
+    card = write_whole(out.with_suffix(".json"), json.dumps(origin, indent=2) + "\n")
     return Pretrained(str(folder), str(out), str(card), metrics)

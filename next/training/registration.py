@@ -12,6 +12,7 @@ from pathlib import Path
 
 from next.config import BackboneConfig, RunConfig
 from next.data.shards import Manifest
+from next.storage import write_whole
 from next.tracking.registry import ModelCard, Version, register, run_id_of
 from next.training.assessment import Assessment
 from next.training.checkpoint import read_config
@@ -24,7 +25,10 @@ CARD = "card.json"
 """Name of the card in a run's folder."""
 
 _LICENCES = {"openai": "MIT (OpenAI's CLIP)", "laion": "MIT (LAION's OpenCLIP)"}
-_REQUIREMENTS = ("numpy", "open_clip_torch", "pillow", "pydantic", "safetensors", "torch", "scipy")
+_REQUIREMENTS = (
+    *("numpy", "open_clip_torch", "pillow", "pyarrow", "pydantic", "safetensors", "torch"),
+    "scipy",
+)
 
 
 def write_card(
@@ -65,7 +69,7 @@ def write_card(
         subset_scores=assessment.subsets,
         seed_spread={"val/mAP": seed_spread} if seed_spread else {},
     )
-    (folder / CARD).write_text(json.dumps(asdict(card), indent=2))
+    write_whole(folder / CARD, json.dumps(asdict(card), indent=2))
     return card
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import tempfile
 import threading
@@ -28,13 +27,15 @@ from pathlib import Path
 import torch
 
 from next.config import RunConfig
-from next.storage import open_folder
-from next.training.checkpoint import DRAFT, Snapshot, read_progress, write_snapshot
+from next.storage import drafting, is_draft, open_folder
+from next.training.checkpoint import Snapshot, read_progress, write_snapshot
 from next.training.interruption import Interrupted
 
 _log = logging.getLogger(__name__)
 
 _NEWEST = 2
+_OLD_DRAFT = ".draft-"
+"""Beginning of the names of drafts that versions before left when they were killed."""
 _FIRST_PAUSE = 0.5
 _LONGEST_PAUSE = 15.0
 
@@ -101,7 +102,8 @@ class CheckpointStore:
                 self._point("best", ranked[0])
         keep = {*sorted(scores)[-_NEWEST:], *ranked[: self.num_to_keep]}
         for other in self.folder.names():
-            if other.startswith(DRAFT) or (other.startswith("step-") and other not in keep):
+            left_behind = is_draft(other) or other.startswith(_OLD_DRAFT)
+            if left_behind or (other.startswith("step-") and other not in keep):
                 self._remove(other)
 
     def set_aside(self, suffix: str) -> None:
@@ -208,10 +210,8 @@ class CheckpointStore:
 
     def _point(self, link: str, name: str) -> None:
         folder = Path(self.folder.uri)
-        draft = folder / f".{link}"
-        draft.unlink(missing_ok=True)
-        draft.symlink_to(name)
-        os.replace(draft, folder / link)
+        with drafting(folder / link) as draft:
+            draft.symlink_to(name)
 
 
 def _ranked(scores: dict[str, float | None]) -> list[str]:

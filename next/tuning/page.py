@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import base64
 import html
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from next.storage import write_whole
 
 _STYLE = """
 :root { color-scheme: light; --ink: #222; --faint: #d9d9d9; --blue: #0072b2; --soft: #f4f6f8; }
@@ -76,10 +77,7 @@ def write_page(path: Path, title: str, lead: str, sections: Sequence[Section]) -
         *(f"<h2>{html.escape(part.title)}</h2>\n{part.body}" for part in sections),
         "</body></html>",
     ]
-    draft = path.with_name(f".{path.name}")
-    draft.write_text("\n".join(parts), encoding="utf-8")
-    os.replace(draft, path)
-    return path
+    return write_whole(path, "\n".join(parts))
 
 
 def text(value: object) -> str:

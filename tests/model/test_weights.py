@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 import warnings
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import open_clip
@@ -20,7 +24,7 @@ from next.model.backbone import Backbone, resolve_weights
 from next.model.clip import load_clip
 from next.model.network import NEXT
 from next.model.text import TextTower
-from next.model.weights import read_weights, sha256
+from next.model.weights import Origin, find_weights, read_weights, sha256
 from next.training.checkpoint import Progress, load_network, save_checkpoint
 from next.training.optimizer import build_optimizer
 
@@ -158,6 +162,32 @@ def test_a_machine_without_a_network_is_told_which_file_to_bring_where(tmp_path)
     assert f"copy it to {tmp_path}/weights/ViT-B-16.openai.safetensors" in clip
     assert "fetch model.safetensors of the Hugging Face repository timm/vit_base_patch16_di" in dino
     assert f"{tmp_path}/weights/vit_base_patch16_dinov3.lvd1689m.safetensors" in dino
+
+
+def test_processes_that_fetch_one_file_at_once_all_succeed(tmp_path):
+    content = os.urandom(4 << 20)
+    (tmp_path / "published.pt").write_bytes(content)
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    handler.log_message = lambda *_: None
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        origin = Origin("", (f"http://127.0.0.1:{server.server_port}/published.pt",))
+        processes = multiprocessing.get_context("fork")
+        together = processes.Barrier(3)
+
+        def fetch() -> None:
+            together.wait(60)
+            find_weights("next-tiny", "published", origin, tmp_path / "weights")
+
+        every = [processes.Process(target=fetch) for _ in range(3)]
+        for one in every:
+            one.start()
+        for one in every:
+            one.join(60)
+        server.shutdown()
+    assert [one.exitcode for one in every] == [0, 0, 0]
+    assert os.listdir(tmp_path / "weights") == ["next-tiny.published.pt"]
+    assert (tmp_path / "weights" / "next-tiny.published.pt").read_bytes() == content
 
 
 def test_an_unknown_tag_is_refused_with_the_known_ones(tmp_path):

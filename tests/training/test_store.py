@@ -209,7 +209,9 @@ def test_a_full_disk_is_told_and_the_checkpoint_is_written_when_there_is_room(sm
         threading.Event().wait(0.1)
     assert "the checkpoint of step 2 cannot be written" in caplog.text
     assert latest_step(store) == 1
-    assert not list((small_disk / "checkpoints").glob(".draft*")), "nothing is left of the attempt"
+    assert not list((small_disk / "checkpoints").glob("*.partial")), (
+        "nothing is left of the attempt"
+    )
     ballast.unlink()
     writer.close()
     assert latest_step(store) == 2
