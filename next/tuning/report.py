@@ -115,6 +115,8 @@ def _lead(found: Standing, summary: Summary, test: OnTest) -> str:
         f'<p class="verdict {"yes" if verdict.separated else "no"}">{text(verdict)}</p>'
         for verdict in summary.verdicts
     )
+    if summary.advice():
+        verdicts += f'<p class="verdict no">{text(summary.advice())}</p>'
     return facts(pairs) + verdicts + f'<p class="note">{_HOW_IT_WAS_MEASURED}</p>'
 
 

@@ -31,6 +31,9 @@ class Summary(NamedTuple):
     others: tuple[str, ...]
     """Objectives after the first, which ranks."""
     winner: str
+    """Name of the best setting that the sampler drew, or of the default where that does not beat it
+    beyond the noise."""
+    best_drawn: str
     """Name of the best setting that the sampler drew."""
     run: str
     """Name of its best run, whose checkpoint is assessed."""
@@ -38,11 +41,21 @@ class Summary(NamedTuple):
     """Its score at the average seed, from the runs that are compared."""
     floor: Floor
     verdicts: list[Verdict]
-    """The winner against the default, then against the next best."""
+    """The best drawn setting against the default, then against the next best."""
 
     def lines(self) -> list[str]:
         """For the terminal."""
-        return [f"noise floor: {self.noise()}", *(str(verdict) for verdict in self.verdicts)]
+        kept = [self.advice()] if self.advice() else []
+        return [f"noise floor: {self.noise()}", *(str(verdict) for verdict in self.verdicts), *kept]
+
+    def advice(self) -> str:
+        """What to do where nothing was gained; empty: take the winner."""
+        if self.winner == self.best_drawn:
+            return ""
+        return (
+            f"keep the default: nothing beats it beyond the noise ({self.best_drawn} is the best "
+            f"that was drawn), so it is the default that is assessed"
+        )
 
     def noise(self) -> str:
         """Both spreads, in words."""
@@ -82,6 +95,10 @@ class OnTest(NamedTuple):
 def summarise(settings: Sequence[Setting], objectives: Mapping[str, str]) -> Summary:
     """The winner, and what separates it from the default and the next best.
 
+    A drawn setting that the noise does not separate from the default is no reason to leave the
+    default, which then is the winner. Where the noise is not known, or the default was not run to
+    its end, the best drawn setting is.
+
     Args:
         settings: best first, one of them with a score.
         objectives: metric -> ``max`` or ``min``.
@@ -89,19 +106,26 @@ def summarise(settings: Sequence[Setting], objectives: Mapping[str, str]) -> Sum
     floor = noise_floor(settings)
     scored = [setting for setting in settings if setting.score is not None]
     drawn = [setting for setting in scored if setting.name != DEFAULT]
-    winner = (drawn or scored)[0]
+    best = (drawn or scored)[0]
     others = [setting for setting in scored if setting.name == DEFAULT]
-    rivals = [s for s in drawn if s is not winner and s.raced == winner.raced]
+    rivals = [s for s in drawn if s is not best and s.raced == best.raced]
     others += rivals[:_COMPARED]
     verdicts = [
-        compare(winner, other, floor, objectives)
+        compare(best, other, floor, objectives)
         for other in others
-        if other.finished and winner.finished and other is not winner
+        if other.finished and best.finished and other is not best
     ]
+    winner = best
+    for verdict in verdicts:
+        known = not math.isnan(verdict.difference.p_value)
+        beats = verdict.separated and verdict.difference.difference > 0
+        if verdict.theirs == DEFAULT and known and not beats:
+            (winner,) = (setting for setting in scored if setting.name == DEFAULT)
     return Summary(
         first_metric(objectives),
         tuple(objectives)[1:],
         winner.name,
+        best.name,
         winner.best_run.name,
         floor.level(winner),
         floor,
@@ -186,6 +210,8 @@ def write_summary(path: Path, found: Standing, summary: Summary, test: OnTest) -
         {
             "metric": summary.metric,
             "winner": summary.winner,
+            "best_drawn": summary.best_drawn,
+            "advice": summary.advice() or None,
             "winner_run": summary.run,
             "score": summary.score,
             "noise_floor": {
