@@ -93,6 +93,7 @@ def test_a_sweep_survives_its_trials_and_says_how_each_of_them_ended(tiny_config
     assert trials["trial-0005"].score == pytest.approx(trials["trial-0000"].score), "same bits"
     answer = json.loads(finished.stdout)
     assert answer["winner"] in ("trial-0000", "trial-0005")
+    assert answer["advice"] is None, "without seeds of the default there is none to keep"
     page = (folder / "report.html").read_text()
     assert "Failed trials" in page
     assert "must divide the token width" in page
