@@ -52,6 +52,9 @@ class EvaluateJob:
     missing: bool = False
     """Instead: the scores with every set of modalities missing at test, in query and gallery alike,
     and of queries with any set against a gallery with any other, drawn as one matrix."""
+    features: Literal["plain", "centred", "whitened"] = "plain"
+    """plain: as the network gives them; centred: less their mean; whitened: by their principal
+    components. Both are fitted on the train split of the data, never on what is searched."""
     whole_features: bool = False
     """Compare samples that have other modalities than one another over the whole feature, as the
     literature does, and not over the slices that both have."""
@@ -66,6 +69,10 @@ def main(argv: Sequence[str]) -> int:
     job = parse(EvaluateJob, argv)
     if (job.checkpoint is None) == (job.model is None):
         raise ValueError("give one of --checkpoint and --model, what is to be assessed")
+    if job.missing and job.features != "plain":
+        raise ValueError(
+            f"--missing ranks plain features, but got --features {job.features}; leave one out"
+        )
     with tempfile.TemporaryDirectory(prefix="next-model-") as parent:
         return _assess(job, job.checkpoint or _fetch(job, Path(parent)))
 
@@ -108,7 +115,13 @@ def _assess(job: EvaluateJob, checkpoint: Path) -> int:
             print(f"picture  {picture}")
         return 0
     found = assess(
-        checkpoint, manifest, out, split=job.split, settings=settings, device=device(config)
+        checkpoint,
+        manifest,
+        out,
+        split=job.split,
+        settings=settings,
+        device=device(config),
+        features=job.features,
     )
     if job.json:
         print(json.dumps({"metrics": found.metrics, "pictures": [str(p) for p in found.pictures]}))

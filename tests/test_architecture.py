@@ -29,6 +29,7 @@ LEVEL = {
 HOMES = {
     "pyarrow": (
         "next/storage.py",
+        "next/data/features.py",
         "next/data/index.py",
         "next/data/shards.py",
         "next/data/writer.py",

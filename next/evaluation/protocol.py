@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +20,7 @@ from next.evaluation.metrics import (
     retrieval_metrics,
 )
 from next.evaluation.share import ALONE, Share
+from next.evaluation.whitening import Whitening
 from next.model.network import NEXT
 
 
@@ -64,6 +65,7 @@ def evaluate(
     device: torch.device | str,
     max_rank: int = 50,
     share: Share = ALONE,
+    whitening: Whitening | None = None,
 ) -> Evaluation:
     """Embed each distinct sample once, rank the gallery for each query, and measure.
 
@@ -84,6 +86,7 @@ def evaluate(
         device: where the model is.
         max_rank: length of the CMC.
         share: which of the ranks this process is that all evaluate this together.
+        whitening: what features go through before they are ranked; fitted on train features.
 
     Raises:
         ValueError: a side is empty or the rule does not fit the labels (both are found before
@@ -96,6 +99,12 @@ def evaluate(
     check_rule(rule, query.labels, gallery.labels)
     pair = embed_pair(model, query, gallery, config=config, device=device, share=share)
     layout = layout_of(model, config)
+    if whitening is not None:
+        pair = pair._replace(
+            query=replace(pair.query, features=whitening.apply(pair.query.features)),
+            gallery=replace(pair.gallery, features=whitening.apply(pair.gallery.features)),
+        )
+        layout = whitening.layout_after if layout is not None else None
     metrics = retrieval_metrics(
         pair.query.features,
         pair.gallery.features,

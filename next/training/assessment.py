@@ -12,17 +12,23 @@ import torch
 
 from next.config import RunConfig, override
 from next.data.shards import Manifest
+from next.evaluation.distances import Layout
+from next.evaluation.embed import embed_all
 from next.evaluation.missing import MissingMatrix, missing_matrix, too_costly
 from next.evaluation.missingmaps import missing_map
 from next.evaluation.noise import paired_bootstrap
 from next.evaluation.pictures import draw_evaluation, read_queries
 from next.evaluation.protocol import evaluate
+from next.evaluation.whitening import Kind, Whitening, fit_whitening
 from next.model.network import NEXT
 from next.training.attributes import caption_attributes
 from next.training.checkpoint import load_network, read_progress
 from next.training.inputs import TestData, test_data, training_data
 
 _log = logging.getLogger(__name__)
+
+Features = Literal["plain", "centred", "whitened"]
+"""What features go through before they are ranked."""
 
 
 class Assessment(NamedTuple):
@@ -50,6 +56,7 @@ def assess(
     history: Sequence[tuple[int, Mapping[str, float]]] = (),
     settings: Mapping[str, Any] | None = None,
     missing: bool = False,
+    features: Features = "plain",
 ) -> Assessment:
     """Embed and rank a split with a checkpoint's network, and draw what there is to see.
 
@@ -64,13 +71,20 @@ def assess(
         missing: where that is cheap (:func:`next.evaluation.missing.too_costly`) with every set of
             modalities, too, as :func:`assess_missing`, and its matrix among the pictures; where it
             is not, or a split lacks what that needs, the log says so.
+        features: ``plain``; ``centred`` or ``whitened`` by what is fitted on the train split of
+            ``manifest`` without the held-out identities.
 
     Raises:
         ValueError: the checkpoint is torn or of another model, the data lack a modality, or
             ``val`` is asked for on data that the run was not trained on.
     """
     network, config, (query, gallery, rule) = _open(checkpoint, manifest, device, split, settings)
-    found = evaluate(network, query, gallery, rule=rule, config=config, device=device)
+    whitening = None
+    if features != "plain":
+        whitening = fitted(network, config, manifest, features, device)
+    found = evaluate(
+        network, query, gallery, rule=rule, config=config, device=device, whitening=whitening
+    )
     held_out = split == "val" and config.selection.split == "val"
     queries = read_queries(found, query, gallery)
     pictures = draw_evaluation(
@@ -111,6 +125,20 @@ def assess(
         queries,
         subsets,
     )
+
+
+def fitted(
+    network: NEXT, config: RunConfig, manifest: Manifest, kind: Kind, device: torch.device
+) -> Whitening:
+    """Centring or whitening by the features of the train samples, held-out identities left out.
+
+    Raises:
+        ValueError: a modality that fewer than two train samples have.
+    """
+    train = training_data(config, manifest).train
+    found = embed_all(network, [train], config=config, device=device)
+    layout = Layout(len(network.embedded), network.modalities)
+    return fit_whitening(found.features, layout, kind)
 
 
 def assess_missing(

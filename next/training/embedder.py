@@ -23,7 +23,9 @@ from next.data.captions import CaptionSampler, CaptionTable, TextBank, bank_text
 from next.data.decoding import decode
 from next.data.labels import Labels
 from next.data.loader import SampleSet, evaluation_batches
+from next.evaluation.distances import distance_matrix
 from next.evaluation.embed import embed
+from next.evaluation.protocol import layout_of
 from next.model.text import TextTower
 from next.training.checkpoint import export_checkpoint, load_network, read_config
 
@@ -99,6 +101,19 @@ class Embedder:
         )
         batches = evaluation_batches(samples, config=self._config, device=self.device)
         return embed(self._network, batches, self.device).features
+
+    def distances(self, query: np.ndarray, gallery: np.ndarray) -> np.ndarray:
+        """Squared distances ``[Q, G]`` of embeddings, by which a gallery is to be ranked.
+
+        Samples that have other modalities than one another are compared over those that both have,
+        unless the run was made with evaluation.common_slices off; a product of the embeddings
+        themselves is no comparison of such samples (:mod:`next.evaluation.distances`).
+
+        Args:
+            query: ``[Q, F]`` that :meth:`predict` gave.
+            gallery: ``[G, F]`` likewise.
+        """
+        return distance_matrix(query, gallery, layout_of(self._network, self._config))
 
     def _decoded(self, images: list[list[Any] | None], present: np.ndarray) -> np.ndarray:
         size = self._config.data.image_size or (0, 0)

@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from next.config import RunConfig, override
 from next.data.loader import Batch, evaluation_batches
 from next.data.shards import Manifest
-from next.evaluation.distances import distance_matrix
-from next.evaluation.embed import mean_usage
+from next.evaluation.distances import Layout, distance_matrix
+from next.evaluation.embed import embed_all, mean_usage
 from next.evaluation.missing import missing_matrix, too_costly
 from next.evaluation.protocol import Evaluation, evaluate, layout_of
 from next.evaluation.reranking import Reranking, average_precisions, reranked
+from next.evaluation.whitening import Kind, Whitening, fit_whitening
 from next.model.network import NEXT
 from next.storage import replacing, write_whole
 from next.training.checkpoint import load_network
@@ -60,6 +61,8 @@ class Choice(NamedTuple):
     """Features of the image and of its mirror image are added."""
     weights: tuple[float, ...]
     rerank: Reranking | None
+    features: str = "plain"
+    """``centred`` or ``whitened`` by train features (:mod:`next.evaluation.whitening`)."""
 
     def text(self, branches: tuple[str, ...]) -> dict[str, Any]:
         """For JSON and tables."""
@@ -70,6 +73,7 @@ class Choice(NamedTuple):
             "flip": self.flip,
             "branch_weights": {name: weight for name, weight in weights},
             "rerank": None if self.rerank is None else self.rerank._asdict(),
+            "features": self.features,
         }
 
 
@@ -134,6 +138,12 @@ def _sweep(
     weights = WEIGHTS if len(branches) == 2 else ((1.0,) * len(branches),)
     samples = len(data.gallery) + queries
     rerankings = RERANKINGS if samples <= _MOST_RERANKED else ()
+    moved = _fitted(network, config, data, device)
+
+    def measure(choice: Choice, distances: np.ndarray) -> None:
+        scores = average_precisions(distances, *labels, rule=data.rule, own=found.own)
+        rows.append(choice.text(branches) | {"val/mAP": float(np.nanmean(scores))})
+
     for captions, temperature, flip, features in _variants(network, config, manifest, device):
         for weight in weights:
             weighed = weigh(features, weight)
@@ -142,9 +152,12 @@ def _sweep(
             for rerank, distances in itertools.chain(
                 [(None, plain)], reranked(weighed, queries, rerankings, layout)
             ):
-                scores = average_precisions(distances, *labels, rule=data.rule, own=found.own)
-                choice = Choice(captions, temperature, flip, weight, rerank)
-                rows.append(choice.text(branches) | {"val/mAP": float(np.nanmean(scores))})
+                measure(Choice(captions, temperature, flip, weight, rerank), distances)
+        for kind, whitening in moved.items():
+            changed = whitening.apply(features)
+            slices = whitening.layout_after if layout is not None else None
+            distances = distance_matrix(changed[: queries or None], changed[queries:], slices)
+            measure(Choice(captions, temperature, flip, weights[0], None, kind), distances)
     ranked = sorted(rows[1:], key=lambda row: -row["val/mAP"])
     return {
         "choices": len(rows),
@@ -152,6 +165,20 @@ def _sweep(
         "best": ranked[:20],
         "by_axis": _by_axis(rows),
     } | _missing(network, config, data, device)
+
+
+def _fitted(
+    network: NEXT, config: RunConfig, data: TrainingData, device: torch.device
+) -> dict[str, Whitening]:
+    """Centring and whitening by train features of the trained choice; empty where impossible."""
+    train = embed_all(network, [data.train], config=config, device=device).features
+    layout = Layout(len(network.embedded), network.modalities)
+    kinds: tuple[Kind, ...] = ("centred", "whitened")
+    try:
+        return {kind: fit_whitening(train, layout, kind) for kind in kinds}
+    except ValueError as error:  # of a modality that no train sample has
+        _log.warning("%s", error)
+        return {}
 
 
 def weigh(features: np.ndarray, weights: tuple[float, ...]) -> np.ndarray:

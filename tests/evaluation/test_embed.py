@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from next.data.features import read_features
 from next.data.loader import evaluation_batches
-from next.evaluation.embed import SampleUsage, embed, mean_usage, route
+from next.evaluation.embed import SampleUsage, embed, embed_to, mean_usage, route
+from next.evaluation.protocol import embed_pair
 
 
 def batches_of(samples, config):
@@ -99,6 +101,26 @@ def test_the_batch_size_does_not_change_the_features(make_model, samples, config
     np.testing.assert_allclose(
         embed(model, batches_of(samples, large), "cpu").features, small.features, atol=1e-5
     )
+
+
+def test_features_that_go_to_a_file_block_by_block_are_the_same(
+    tmp_path, make_model, samples, config
+):
+    model = make_model()
+    embed_to(tmp_path / "f.parquet", model, samples, config=config, device="cpu", rows=10)
+    found, labels = read_features(tmp_path / "f.parquet")
+    np.testing.assert_array_equal(found, embed(model, batches_of(samples, config), "cpu").features)
+    assert labels.sample_id.tolist() == samples.labels.sample_id.tolist()
+
+
+def test_memory_holds_the_features_of_query_and_gallery_once(make_model, samples, config):
+    pair = embed_pair(make_model(), samples, samples, config=config, device="cpu")
+    assert np.shares_memory(pair.query.features, pair.gallery.features)
+    some = embed_pair(
+        make_model(), samples.select(np.array([3, 1])), samples, config=config, device="cpu"
+    )
+    assert some.gallery.features.base is not None, "a view of all that were embedded"
+    assert len(some.query.features) == 2
 
 
 def test_each_part_keeps_its_mode_and_no_gradient_is_kept(make_model, samples, config):

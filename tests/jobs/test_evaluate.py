@@ -81,6 +81,19 @@ def test_the_number_of_the_literature_is_there_on_request(job, flags, capsys):
     assert common[("RGB",), ("RGB", "NI", "TI")] != whole[("RGB",), ("RGB", "NI", "TI")]
 
 
+def test_features_are_centred_or_whitened_on_request(job, flags, capsys, monkeypatch):
+    """Fitted on train samples: none of those that are searched."""
+    monkeypatch.setattr("next.training.assessment.draw_evaluation", lambda *args, **given: [])
+    one = [flag for flag in flags if flag != "--missing"]
+    scores = []
+    for kind in ("plain", "centred", "whitened"):
+        assert job.main([*one, "--json", "--features", kind]) == 0
+        scores.append(json.loads(capsys.readouterr().out)["metrics"]["test/mAP"])
+    assert len(set(scores)) == 3
+    with pytest.raises(ValueError, match="--missing ranks plain features, but got --features cen"):
+        job.main([*flags, "--features", "centred"])
+
+
 def test_a_matrix_that_is_too_costly_is_left_out_and_the_log_says_how_to_ask(
     flags, tmp_path, caplog, monkeypatch
 ):

@@ -82,6 +82,18 @@ def test_images_may_be_missing_but_not_all_of_a_sample(fetched, split):
         embedder.predict({first: [b"no image"]})
 
 
+def test_samples_with_other_modalities_are_compared_over_those_that_both_have(fetched, split):
+    columns, whole = split
+    first = next(name for name in columns if name.startswith("image_"))
+    embedder = Embedder(fetched)
+    some = embedder.predict({first: columns[first]})
+    slices = whole.reshape(len(whole), 2, 3, -1)[:, :, 0].reshape(len(whole), -1)
+    slices = slices / np.linalg.norm(slices, axis=1, keepdims=True)
+    own = some.reshape(len(some), 2, 3, -1)[:, :, 0].reshape(len(some), -1)
+    expected = 2 - 2 * own @ slices.T
+    np.testing.assert_allclose(embedder.distances(some, whole), expected, atol=1e-5)
+
+
 def test_the_columns_are_those_of_the_shards_with_captions_as_texts(trained):
     assert model_columns(trained) == {
         "image_RGB": "binary",

@@ -150,6 +150,7 @@ def check_free_axes(folder: Path, found) -> None:
         axes = json.loads((Path(trial.folder) / "axes.json").read_text())
         assert axes["default"]["val/mAP"] == pytest.approx(trial.score, abs=1e-3)
         assert axes["choices"] >= 2 * 3 * 3 * 13, "mirrored x temperature x weights x re-ranking"
+        assert set(axes["by_axis"]["features"]) == {"plain", "centred", "whitened"}
         assert axes["best"][0]["val/mAP"] >= axes["best"][1]["val/mAP"]
         assert len(axes["missing"]["patterns"]) == 7
         assert axes["missing"]["mAP"][0][0] == pytest.approx(trial.score, abs=1e-3)
