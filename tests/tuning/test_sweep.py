@@ -107,7 +107,8 @@ def test_a_killed_sweep_resumes_with_nothing_lost_or_doubled_and_ends_in_mlflow(
     answer = json.loads((folder / "sweep.json").read_text())
     assert answer["noise_floor"]["degrees_of_freedom"] >= 1
     assert answer["verdicts"][0]["theirs"] == "default"
-    assert "on the test split, once: trial-" in printed
+    assert f"on the test split, once: {answer['winner']} " in printed
+    assert (answer["winner"] == "default") == ("keep the default: " in printed)
     assert "noise floor: val/mAP moves by" in printed
     assert "not separated" in printed or " over " in printed
     assert "± " in printed
