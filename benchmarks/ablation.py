@@ -92,10 +92,11 @@ class AblationJob:
 
 def main(argv: Sequence[str]) -> int:
     """Parse, run what is not there yet, print."""
-    if "data" not in named_options(argv, "data"):
+    if "data" not in named_options(argv, "data") and not {"-h", "--help"} & set(argv):
         argv = [*argv, "--data", str(demo_shards(Path("demo")))]
     job = parse(AblationJob, argv, default=AblationJob(config=run_defaults(argv)))
-    assert job.data is not None
+    if job.data is None:
+        raise ValueError("--data must be followed by a folder of shards, or left out")
     base = override(job.config, {"data.uri": job.data, "threads": 1})
     manifest = open_manifest(job.data)
     methods = chosen_methods(job, manifest.benchmark.modalities)
