@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy.special import stdtrit  # type: ignore[import-untyped]
@@ -140,6 +142,45 @@ def paired_bootstrap(
         p_value=float((1 + np.count_nonzero(extreme)) / (1 + resamples)),
         queries=len(gains),
     )
+
+
+class Basis(NamedTuple):
+    """What a mean over queries rests on."""
+
+    identities: int
+    """That have a query with a match."""
+    queries: int
+    """With a match; the others are in no score."""
+    error: float
+    """Standard error of the mean for another draw of identities; NaN where there is one."""
+
+    def __str__(self) -> str:
+        known = f"standard error {self.error:.1f}" if self.identities > 1 else "no standard error"
+        return f"{self.identities} identities with {self.queries} queries, {known}"
+
+
+def score_basis(scores: np.ndarray, groups: np.ndarray) -> Basis:
+    """On how many identities and queries a mean score rests, and its standard error.
+
+    The queries of an identity succeed and fail together, so identities are what is drawn. With
+    ``t_i`` the sum of the scores of identity i, ``n_i`` their number, m the mean over all queries
+    and I identities (ratio estimator of a cluster sample; Cochran, Sampling Techniques, 1977)::
+
+        error = sqrt(I / (I - 1) * sum_i (t_i - n_i m)^2) / sum_i n_i
+
+    Args:
+        scores: [Q] of each query, NaN where it has no match.
+        groups: [Q] identity of each query.
+    """
+    measured = ~np.isnan(scores)
+    _, member = np.unique(np.asarray(groups)[measured], return_inverse=True)
+    found, sizes = scores[measured].astype(np.float64), np.bincount(member)
+    identities, queries = len(sizes), len(found)
+    if identities < 2:
+        return Basis(identities, queries, math.nan)
+    apart = np.bincount(member, weights=found) - sizes * found.mean()
+    error = (identities / (identities - 1) * float(apart @ apart)) ** 0.5 / queries
+    return Basis(identities, queries, error)
 
 
 def pooled_spread(runs: Sequence[Sequence[float]]) -> tuple[float, int]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from next.evaluation.noise import Basis
 from next.training.assessment import Assessment
 from next.tuning.folder import Standing, read_standing
 from next.tuning.page import Section, facts, gallery, table, text, write_page
@@ -17,6 +18,7 @@ from next.tuning.summary import (
     Summary,
     cell,
     objective_text,
+    on_test,
     spread_text,
     summarise,
     write_summary,
@@ -77,13 +79,20 @@ def report_sweep(folder: Path, assessment: Assessment | None = None) -> list[Pat
 def _test_scores(folder: Path, summary: Summary, assessment: Assessment | None) -> OnTest:
     """Of the winner; an earlier report's only if it was of the same run."""
     if assessment is not None:
-        return OnTest(assessment.metrics, assessment.interval)
+        return on_test(assessment)
     path = folder / "sweep.json"
     before = json.loads(path.read_text()) if path.is_file() else {}
     if before.get("winner_run") != summary.run:
-        return OnTest({}, {})
+        return OnTest({}, {}, None)
     ends = {name: (low, high) for name, (low, high) in before.get("test_interval", {}).items()}
-    return OnTest(before["test"] or {}, ends)
+    basis = before.get("measured_on", {}).get("test/mAP")  # absent in reports of older versions
+    return OnTest(before["test"] or {}, ends, None if basis is None else _basis(basis))
+
+
+def _basis(kept: Mapping[str, Any]) -> Basis:
+    """As ``sweep.json`` has it, which knows no NaN."""
+    error = kept["error"]
+    return Basis(kept["identities"], kept["queries"], math.nan if error is None else error)
 
 
 def _lead(found: Standing, summary: Summary, test: OnTest) -> str:
@@ -115,6 +124,9 @@ def _lead(found: Standing, summary: Summary, test: OnTest) -> str:
         f'<p class="verdict {"yes" if verdict.separated else "no"}">{text(verdict)}</p>'
         for verdict in summary.verdicts
     )
+    rests_on = "; ".join(filter(None, (summary.rests_on(), test.rests_on())))
+    if rests_on:
+        verdicts += f"<p>{text(rests_on)}.</p>"
     if summary.advice():
         verdicts += f'<p class="verdict no">{text(summary.advice())}</p>'
     return facts(pairs) + verdicts + f'<p class="note">{_HOW_IT_WAS_MEASURED}</p>'

@@ -307,7 +307,7 @@ def _over_queries(one: list[Trial], other: list[Trial], shared: set[int]) -> _Ov
     folds = sorted(set.intersection(*({run.fold for run in runs} for runs in sides)))
     ours, theirs, identities = [], [], []
     for fold in folds:
-        kept, others = (_queries([run for run in runs if run.fold == fold]) for runs in sides)
+        kept, others = (kept_queries([run for run in runs if run.fold == fold]) for runs in sides)
         if kept is None or others is None:
             return None
         ours.append(kept[0].mean(axis=0))
@@ -328,7 +328,7 @@ def _over_queries(one: list[Trial], other: list[Trial], shared: set[int]) -> _Ov
     return _OverQueries((found.high - found.low) / 2 / reach, max(1, count - 1), found.queries)
 
 
-def _queries(runs: list[Trial]) -> tuple[np.ndarray, np.ndarray] | None:
+def kept_queries(runs: Sequence[Trial]) -> tuple[np.ndarray, np.ndarray] | None:
     """[runs, Q] average precision and [Q] identities; None where a run kept none."""
     scores = []
     pids = np.empty(0)

@@ -9,15 +9,26 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from next.evaluation.noise import pooled_spread
+from next.evaluation.noise import Basis, pooled_spread, score_basis
+from next.training.assessment import Assessment
 from next.tuning.folder import Standing
 from next.tuning.results import Setting, plain, write_json
 from next.tuning.search import DEFAULT
-from next.tuning.seeds import Floor, Verdict, compare, first_metric, interval_reach, noise_floor
+from next.tuning.seeds import (
+    Floor,
+    Verdict,
+    compare,
+    first_metric,
+    interval_reach,
+    kept_queries,
+    noise_floor,
+)
+from next.tuning.space import METRIC
 
 _COMPARED = 5
 """Settings that the winner is compared with, beside the default; as well known as it is, since a
@@ -42,6 +53,14 @@ class Summary(NamedTuple):
     floor: Floor
     verdicts: list[Verdict]
     """The best drawn setting against the default, then against the next best."""
+    basis: Basis | None
+    """What the best run's val/mAP rests on; None: it kept no queries."""
+
+    def rests_on(self) -> str:
+        """What validation scores rest on, in words; empty: not known."""
+        if self.basis is None:
+            return ""
+        return f"{METRIC} of {self.run} rests on {self.basis} (over held-out identities)"
 
     def lines(self) -> list[str]:
         """For the terminal."""
@@ -81,6 +100,12 @@ class OnTest(NamedTuple):
     """``test/mAP``, ``test/rank1``, ..., percent."""
     interval: Mapping[str, tuple[float, float]]
     """Metric -> ends of its 95 % interval over queries."""
+    basis: Basis | None
+    """What its mAP rests on."""
+
+    def rests_on(self) -> str:
+        """What test scores rest on, in words; empty: not known."""
+        return "" if self.basis is None else f"test/mAP rests on {self.basis}"
 
     def __str__(self) -> str:
         words = []
@@ -90,6 +115,13 @@ class OnTest(NamedTuple):
                 f"{name} {value:.1f}" + (f" ({ends[0]:.1f} to {ends[1]:.1f})" if ends else "")
             )
         return "  ".join(words)
+
+
+def on_test(assessment: Assessment) -> OnTest:
+    """What was measured on the test split, and what that rests on."""
+    queries = assessment.queries
+    basis = score_basis(np.array(queries["average_precision"]), np.array(queries["pid"]))
+    return OnTest(assessment.metrics, assessment.interval, basis)
 
 
 def summarise(settings: Sequence[Setting], objectives: Mapping[str, str]) -> Summary:
@@ -130,7 +162,13 @@ def summarise(settings: Sequence[Setting], objectives: Mapping[str, str]) -> Sum
         floor.level(winner),
         floor,
         verdicts,
+        _basis(winner),
     )
+
+
+def _basis(setting: Setting) -> Basis | None:
+    kept = kept_queries([setting.best_run])
+    return None if kept is None else score_basis(kept[0][0], kept[1])
 
 
 def leaderboard(settings: Sequence[Setting], varied: Sequence[str], summary: Summary) -> list[str]:
@@ -162,7 +200,8 @@ def leaderboard(settings: Sequence[Setting], varied: Sequence[str], summary: Sum
     console = Console(width=400, file=io.StringIO())
     with console.capture() as captured:
         console.print(table)
-    return [line.rstrip() for line in captured.get().splitlines()]
+    lines = [line.rstrip() for line in captured.get().splitlines()]
+    return [*lines, summary.rests_on()] if summary.basis is not None else lines
 
 
 def spread_text(setting: Setting, floor: Floor) -> str:
@@ -224,6 +263,11 @@ def write_summary(path: Path, found: Standing, summary: Summary, test: OnTest) -
             },
             "test": dict(test.metrics) or None,
             "test_interval": {name: list(ends) for name, ends in test.interval.items()},
+            "measured_on": {
+                name: {part: _finite(value) for part, value in basis._asdict().items()}
+                for name, basis in ((METRIC, summary.basis), ("test/mAP", test.basis))
+                if basis is not None
+            },
             "verdicts": [
                 {
                     "ours": verdict.ours,

@@ -54,7 +54,7 @@ from next.tuning.seeds import first_metric, next_racer
 from next.tuning.settings import RECORD, SweepConfig
 from next.tuning.space import Space, describe_space, load_space, space_difference
 from next.tuning.study import FILE, Studies, create_studies, inherit, open_studies
-from next.tuning.summary import OnTest, Summary, leaderboard, summarise
+from next.tuning.summary import Summary, leaderboard, on_test, summarise
 from next.tuning.tuner import run_trials
 
 _log = logging.getLogger(__name__)
@@ -86,9 +86,10 @@ class SweepResult(NamedTuple):
 
     def lines(self) -> list[str]:
         """Leaderboard, verdicts, test scores, pictures, how to compare; for the terminal."""
-        scores = OnTest(self.assessment.metrics, self.assessment.interval)
+        scores = on_test(self.assessment)
         end = [
             f"on the test split, once: {self.summary.winner}  {scores}",
+            scores.rests_on(),
             *(f"picture     {path}" for path in self.assessment.pictures),
             f"checkpoint  {self.checkpoint}",
             f"report      {self.folder / 'report.html'}",

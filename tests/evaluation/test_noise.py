@@ -9,6 +9,7 @@ from next.evaluation import noise
 from next.evaluation.noise import (
     paired_bootstrap,
     pooled_spread,
+    score_basis,
     seed_spread,
 )
 
@@ -111,6 +112,39 @@ def test_drawing_identities_widens_the_interval_when_queries_repeat():
     identities = paired_bootstrap(gains, np.zeros(200), groups=groups)
     assert identities.difference == pytest.approx(queries.difference)
     assert identities.high - identities.low > 3 * (queries.high - queries.low)
+
+
+def test_an_identity_counts_by_its_queries_when_identities_are_drawn():
+    """By hand: identity 1 has one query (10), identity 2 three (20, 20, 50).
+
+    A quarter of all draws is identity 1 twice (mean 10), a quarter identity 2 twice (30), and half
+    of them both: (10 + 90) / 4 = 25, not the 20 of the two means.
+    """
+    ours, groups = np.array([20.0, 10.0, 20.0, 50.0]), np.array([2, 1, 2, 2])
+    for confidence, ends in ((0.8, (10, 30)), (0.2, (25, 25))):
+        found = paired_bootstrap(
+            ours, np.zeros(4), groups=groups, resamples=4000, confidence=confidence
+        )
+        assert (found.low, found.high) == pytest.approx(ends)
+        assert (found.difference, found.queries) == (25, 4)
+
+
+def test_a_score_tells_what_it_rests_on():
+    """By hand: the identities' sums lie 10 - 25 and 90 - 75 off: sqrt(2 (225 + 225)) / 4."""
+    scores, groups = np.array([20.0, 10.0, np.nan, 20.0, 50.0]), np.array([2, 1, 3, 2, 2])
+    basis = score_basis(scores, groups)
+    assert basis == (2, 4, pytest.approx(7.5))
+    assert str(basis) == "2 identities with 4 queries, standard error 7.5"
+    assert str(score_basis(np.ones(3), np.zeros(3))).endswith("3 queries, no standard error")
+
+
+def test_the_standard_error_of_a_score_is_that_of_drawn_identities():
+    generator = np.random.default_rng(5)
+    sizes = generator.integers(1, 30, 80)
+    groups = np.repeat(np.arange(80), sizes)
+    scores = np.repeat(generator.uniform(0, 80, 80), sizes) + generator.uniform(0, 20, len(groups))
+    drawn = paired_bootstrap(scores, np.zeros(len(scores)), groups=groups, confidence=0.68269)
+    assert score_basis(scores, groups).error == pytest.approx((drawn.high - drawn.low) / 2, rel=0.1)
 
 
 def test_groups_of_one_query_are_the_plain_bootstrap():

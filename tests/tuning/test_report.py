@@ -11,6 +11,7 @@ import pytest
 
 from next.config import RunConfig, override, to_toml
 from next.data.shards import open_manifest
+from next.training.assessment import Assessment
 from next.training.inputs import resolve, training_data
 from next.tuning.axes import AXES, FEATURES
 from next.tuning.folder import read_standing, write_record
@@ -21,6 +22,7 @@ from next.tuning.search import Repeat, Search
 from next.tuning.settings import SweepConfig
 from next.tuning.space import describe_space, load_space
 from next.tuning.study import FILE, create_studies
+from next.tuning.summary import leaderboard, summarise
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = {
@@ -138,9 +140,39 @@ def test_the_page_is_small_whole_and_shows_every_score_with_its_spread(played):
     (best,) = (row for row in answer["leaderboard"] if row["name"] == answer["winner"])
     found = best["settings"]["model.routing.temperature"]
     assert found < 1.0, "the surface's good corner was found"
+    measured = answer["measured_on"]["val/mAP"]
+    told = f"val/mAP of {answer['winner_run']} rests on {measured['identities']} identities with "
+    told += f"{measured['queries']} queries, standard error {measured['error']:.1f}"
+    assert told in text
+    assert "test/mAP" not in answer["measured_on"], "nothing was assessed"
     assert answer["leaderboard"][0]["name"] == "default", "known from seeds, not from one run"
     assert {verdict["theirs"] for verdict in answer["verdicts"]} >= {"default"}
     assert json.dumps(answer).find("NaN") < 0
+
+
+def test_what_the_test_scores_rest_on_is_told_now_and_by_later_reports(played, tmp_path):
+    folder = tmp_path / "played"
+    shutil.copytree(played, folder)
+    queries = {"average_precision": [20.0, 10.0, 20.0, 50.0], "pid": [2, 1, 2, 2]}
+    assessment = Assessment({"test/mAP": 25.0}, [], {"test/mAP": (20.0, 30.0)}, queries, {})
+    told = "test/mAP rests on 2 identities with 4 queries, standard error 7.5"
+    page, _ = report_sweep(folder, assessment)
+    assert told in page.read_text()
+    page, summary = report_sweep(folder)
+    assert told in page.read_text()
+    kept = json.loads(summary.read_text())["measured_on"]["test/mAP"]
+    assert kept == {"identities": 2, "queries": 4, "error": 7.5}
+
+
+def test_the_leaderboard_ends_with_what_its_scores_rest_on(played):
+    found = read_standing(played)
+    summary = summarise(found.settings, found.objectives)
+    assert summary.basis is not None
+    *_, last = leaderboard(found.settings, found.varied, summary)
+    assert last == f"val/mAP of {summary.run} rests on {summary.basis} (over held-out identities)"
+    known = np.load(played / "trials" / summary.run / FEATURES)
+    assert summary.basis.identities == len(np.unique(known["query_pid"]))
+    assert summary.basis.queries == len(known["query_pid"])
 
 
 def test_temperature_matters_most_on_a_surface_of_temperature_and_experts(played):
