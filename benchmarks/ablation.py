@@ -16,12 +16,15 @@ import hashlib
 import json
 import math
 import multiprocessing
+import os
 import platform
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +126,7 @@ def main(argv: Sequence[str]) -> int:
         test_data(resolve(base, manifest), manifest)
     began = time.perf_counter()
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(job.processes, mp_context=spawn) as pool:
+    with ProcessPoolExecutor(job.processes, spawn, initializer=end_with_parent) as pool:
         futures = {pool.submit(run_once, *task[:3]): task for task in tasks}
         for done, future in enumerate(as_completed(futures), 1):
             made = futures[future][3]
@@ -140,6 +143,19 @@ def main(argv: Sequence[str]) -> int:
     curves = {name: [run["mAP"] for run in runs.values()] for name, runs in results.items()}
     print(f"picture {seeds_bar(job.out / 'ablation.png', curves)}")
     return 0
+
+
+def end_with_parent() -> None:
+    """Let this process end as soon as the one that started it has: a stop must stop the runs."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        raise RuntimeError("this process was not started by multiprocessing")
+
+    def watch() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def chosen_methods(job: AblationJob, modalities: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from next.config import RunConfig
-from next.data.features import FeatureWriter, Precision
+from next.data.features import Precision, writing_features
 from next.data.loader import Batch, SampleSet, evaluation_batches
 from next.evaluation.share import ALONE, Share
 from next.model.network import NEXT, Routing
@@ -186,7 +186,7 @@ def embed_to(
     """
     size = config.selection.batch
     steps, each = -(-len(samples) // size), max(1, rows // size)
-    with FeatureWriter(path, model.embedding_size, precision) as writer:
+    with writing_features(path, model.embedding_size, precision) as writer:
         for first in range(0, steps, each):
             some = range(first, min(first + each, steps))
             block = np.arange(some.start * size, min(some.stop * size, len(samples)))

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from next.data.features import FeatureWriter, read_features
+from next.data.features import read_features, writing_features
 from next.data.labels import Labels
 
 
@@ -18,7 +18,7 @@ def rows(count: int) -> tuple[np.ndarray, Labels]:
 def test_blocks_come_back_as_one(tmp_path, precision, tolerance):
     path = tmp_path / "new" / "gallery.parquet"
     features, labels = rows(25)
-    with FeatureWriter(path, 6, precision) as writer:
+    with writing_features(path, 6, precision) as writer:
         for block in (np.arange(10), np.arange(10, 25)):
             writer.write(features[block], labels.take(block))
     found, of_found = read_features(path)
@@ -30,11 +30,11 @@ def test_blocks_come_back_as_one(tmp_path, precision, tolerance):
 
 def test_what_fails_half_way_leaves_the_file_of_before(tmp_path):
     path = tmp_path / "gallery.parquet"
-    with FeatureWriter(path, 6) as writer:
+    with writing_features(path, 6) as writer:
         writer.write(*rows(3))
 
     def fail() -> None:
-        with FeatureWriter(path, 6) as writer:
+        with writing_features(path, 6) as writer:
             writer.write(*rows(9))
             raise OSError("the disk is full")
 
