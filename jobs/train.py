@@ -47,11 +47,12 @@ def main(argv: Sequence[str]) -> int:
 def _rehearse(job: TrainJob, config: RunConfig) -> int:
     from next.data.shards import open_manifest
     from next.training.inputs import resolve
+    from next.training.launch import settings_begun_with
     from next.training.process import configure_torch, device
     from next.training.rehearsal import rehearse
 
     manifest = open_manifest(job.data)
-    config = resolve(config, manifest)
+    config = resolve(settings_begun_with(config), manifest)
     configure_torch(config)
     rehearsal = rehearse(config, manifest, device(config))
     print(json.dumps(rehearsal.as_json()) if job.json else "\n".join(rehearsal.lines()))

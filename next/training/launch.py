@@ -77,7 +77,7 @@ def launch(config: RunConfig) -> RunResult:
     if config.data.uri is None:
         raise ValueError("data.uri is not set; give the folder that jobs/prepare.py wrote")
     manifest = open_manifest(config.data.uri)
-    config = resolve(_as_begun(config), manifest)
+    config = resolve(settings_begun_with(config), manifest)
     if on_cluster():
         check_cluster(config)
     folder = claim_folder(config)
@@ -166,8 +166,11 @@ def _store(config: RunConfig, folder: Path) -> CheckpointStore:
     return CheckpointStore(store_address(config, folder.name) or folder / "checkpoints")
 
 
-def _as_begun(config: RunConfig) -> RunConfig:
-    """What an older version began goes on as it did; before the settings are resolved."""
+def settings_begun_with(config: RunConfig) -> RunConfig:
+    """What an older version began goes on as it did; before the settings are resolved.
+
+    A rehearsal of such a run asks for them too, so that it plans what the run does.
+    """
     folder = run_folder(config)
     if folder is None:
         return config

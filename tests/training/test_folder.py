@@ -2,12 +2,16 @@
 
 import json
 import shutil
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from next.config import LEGACY, flatten, from_toml, override, predated, to_toml
 from next.data.shards import open_manifest
+from next.model.network import NEXT
 from next.training.folder import as_begun, changes, claim_folder
 from next.training.inputs import resolve
 from next.training.launch import launch
@@ -77,3 +81,38 @@ def test_without_a_record_nothing_changes(tiny_config, tmp_path):
     assert as_begun(tiny_config, tmp_path / "config.toml") is tiny_config
     assert changes(tiny_config, tiny_config) == ""
     assert dict(flatten(tiny_config))["model.semantic.text_skip"] is True
+
+
+def test_a_dry_run_of_a_run_of_an_older_version_plans_the_run_as_it_goes_on(
+    tiny_config, tmp_path, capsys
+):
+    """Its network has no scale of text scores, which the same command gives a new run."""
+    manifest = open_manifest(tiny_config.data.uri)
+    record = claim_folder(override(resolve(tiny_config, manifest), LEGACY)) / "config.toml"
+    age(record)
+    before = record.read_text()
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(to_toml(tiny_config, without=["run.name"]))
+    given = ["--data", str(manifest.uri), "--recipe", str(recipe), "--dry-run", "--json"]
+    planned = []
+    for name in (record.parent.name, "another"):
+        train_job().main([*given, "--run.name", name])
+        planned.append(json.loads(capsys.readouterr().out)["parameters"])
+    networks = [
+        NEXT(resolve(config, manifest).model)
+        for config in (override(tiny_config, LEGACY), tiny_config)
+    ]
+    assert planned == [sum(one.numel() for one in net.parameters()) for net in networks]
+    assert planned[0] < planned[1]
+    assert record.read_text() == before, "nothing was written"
+
+
+def train_job() -> ModuleType:
+    """``jobs/train.py``, in this process."""
+    path = Path(__file__).resolve().parents[2] / "jobs" / "train.py"
+    spec = spec_from_file_location("train_job", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
