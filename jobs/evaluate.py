@@ -17,7 +17,10 @@ from next.data.shards import open_manifest
 from next.tracking.registry import fetch_model, registry_server
 
 if TYPE_CHECKING:
+    from next.config import RunConfig
+    from next.data.shards import Manifest
     from next.evaluation.missing import MissingMatrix
+    from next.training.assessment import Assessment
 
 REFERENCES = {
     "RGBNT201": {
@@ -47,6 +50,12 @@ class EvaluateJob:
     """Folder for pictures; beside the checkpoint where it is left out."""
     cache: str | None = None
     """Folder of decoded caches; the run's own where it is left out."""
+    workers: int | None = None
+    """Deal the samples among so many workers of Ray, on this machine or on the cluster that
+    RAY_ADDRESS names, with what the run's scaling settings give to each; None: one on a cluster;
+    without one, this process does it all, which needs no Ray."""
+    use_gpu: bool | None = None
+    """Whether it computes on GPUs, with --workers one each; None: as the run did."""
     threads: int | None = None
     """Torch threads; None: as torch chooses."""
     missing: bool = False
@@ -88,41 +97,29 @@ def _fetch(job: EvaluateJob, parent: Path) -> Path:
 def _assess(job: EvaluateJob, checkpoint: Path) -> int:
     manifest = open_manifest(job.data)
     # After the command line and the data, because it takes five seconds.
-    from next.training.assessment import assess, assess_missing, draw_missing
+    from next.training.assessment import draw_missing
     from next.training.checkpoint import read_config, read_progress
-    from next.training.process import configure_torch, device
 
     progress = read_progress(checkpoint)
     config = read_config(checkpoint)
     settings: dict[str, Any] = {"evaluation.common_slices": not job.whole_features}
-    config = override(config, settings | {"threads": job.threads})
     if job.cache:
         settings["data.cache"] = job.cache
+    config = override(config, settings | _scaling(job) | {"threads": job.threads})
     if job.dry_run:
         print(f"checkpoint after epoch {progress.epoch}; data {manifest.digest}")
         return 0
-    configure_torch(config)
     place = checkpoint.parent if job.checkpoint else job.storage_path
     out = job.out or place / f"assessment-{job.split}"
     if job.missing:
-        matrix = assess_missing(
-            checkpoint, manifest, split=job.split, settings=settings, device=device(config)
-        )
+        matrix = _missing(job, config, checkpoint, manifest, settings)
         picture = draw_missing(out, matrix, job.split)
         known = REFERENCES.get(manifest.benchmark.name, {}) if job.split == "test" else {}
         print(json.dumps(as_json(matrix)) if job.json else "\n".join(table(matrix, known)))
         if not job.json:
             print(f"picture  {picture}")
         return 0
-    found = assess(
-        checkpoint,
-        manifest,
-        out,
-        split=job.split,
-        settings=settings,
-        device=device(config),
-        features=job.features,
-    )
+    found = _scores(job, config, checkpoint, manifest, out, settings)
     if job.json:
         print(json.dumps({"metrics": found.metrics, "pictures": [str(p) for p in found.pictures]}))
         return 0
@@ -130,6 +127,73 @@ def _assess(job: EvaluateJob, checkpoint: Path) -> int:
     for picture in found.pictures:
         print(f"picture  {picture}")
     return 0
+
+
+def _scaling(job: EvaluateJob) -> dict[str, Any]:
+    if job.workers is not None and job.workers < 1:
+        raise ValueError(f"--workers must be 1 or more, but got {job.workers}")
+    found: dict[str, Any] = {"scaling.num_workers": job.workers or 1}
+    return found if job.use_gpu is None else found | {"scaling.use_gpu": job.use_gpu}
+
+
+def _scores(
+    job: EvaluateJob,
+    config: RunConfig,
+    checkpoint: Path,
+    manifest: Manifest,
+    out: Path,
+    settings: dict[str, Any],
+) -> Assessment:
+    from next.training.cluster import on_cluster
+    from next.training.process import configure_torch, device
+
+    if job.workers is None and not on_cluster():
+        from next.training.assessment import assess
+
+        configure_torch(config)
+        return assess(
+            checkpoint,
+            manifest,
+            out,
+            split=job.split,
+            settings=settings,
+            device=device(config),
+            features=job.features,
+        )
+    from next.training.assessment_workers import assess_on_workers
+
+    return assess_on_workers(
+        config,
+        checkpoint,
+        manifest,
+        out,
+        split=job.split,
+        settings=settings,
+        features=job.features,
+    )
+
+
+def _missing(
+    job: EvaluateJob,
+    config: RunConfig,
+    checkpoint: Path,
+    manifest: Manifest,
+    settings: dict[str, Any],
+) -> MissingMatrix:
+    from next.training.cluster import on_cluster
+    from next.training.process import configure_torch, device
+
+    if job.workers is None and not on_cluster():
+        from next.training.assessment import assess_missing
+
+        configure_torch(config)
+        where = device(config)
+        return assess_missing(
+            checkpoint, manifest, split=job.split, settings=settings, device=where
+        )
+    from next.training.assessment_workers import missing_on_workers
+
+    return missing_on_workers(config, checkpoint, manifest, split=job.split, settings=settings)
 
 
 def table(matrix: MissingMatrix, references: Mapping[str, float]) -> list[str]:

@@ -36,6 +36,7 @@ HOMES = {
     ),
     "mlflow": ("next/tracking/",),
     "ray": (
+        "next/training/assessment_workers.py",
         "next/training/cluster.py",
         "next/training/nodes.py",
         "next/training/relay.py",  # of workers.py, what Ray's controller loads without the network

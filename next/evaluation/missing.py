@@ -15,6 +15,7 @@ from next.data.loader import SampleSet
 from next.evaluation.distances import Layout
 from next.evaluation.metrics import RetrievalMetrics, check_rule, retrieval_metrics
 from next.evaluation.protocol import Pair, embed_pair, layout_of
+from next.evaluation.share import ALONE, Share
 from next.model.network import NEXT
 
 MOST_MODALITIES, MOST_SAMPLES = 3, 5000
@@ -109,6 +110,7 @@ def missing_matrix(
     rule: str,
     config: RunConfig,
     device: torch.device | str,
+    share: Share = ALONE,
 ) -> MissingMatrix:
     """Embed query and gallery with every set of modalities, once each, and rank every pair of sets.
 
@@ -121,9 +123,10 @@ def missing_matrix(
         model: the network, on ``device``.
         query: samples that search.
         gallery: samples that are searched; may be ``query`` itself.
-        rule: as in :func:`next.evaluation.protocol.evaluate`, likewise the next two.
+        rule: as in :func:`next.evaluation.protocol.evaluate`, likewise the next three.
         config: settings.
         device: where the model is.
+        share: which of the ranks this process is.
 
     Raises:
         ValueError: there is one modality only, or no query has a match with some set.
@@ -139,10 +142,13 @@ def missing_matrix(
         for size in range(len(names), 0, -1)
         for subset in itertools.combinations(names, size)
     )
-    sides = [_Side(model, query, gallery, subset, config, device) for subset in subsets]
+    sides = [_Side(model, query, gallery, subset, config, device, share) for subset in subsets]
     layout = layout_of(model, config)
     cases = tuple(
-        tuple(_rank(of_query, of_gallery, query, gallery, rule, layout) for of_gallery in sides)
+        tuple(
+            _rank(of_query, of_gallery, query, gallery, rule, layout, share, device)
+            for of_gallery in sides
+        )
         for of_query in sides
     )
     return MissingMatrix(names, subsets, cases, sum(side.pair.forwards for side in sides))
@@ -159,6 +165,7 @@ class _Side:
         subset: tuple[str, ...],
         config: RunConfig,
         device: torch.device | str,
+        share: Share,
     ) -> None:
         self.subset = subset
         mask = np.array([name in subset for name in gallery.modalities])
@@ -171,7 +178,9 @@ class _Side:
             )
         narrowed = _only(gallery, self.gallery_rows, mask)
         narrowed_query = narrowed if query is gallery else _only(query, self.query_rows, mask)
-        self.pair: Pair = embed_pair(model, narrowed_query, narrowed, config=config, device=device)
+        self.pair: Pair = embed_pair(
+            model, narrowed_query, narrowed, config=config, device=device, share=share
+        )
 
 
 def _only(samples: SampleSet, rows: np.ndarray, mask: np.ndarray) -> SampleSet:
@@ -186,6 +195,8 @@ def _rank(
     gallery: SampleSet,
     rule: str,
     layout: Layout | None,
+    share: Share,
+    device: torch.device | str,
 ) -> MissingCase:
     metrics = retrieval_metrics(
         of_query.pair.query.features,
@@ -195,6 +206,8 @@ def _rank(
         rule=rule,
         own=_own_places(of_query, of_gallery),
         layout=layout,
+        share=share,
+        device=device,
     )
     there = len(of_query.query_rows) + len(of_gallery.gallery_rows)
     left_out = len(query) + len(gallery) - there

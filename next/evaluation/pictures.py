@@ -12,7 +12,7 @@ import torch
 from next.config import RunConfig
 from next.data.loader import SampleSet, evaluation_batches
 from next.evaluation.embed import mean_usage, route
-from next.evaluation.figures import cmc_curve, learning_curves
+from next.evaluation.figures import cmc_curve
 from next.evaluation.identitymaps import confusion, confusion_map, embedding_map
 from next.evaluation.protocol import Evaluation, retrieved
 from next.evaluation.ranklists import RankList, Shown, choose_queries, rank_lists
@@ -36,15 +36,13 @@ def draw_evaluation(
     config: RunConfig,
     device: torch.device | str,
     name: str = "this run",
-    history: Sequence[tuple[int, Mapping[str, float]]] = (),
     attributes: Mapping[str, np.ndarray] | None = None,
 ) -> list[Path]:
     """Draw what there is to see of an evaluation; a model without experts has no expert pictures.
 
     Args:
-        folder: where ``learning_curves.png``, ``cmc.png``, ``rank_lists.png``,
-            ``embedding_map.png``, ``confusion.png``, ``expert_usage.png``,
-            ``attribute_usage.png`` and ``routing_maps.png`` are written.
+        folder: where ``cmc.png``, ``rank_lists.png``, ``embedding_map.png``, ``confusion.png``,
+            ``expert_usage.png``, ``attribute_usage.png`` and ``routing_maps.png`` are written.
         model: the network that was evaluated, on ``device``.
         evaluation: of ``model`` on these sample sets.
         query: samples that searched.
@@ -54,17 +52,13 @@ def draw_evaluation(
         config: settings of the evaluation.
         device: where the model is.
         name: of the run, in legends.
-        history: (step, metrics) of the training; empty: no learning curves.
         attributes: value of a caption attribute -> [G] bool, which gallery samples have it.
 
     Returns:
         The files, in the order above.
     """
     folder = Path(folder)
-    pictures = []
-    if history:
-        pictures.append(learning_curves(folder / "learning_curves.png", history))
-    pictures.append(cmc_curve(folder / "cmc.png", {name: evaluation.metrics.cmc}))
+    pictures = [cmc_curve(folder / "cmc.png", {name: evaluation.metrics.cmc})]
     pictures.append(
         rank_lists(
             folder / "rank_lists.png",

@@ -11,16 +11,20 @@ import numpy as np
 import torch
 
 from next.config import RunConfig, override
+from next.data.loader import SampleSet
 from next.data.shards import Manifest
 from next.evaluation.distances import Layout
 from next.evaluation.embed import embed_all
+from next.evaluation.figures import learning_curves
 from next.evaluation.missing import MissingMatrix, missing_matrix, too_costly
 from next.evaluation.missingmaps import missing_map
 from next.evaluation.noise import paired_bootstrap
 from next.evaluation.pictures import draw_evaluation, read_queries
 from next.evaluation.protocol import evaluate
+from next.evaluation.share import ALONE, Share
 from next.evaluation.whitening import Kind, Whitening, fit_whitening
 from next.model.network import NEXT
+from next.storage import write_whole
 from next.training.attributes import caption_attributes
 from next.training.checkpoint import load_network, read_progress
 from next.training.inputs import TestData, test_data, training_data
@@ -46,6 +50,42 @@ class Assessment(NamedTuple):
     """mAP, percent, by what query and gallery have (``RGB+NI``); empty: not asked for."""
 
 
+class Carried(NamedTuple):
+    """An assessment that comes from another machine: its pictures travel with it."""
+
+    assessment: Assessment
+    pictures: list[bytes]
+
+    @classmethod
+    def of(cls, assessment: Assessment) -> Carried:
+        """With the pictures that lie on this machine."""
+        return cls(assessment, [path.read_bytes() for path in assessment.pictures])
+
+    def put(self, folder: Path) -> Assessment:
+        """Write the pictures to ``figures`` below ``folder``, on this machine."""
+        own = folder / "figures"
+        pictures = [own / path.name for path in self.assessment.pictures]
+        for path, content in zip(pictures, self.pictures, strict=True):
+            write_whole(path, content)
+        return self.assessment._replace(pictures=pictures)
+
+
+def with_curves(
+    assessment: Assessment, folder: Path, history: Sequence[tuple[int, Mapping[str, float]]]
+) -> Assessment:
+    """The same with the learning curves before the other pictures; drawn where the journal is.
+
+    Args:
+        assessment: of a run.
+        folder: the picture goes to ``figures`` below it.
+        history: (step, metrics) of the training; empty: nothing is drawn.
+    """
+    if not history:
+        return assessment
+    curves = learning_curves(folder / "figures" / "learning_curves.png", history)
+    return assessment._replace(pictures=[curves, *assessment.pictures])
+
+
 def assess(
     checkpoint: Path,
     manifest: Manifest,
@@ -53,10 +93,10 @@ def assess(
     *,
     device: torch.device,
     split: Literal["test", "val"] = "test",
-    history: Sequence[tuple[int, Mapping[str, float]]] = (),
     settings: Mapping[str, Any] | None = None,
     missing: bool = False,
     features: Features = "plain",
+    share: Share = ALONE,
 ) -> Assessment:
     """Embed and rank a split with a checkpoint's network, and draw what there is to see.
 
@@ -66,13 +106,14 @@ def assess(
         folder: the pictures go to ``figures`` below it.
         device: where to compute.
         split: ``test``: query and gallery of the card; ``val``: the run's held-out identities.
-        history: (step, metrics) of the training, for the learning curves.
         settings: in place of the run's own, such as another ``data.cache``.
         missing: where that is cheap (:func:`next.evaluation.missing.too_costly`) with every set of
             modalities, too, as :func:`assess_missing`, and its matrix among the pictures; where it
             is not, or a split lacks what that needs, the log says so.
         features: ``plain``; ``centred`` or ``whitened`` by what is fitted on the train split of
             ``manifest`` without the held-out identities.
+        share: which of the ranks this process is that all assess this together; all come to the
+            same scores, and the first one draws.
 
     Raises:
         ValueError: the checkpoint is torn or of another model, the data lack a modality, or
@@ -81,40 +122,43 @@ def assess(
     network, config, (query, gallery, rule) = _open(checkpoint, manifest, device, split, settings)
     whitening = None
     if features != "plain":
-        whitening = fitted(network, config, manifest, features, device)
+        whitening = fitted(network, config, manifest, features, device, share)
     found = evaluate(
-        network, query, gallery, rule=rule, config=config, device=device, whitening=whitening
-    )
-    held_out = split == "val" and config.selection.split == "val"
-    queries = read_queries(found, query, gallery)
-    pictures = draw_evaluation(
-        folder / "figures",
         network,
-        found,
         query,
         gallery,
-        queries=queries,
         rule=rule,
         config=config,
         device=device,
-        history=history,
-        attributes=caption_attributes(manifest, "train" if held_out else "gallery", gallery.rows),
+        share=share,
+        whitening=whitening,
     )
+    matrix = None
+    if missing:
+        matrix = _matrix_if_cheap(network, query, gallery, rule, config, device, share)
+    queries = read_queries(found, query, gallery)
+    pictures = []
+    if not share.rank:
+        held_out = split == "val" and config.selection.split == "val"
+        source = "train" if held_out else "gallery"
+        pictures = draw_evaluation(
+            folder / "figures",
+            network,
+            found,
+            query,
+            gallery,
+            queries=queries,
+            rule=rule,
+            config=config,
+            device=device,
+            attributes=caption_attributes(manifest, source, gallery.rows),
+        )
     subsets: dict[str, float] = {}
-    costly = too_costly(query, gallery)
-    if missing and costly:
-        _log.info("%s", costly)
-    elif missing and len(gallery.modalities) > 1:
-        try:
-            matrix = missing_matrix(
-                network, query, gallery, rule=rule, config=config, device=device
-            )
-        except ValueError as error:
-            _log.warning("the scores with modalities missing are left out: %s", error)
-        else:
+    if matrix is not None:
+        if not share.rank:
             pictures.append(draw_missing(folder, matrix, split))
-            alike = np.diag(matrix.mAP).tolist()
-            subsets = dict(zip(map("+".join, matrix.subsets), alike, strict=True))
+        alike = np.diag(matrix.mAP).tolist()
+        subsets = dict(zip(map("+".join, matrix.subsets), alike, strict=True))
     precision = found.metrics.average_precision
     nothing = np.where(np.isnan(precision), np.nan, 0.0)
     spread = paired_bootstrap(precision, nothing, groups=query.labels.pid)
@@ -128,7 +172,12 @@ def assess(
 
 
 def fitted(
-    network: NEXT, config: RunConfig, manifest: Manifest, kind: Kind, device: torch.device
+    network: NEXT,
+    config: RunConfig,
+    manifest: Manifest,
+    kind: Kind,
+    device: torch.device,
+    share: Share = ALONE,
 ) -> Whitening:
     """Centring or whitening by the features of the train samples, held-out identities left out.
 
@@ -136,9 +185,33 @@ def fitted(
         ValueError: a modality that fewer than two train samples have.
     """
     train = training_data(config, manifest).train
-    found = embed_all(network, [train], config=config, device=device)
+    found = embed_all(network, [train], config=config, device=device, share=share)
     layout = Layout(len(network.embedded), network.modalities)
     return fit_whitening(found.features, layout, kind)
+
+
+def _matrix_if_cheap(
+    network: NEXT,
+    query: SampleSet,
+    gallery: SampleSet,
+    rule: str,
+    config: RunConfig,
+    device: torch.device,
+    share: Share,
+) -> MissingMatrix | None:
+    costly = too_costly(query, gallery)
+    if costly:
+        _log.info("%s", costly)
+        return None
+    if len(gallery.modalities) < 2:
+        return None
+    try:
+        return missing_matrix(
+            network, query, gallery, rule=rule, config=config, device=device, share=share
+        )
+    except ValueError as error:
+        _log.warning("the scores with modalities missing are left out: %s", error)
+        return None
 
 
 def assess_missing(
@@ -148,10 +221,13 @@ def assess_missing(
     device: torch.device,
     split: Literal["test", "val"] = "test",
     settings: Mapping[str, Any] | None = None,
+    share: Share = ALONE,
 ) -> MissingMatrix:
     """Rank a split with every set of modalities; arguments and errors as :func:`assess`."""
     network, config, (query, gallery, rule) = _open(checkpoint, manifest, device, split, settings)
-    return missing_matrix(network, query, gallery, rule=rule, config=config, device=device)
+    return missing_matrix(
+        network, query, gallery, rule=rule, config=config, device=device, share=share
+    )
 
 
 def draw_missing(folder: Path, matrix: MissingMatrix, split: str) -> Path:

@@ -13,7 +13,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -211,13 +211,13 @@ def check_cluster(config: RunConfig) -> None:
         require_shared(config, config.checkpoint.storage_path or config.run.storage_path)
 
 
-def require_shared(config: RunConfig, place: str) -> None:
+def require_shared(config: RunConfig, place: str | None) -> None:
     """Raise unless every node reads and writes where a run is kept, and reads its shards.
 
     Args:
         config: names the shards, and the setting that ``place`` comes from.
         place: folder or store of the run, or of all runs; a file is put there for the other nodes
-            to look for.
+            to look for. None: nothing is kept, and only the shards are asked for.
 
     Raises:
         ValueError: a node does not; it is named, and so is the setting.
@@ -232,10 +232,13 @@ def require_shared(config: RunConfig, place: str) -> None:
         return
     stored = config.checkpoint.storage_path is not None
     setting = "checkpoint.storage_path" if stored else "run.storage_path"
-    folder, marker = open_folder(place), f".seen-{uuid.uuid4().hex}"
     look = ray.remote(num_cpus=0, max_retries=0)(_problems)
-    asked = {setting: (folder.address, marker), "data.uri": (str(config.data.uri), "manifest.json")}
-    with _written(folder, marker):
+    asked = {"data.uri": (str(config.data.uri), "manifest.json")}
+    with ExitStack() as stack:
+        if place is not None:
+            folder, marker = open_folder(place), f".seen-{uuid.uuid4().hex}"
+            asked = {setting: (folder.address, marker)} | asked
+            stack.enter_context(_written(folder, marker))
         answers = {
             node["NodeManagerAddress"]: look.options(
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
@@ -246,9 +249,10 @@ def require_shared(config: RunConfig, place: str) -> None:
             try:
                 problems = ray.get(answer, timeout=_LOOK_SECONDS)
             except ray.exceptions.GetTimeoutError:
+                places = " and ".join(f"{where} ({name})" for name, (where, _) in asked.items())
                 raise ValueError(
                     f"node {address} did not say within {_LOOK_SECONDS:.0f} s whether it reads "
-                    f"{folder.uri} ({setting}); mend that node, or take it out of the cluster"
+                    f"{places}; mend that node, or take it out of the cluster"
                 ) from None
             _raise_problems(address, problems, asked, stored=stored)
 

@@ -15,7 +15,7 @@ from next.data.shards import Manifest, open_manifest
 from next.storage import require_own_disk, write_whole
 from next.tracking.provenance import provenance_tags
 from next.tracking.run import check_server, open_run, read_metrics, start_server, view_command
-from next.training.assessment import Assessment
+from next.training.assessment import Assessment, Carried, with_curves
 from next.training.checkpoint import read_config, read_progress, require_data
 from next.training.cluster import check_cluster, connected, on_cluster, start_ray
 from next.training.folder import as_begun, changes, claim_folder, run_folder
@@ -97,18 +97,22 @@ def launch(config: RunConfig) -> RunResult:
             "system_seconds": config.tracking.system_seconds,
             "store": home,
         }
-        outcome = _finished(store, config, manifest.digest)
+        outcome, assessed = _finished(store, config, manifest.digest), None
         if outcome is None and config.scaling.num_workers == 1 and not on_cluster():
             outcome = _train_here(config, manifest, store.uri, tracked)
         elif outcome is None:
-            outcome = _train_on_ray(config, manifest, folder, store.uri, tracked)
+            outcome, assessed = _train_on_ray(config, manifest, folder, store.uri, tracked)
         checkpoint = store.best()
         if home is not None:  # who registers a run looks in its own folder
             checkpoint = CheckpointStore(folder / "checkpoints").adopt(checkpoint)
         with open_run(**tracked) as run:
-            assessment = assess_in_place(
-                config, checkpoint, store.uri, manifest, folder, history=read_history(folder)
-            )
+            history = read_history(folder)
+            if assessed is None:
+                assessment = assess_in_place(
+                    config, checkpoint, store.uri, manifest, folder, history=history
+                )
+            else:
+                assessment = with_curves(assessed.put(folder), folder, history)
             record_assessment(run, assessment, step=outcome.step)
             run.set_tags({"next.checkpoint_uri": str(checkpoint)})
             write_result(folder, outcome, assessment)
@@ -243,13 +247,13 @@ def _train_on_ray(
     folder: Path,
     checkpoints: str,
     tracked: dict[str, Any],
-) -> Outcome:
+) -> tuple[Outcome, Carried | None]:
     from next.training.workers import train_on_workers
 
     with open_run(**tracked) as run:
         record_inputs(run, config, manifest)
     try:
-        return train_on_workers(config, manifest, folder, checkpoints, tracked)
+        return train_on_workers(config, manifest, folder, checkpoints, tracked, assessed=True)
     except BaseException:
         with open_run(**tracked):  # which takes down how it ended
             raise

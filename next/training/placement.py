@@ -8,12 +8,11 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from next.config import RunConfig, from_toml, to_toml
 from next.data.shards import Manifest, open_manifest
-from next.storage import write_whole
-from next.training.assessment import Assessment, assess
+from next.training.assessment import Assessment, Carried, assess, with_curves
 from next.training.cluster import in_a_workers_place, on_cluster
 from next.training.process import assessing_device, configure_torch, device
 from next.training.store import CheckpointStore
@@ -21,11 +20,8 @@ from next.training.store import CheckpointStore
 History = Sequence[tuple[int, Mapping[str, float]]]
 
 
-class _Carried(NamedTuple):
-    """An assessment whose pictures travel with it."""
-
-    assessment: Assessment
-    pictures: list[bytes]
+_LEAST_BATCHES = 8
+"""For each worker, below which the start of workers would take longer than they save."""
 
 
 def assess_in_place(
@@ -40,6 +36,8 @@ def assess_in_place(
 ) -> Assessment:
     """:func:`next.training.assessment.assess` in the place of one worker, modalities missing too.
 
+    A large split is dealt among as many workers as the run has.
+
     Args:
         config: of the run; what a worker takes, and the device.
         checkpoint: its folder on this machine.
@@ -47,26 +45,34 @@ def assess_in_place(
         manifest: shards.
         folder: the pictures go to ``figures`` below it, on this machine.
         split: as there.
-        history: as there.
+        history: (step, metrics) of the training, for the learning curves.
 
     Raises:
         ValueError: as there.
     """
-    if not on_cluster():
+    workers = config.scaling.min_workers
+    if workers > 1 and _batches(config, manifest, split) >= _LEAST_BATCHES * workers:
+        from next.training.assessment_workers import assess_on_workers
+
+        found = assess_on_workers(config, checkpoint, manifest, folder, split=split, missing=True)
+    elif not on_cluster():
         where = assessing_device(config)
-        return assess(
-            checkpoint, manifest, folder, device=where, split=split, history=history, missing=True
-        )
-    found = in_a_workers_place(
-        config.scaling,
-        _assess,
-        *(to_toml(config), store, checkpoint.name, manifest.folder.address, split, history),
-    )
-    own = folder / "figures"
-    pictures = [own / path.name for path in found.assessment.pictures]
-    for path, content in zip(pictures, found.pictures, strict=True):
-        write_whole(path, content)
-    return found.assessment._replace(pictures=pictures)
+        found = assess(checkpoint, manifest, folder, device=where, split=split, missing=True)
+    else:
+        found = in_a_workers_place(
+            config.scaling,
+            _assess,
+            *(to_toml(config), store, checkpoint.name, manifest.folder.address, split),
+        ).put(folder)
+    return with_curves(found, folder, history)
+
+
+def _batches(config: RunConfig, manifest: Manifest, split: Literal["test", "val"]) -> int:
+    """How many batches there are to embed, about."""
+    names = ["train"] if split == "val" else ["query", "gallery"]
+    entries = [manifest.splits.get(name) for name in {manifest.resolve(name) for name in names}]
+    samples = sum(shard.rows for entry in entries if entry for shard in entry.shards)
+    return -(-samples // config.selection.batch)
 
 
 def _assess(
@@ -75,8 +81,7 @@ def _assess(
     name: str,
     uri: str,
     split: Literal["test", "val"],
-    history: History,
-) -> _Carried:
+) -> Carried:
     config = from_toml(settings)
     configure_torch(config)
     kept = CheckpointStore(store)
@@ -87,7 +92,6 @@ def _assess(
             Path(folder),
             device=device(config),
             split=split,
-            history=history,
             missing=True,
         )
-        return _Carried(assessment, [path.read_bytes() for path in assessment.pictures])
+        return Carried.of(assessment)

@@ -114,12 +114,12 @@ class Drain:
 
 
 @contextmanager
-def on_the_line(line: Line, bell: Bell, *, speaks: bool) -> Iterator[None]:
+def on_the_line(line: Line, bell: Bell | None, *, speaks: bool) -> Iterator[None]:
     """Rings when the driver was asked to stop, or when a node of the workers is to be drained.
 
     Args:
         line: to the driver.
-        bell: of this worker.
+        bell: of this worker; None: it has nothing to keep, and only speaks.
         speaks: whether what this worker logs goes to the driver, and it asks for checkpoints.
     """
     from ray.train.v2._internal.execution.context import get_train_context
@@ -127,7 +127,7 @@ def on_the_line(line: Line, bell: Bell, *, speaks: bool) -> Iterator[None]:
     # The public `get_preemption_info` is a barrier, which no step could pay for.
     preemption = get_train_context().preemption_context
     ended, memory, ours = threading.Event(), _Memory(), logging.getLogger("next")
-    drain = Drain(bell)
+    drain = None if bell is None else Drain(bell)
 
     def speak() -> None:
         while memory.kept:
@@ -137,10 +137,12 @@ def on_the_line(line: Line, bell: Bell, *, speaks: bool) -> Iterator[None]:
     def listen() -> None:
         while not ended.wait(LISTEN_SECONDS):
             with suppress(Exception):  # the head may be away; the next look may find it
-                if line.stopped():
+                if bell is not None and line.stopped():
                     bell.ring(Ask.STOP)
                 speak()
-            if speaks:  # one asks for all: each that asked would have one written
+            if (
+                speaks and drain is not None
+            ):  # one asks for all: each that asked would have one written
                 drain.look(preemption.preemption_info, time.time())
 
     thread = threading.Thread(target=listen, name="listening", daemon=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import tempfile
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,12 +21,15 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
+import torch
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from next.config import RunConfig, from_toml, to_toml
 from next.data.shards import Manifest, open_manifest
+from next.evaluation.share import Share
 from next.storage import open_folder
+from next.training.assessment import Carried, assess
 from next.training.cluster import (
     connected,
     on_cluster,
@@ -41,6 +45,7 @@ from next.training.process import configure_torch
 from next.training.relay import LISTEN_SECONDS, JournalWriter, Line, on_the_line
 from next.training.report import TrainReporter
 from next.training.step_log import NonFiniteLossError, RouterCollapseError
+from next.training.store import CheckpointStore
 
 _log = logging.getLogger(__name__)
 
@@ -51,8 +56,8 @@ _ALIKE = {error.__name__: error for error in (NonFiniteLossError, RouterCollapse
 _LEFT_OUT = (DatasetsCallback, PlacementGroupCleanerCallback)
 
 
-class _Trainer(ray.train.torch.TorchTrainer):
-    """Without Ray's cleaner of reservations, and without Ray Data.
+class Trainer(ray.train.torch.TorchTrainer):
+    """Ray's, without Ray's cleaner of reservations, and without Ray Data.
 
     The cleaner asks whether the run's controller lives, and asks whichever cluster was started last
     on the machine. Where that is another one, it takes the places of living workers away. The end
@@ -73,7 +78,9 @@ def train_on_workers(
     checkpoints: str,
     tracked: dict[str, Any],
     bell: Bell | None = None,
-) -> Outcome:
+    *,
+    assessed: bool = False,
+) -> tuple[Outcome, Carried | None]:
     """Train a run with Ray Train to its end, through the deaths of workers and nodes.
 
     Args:
@@ -83,6 +90,8 @@ def train_on_workers(
         checkpoints: where the workers keep the checkpoints.
         tracked: arguments of :func:`next.tracking.run.open_run`.
         bell: by which another thread asks to stop, beside signals.
+        assessed: whether the workers, which have all they need in memory, also assess the best
+            checkpoint on the test split, together.
 
     Raises:
         ValueError: the cluster can never hold the workers, or a node does not see the folders.
@@ -100,7 +109,9 @@ def train_on_workers(
         require_room(config.scaling)
         require_shared(config, checkpoints)
         with _marked(checkpoints) as marker:
-            return _fit(config, folder, checkpoints, marker, tracked, bell or Bell())
+            return _fit(
+                config, folder, checkpoints, marker, tracked, bell or Bell(), assessed=assessed
+            )
 
 
 @contextmanager
@@ -141,14 +152,17 @@ def _fit(
     marker: str | None,
     tracked: dict[str, Any],
     bell: Bell,
-) -> Outcome:
+    *,
+    assessed: bool,
+) -> tuple[Outcome, Carried | None]:
     line = Line(f"next-{uuid.uuid4().hex}")
-    trainer = _Trainer(
+    trainer = Trainer(
         _work,
         train_loop_config={
             "config": to_toml(config),
             "checkpoints": checkpoints,
             "marker": marker,
+            "assessed": assessed,
             "line": line.name,
             "versions": own_facts().versions,
         },
@@ -165,22 +179,37 @@ def _fit(
             callbacks=[JournalWriter(tracked, line)],
         ),
     )
+    with listening(bell):
+        return _unwrapped(repeating(trainer, line, bell))
+
+
+def repeating(trainer: Trainer, line: Line, bell: Bell | None = None) -> Any:
+    """What rank 0 of a trainer returns; what it logs is repeated here meanwhile.
+
+    Args:
+        trainer: not yet started.
+        line: to its workers.
+        bell: by which they are asked to stop.
+
+    Raises:
+        ray.train.TrainingFailedError: workers died too often.
+    """
     # Beside the main thread, which alone gets signals; Ray's own handling of Ctrl-C ends the
     # workers without a checkpoint.
-    with listening(bell), ThreadPoolExecutor(1, thread_name_prefix="fit") as thread:
+    with ThreadPoolExecutor(1, thread_name_prefix="fit") as thread:
         fitting = thread.submit(trainer.fit)
         try:
             while not fitting.done():
                 with suppress(TimeoutError):
                     fitting.exception(timeout=LISTEN_SECONDS)
-                if bell.answer() is Ask.STOP:
+                if bell is not None and bell.answer() is Ask.STOP:
                     line.stop()
                 line.repeat()
         except BaseException:
             ray.shutdown()  # or the thread would wait for workers that nobody waits for
             raise
     line.hang_up()
-    return _unwrapped(fitting.result().return_value)
+    return fitting.result().return_value
 
 
 def _work(settings: dict[str, Any]) -> dict[str, Any]:
@@ -214,12 +243,37 @@ def _work(settings: dict[str, Any]) -> dict[str, Any]:
         return {"interrupted": interrupted.step}
     except tuple(_ALIKE.values()) as error:
         return {"error": type(error).__name__, "message": str(error)}
-    return {"outcome": outcome._asdict()}
+    if not settings["assessed"]:
+        return {"outcome": outcome._asdict()}
+    share = Share(rank, world)
+    return {"outcome": outcome._asdict()} | _assessed(config, settings, share)
 
 
-def _unwrapped(answer: dict[str, Any]) -> Outcome:
+def _assessed(config: RunConfig, settings: dict[str, Any], share: Share) -> dict[str, Any]:
+    """What the best checkpoint is worth; its last one is written once all are here."""
+    if share.world > 1:
+        torch.distributed.barrier()
+    with (
+        tempfile.TemporaryDirectory(prefix="next-assessment-") as folder,
+        on_the_line(Line(settings["line"]), None, speaks=share.rank == 0),
+    ):
+        try:
+            found = assess(
+                CheckpointStore(settings["checkpoints"]).best(),
+                open_manifest(str(config.data.uri)),
+                Path(folder),
+                device=ray.train.torch.get_device(),
+                missing=True,
+                share=share,
+            )
+        except ValueError:  # the driver, which then assesses, comes to it and raises it
+            return {}
+        return {} if share.rank else {"assessment": Carried.of(found)}
+
+
+def _unwrapped(answer: dict[str, Any]) -> tuple[Outcome, Carried | None]:
     if "interrupted" in answer:
         raise Interrupted(answer["interrupted"])
     if "error" in answer:
         raise _ALIKE[answer["error"]](answer["message"])
-    return Outcome(**answer["outcome"])
+    return Outcome(**answer["outcome"]), answer.get("assessment")

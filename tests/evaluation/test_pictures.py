@@ -27,11 +27,9 @@ def test_all_pictures_of_a_run(tmp_path, make_model, samples, config, drawn):
         make_model(),
         samples,
         config,
-        history=[(10, {"train/loss": 3.0}), (10, {"val/mAP": 20.0, "val/rank1": 30.0})],
         attributes={"gender: male": np.arange(24) < 8},
     )
     assert [path.name for path in paths] == [
-        "learning_curves.png",
         "cmc.png",
         "rank_lists.png",
         "embedding_map.png",

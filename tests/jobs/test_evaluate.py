@@ -1,4 +1,5 @@
 import json
+import re
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from next.config import override
 from next.data.shards import open_manifest
 from next.training.assessment import assess
+from next.training.cluster import connected
 from next.training.inputs import resolve, training_data
 from next.training.loop import train
 from next.training.report import FolderReporter
@@ -37,6 +39,7 @@ def run_folder(tmp_path_factory) -> Path:
 def flags(tiny_config, run_folder) -> list[str]:
     manifest = open_manifest(tiny_config.data.uri)
     settings = {"optim.epochs": 1, "optim.warmup_epochs": 0, "data.drop_modality": 0.3}
+    settings |= {"selection.batch": 16}
     config = resolve(override(tiny_config, settings), manifest)
     if not (run_folder / "last").exists():
         with FolderReporter(run_folder) as reporter:
@@ -106,6 +109,36 @@ def test_a_matrix_that_is_too_costly_is_left_out_and_the_log_says_how_to_ask(
     )
     assert found.subsets == {}
     assert "`jobs/evaluate.py --checkpoint ... --missing` does" in caplog.text
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_two_workers_come_to_the_bits_of_one_process(job, flags, capsys, tmp_path):
+    def answer(*more: str) -> dict:
+        assert job.main([*flags[:4], "--json", *more]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    alone = answer("--out", str(tmp_path / "alone"))
+    whole = answer("--missing")
+    with connected(2):
+        shared = answer("--workers", "2", "--out", str(tmp_path / "shared"))
+        assert answer("--workers", "2", "--missing") == whole
+        (tmp_path / "file").write_text("")
+        with pytest.raises(OSError, match=re.escape(str(tmp_path / "file"))):
+            answer("--workers", "2", "--cache", str(tmp_path / "file"))
+    assert shared["metrics"] == alone["metrics"]
+    names = [Path(each).name for each in alone["pictures"]]
+    assert [Path(each).name for each in shared["pictures"]] == names
+    for name in names:
+        own = [tmp_path / place / "figures" / name for place in ("alone", "shared")]
+        assert own[0].read_bytes() == own[1].read_bytes(), name
+
+
+def test_no_worker_is_refused(job, flags):
+    with pytest.raises(ValueError, match="--workers must be 1 or more, but got 0"):
+        job.main([*flags, "--workers", "0"])
 
 
 def test_published_figures_stand_beside_the_benchmark_they_are_of(job):

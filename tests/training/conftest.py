@@ -115,12 +115,12 @@ class Drill:
     def said(self) -> str:
         return self.output.read_text()
 
-    def ends(self, timeout: float = 480) -> int:
+    def ends(self, timeout: float = 900) -> int:
         assert self.process is not None
         code, self.process = self.process.wait(timeout), None
         return code
 
-    def until(self, condition: Callable[[], bool], what: str, timeout: float = 480) -> None:
+    def until(self, condition: Callable[[], bool], what: str, timeout: float = 900) -> None:
         deadline = time.monotonic() + timeout
         while not condition():
             assert time.monotonic() < deadline, f"{what}\n{self.said()[-3000:]}"

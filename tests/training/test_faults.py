@@ -28,7 +28,7 @@ from tests.training.test_loop import assert_same_bits
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.slow,
-    pytest.mark.timeout(1000),
+    pytest.mark.timeout(1800),
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
@@ -138,7 +138,7 @@ def test_one_worker_is_placed_by_ray_and_the_head_computes_nothing(
     assert run.ends() == 0, run.said()[-3000:]
     assert "training on 1 worker\n" in run.said()
     placed = [task.name for task in list_tasks(limit=10_000) if task.state == "FINISHED"]
-    assert placed.count("_assess") == 1, "the test split, too, is where there is a CPU"
+    assert "_assess" not in placed, "who trained it has assessed it, too"
     run.gave_everything_back()
     monkeypatch.delenv("RAY_ADDRESS")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
