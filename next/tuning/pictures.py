@@ -89,9 +89,14 @@ def search_pictures(found: Standing, summary: Summary) -> list[Picture]:
     return pictures
 
 
-def draw_overview(folder: Path, trials: list[Trial], objectives: Mapping[str, str]) -> Path:
-    """The objective against each swept setting; pruned trials at the score that they had then."""
+def draw_overview(folder: Path, trials: list[Trial], objectives: Mapping[str, str]) -> Path | None:
+    """The objective against each swept setting; pruned trials at the score that they had then.
+
+    None where no trial that has a score, and has not failed, has a setting of its own.
+    """
     drawn = [trial for trial in trials if trial.of is None and trial.state != "failed"]
+    if not any(trial.settings for trial in drawn if trial.score is not None):
+        return None
     points = [TrialPoint(t.settings, t.score, pruned=t.state == "pruned") for t in drawn]
     note = pruned_note([trial for trial in drawn if trial.curve])
     if any(point.pruned for point in points):

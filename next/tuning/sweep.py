@@ -430,8 +430,8 @@ def _drive(it: _Sweep) -> SweepResult:
             folder,
             history=history,
         )
-        if any(trial.settings for trial in trials if trial.score is not None):
-            overview = draw_overview(folder / "figures", trials, it.objectives)
+        overview = draw_overview(folder / "figures", trials, it.objectives)
+        if overview is not None:
             assessment = assessment._replace(pictures=[*assessment.pictures, overview])
         parent.log_metrics({metric: float(summary.score or 0.0)}, step=0)
         record_assessment(parent, assessment, step=0)

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from next.config import RunConfig, override
+from next.evaluation.missing import missing_matrix
 from next.evaluation.protocol import Evaluation, evaluate
 from next.evaluation.share import Share
 from next.model.network import NEXT
@@ -53,6 +54,17 @@ def evaluated(settings: dict[str, Any], share: Share) -> tuple[Evaluation, int]:
     return found, sum(seen)
 
 
+def with_modalities_missing(share: Share) -> np.ndarray:
+    """mAP of every pair of sets of modalities."""
+    torch.manual_seed(0)
+    config = override(RunConfig(), SETTINGS | CASES[0])
+    model, samples = NEXT(config.model), draw_samples()
+    found = missing_matrix(
+        model, samples, samples, rule="camera", config=config, device="cpu", share=share
+    )
+    return found.mAP
+
+
 def arrays(found: Evaluation) -> list[np.ndarray]:
     sides = [found.query, found.gallery]
     usage = [part for side in sides for part in vars(side.usage).values() if part is not None]
@@ -67,15 +79,27 @@ def member(rank: int, world: int, meeting: str, queue) -> None:
     for settings in CASES:
         found, seen = evaluated(settings, Share(rank, world))
         answers.append((arrays(found), found.metrics.as_dict(), found.forwards, seen))
-    queue.put((rank, answers))
+    queue.put((rank, answers, with_modalities_missing(Share(rank, world))))
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory) -> list[list[Any]]:
+def members(tmp_path_factory) -> list[Any]:
     meeting = str(tmp_path_factory.mktemp("ranks") / "meeting")
     answers = together(member, [(rank, 3, meeting) for rank in range(3)])
-    return [answer for _, answer in sorted(answers, key=lambda answer: answer[0])]
+    return sorted(answers, key=lambda answer: answer[0])
+
+
+@pytest.fixture(scope="module")
+def ranks(members) -> list[list[Any]]:
+    return [answers for _, answers, _ in members]
+
+
+def test_every_rank_comes_to_the_scores_of_one_process_with_modalities_missing(members):
+    alone = with_modalities_missing(Share())
+    assert alone.shape == (7, 7)
+    for _, _, found in members:
+        np.testing.assert_array_equal(found, alone)
 
 
 @pytest.mark.parametrize("case", range(len(CASES)))
