@@ -139,7 +139,7 @@ def test_a_stopped_job_is_finished_by_the_same_command_and_the_other_jobs_follow
     name = f"stop-{time.time_ns()}"
     options = ["--no-wait", "--submission-id", name]
     head.submit("sh", "-c", f"{prepare} && {train}", options=options)
-    wait_for("the first checkpoint", (folder / "checkpoints/last/state.json").exists, 90)
+    wait_for("the first checkpoint", (folder / "checkpoints/last/state.json").exists, 240)
     stopped = head.ray("job", "stop", name)
     assert stopped.returncode == 0, stopped.stdout
     assert "STOPPED" in head.ray("job", "status", name).stdout.upper()
@@ -150,7 +150,7 @@ def test_a_stopped_job_is_finished_by_the_same_command_and_the_other_jobs_follow
         f"python jobs/sweep.py --space tune_spaces/quick.py {settings} --trials 1 --run.name search"
         f" --optim.epochs 1 --scaling.cpus_per_worker 0.5"
     )
-    done = head.submit("sh", "-c", f"{train} && {evaluate} && {sweep}", timeout=400)
+    done = head.submit("sh", "-c", f"{train} && {evaluate} && {sweep}", timeout=800)
     assert done.returncode == 0, done.stdout[-4000:]
     assert "continuing run" in done.stdout
     weights = [
