@@ -1,6 +1,6 @@
 """Sweeps whose training is replaced by a recorded curve: what the driver takes, what ASHA saves.
 
-Parts ``simulated`` and ``asha`` of ``benchmarks/sweep.py``.
+Parts ``simulated``, ``grown`` and ``asha`` of ``benchmarks/sweep.py``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -152,6 +152,36 @@ def through_tune(trials: int) -> Taken:
     return watch.taken()
 
 
+def search_grown(most: int = 10_000) -> list[dict[str, Any]]:
+    """What a search of many trials takes, without Ray: draws, evaluations, the study file.
+
+    One sweep, of which each mark is told when it is reached.
+    """
+    rows: list[dict[str, Any]] = []
+    marks = [mark for mark in (100, 300, 1000, 3000, 10_000) if mark < most] + [most]
+    began, ended = time.process_time(), [time.process_time()]
+
+    def told(trials: int, folder: Path) -> None:
+        ended.append(time.process_time())
+        if trials not in marks:
+            return
+        latest = (ended[-1] - ended[max(0, trials - 50)]) / min(50, trials)
+        rows.append(
+            {
+                "trials": trials,
+                "cpu_s": round(ended[-1] - began, 1),
+                "latest_cpu_ms_a_trial": round(1000 * latest, 1),
+                "memory_mib": round(psutil.Process().memory_info().rss / (1 << 20)),
+                "study_mb": round((folder / FILE).stat().st_size / 1e6, 1),
+            }
+        )
+        print(rows[-1], flush=True)
+
+    for _ in search_alone(most, "asha", 0, told):
+        pass
+    return rows
+
+
 def asha_against_none(trials: int = 120, seeds: int = 5) -> list[dict[str, Any]]:
     """Epochs that ASHA and no pruning train for the same number of trials, and for the same best.
 
@@ -181,8 +211,18 @@ def asha_against_none(trials: int = 120, seeds: int = 5) -> list[dict[str, Any]]
     return rows
 
 
-def search_alone(trials: int, pruner: str, seed: int) -> Iterator[tuple[int, float]]:
-    """Epochs trained so far and the true score of the best setting, after each evaluation."""
+def search_alone(
+    trials: int, pruner: str, seed: int, on_end: Callable[[int, Path], None] | None = None
+) -> Iterator[tuple[int, float]]:
+    """Epochs trained so far and the true score of the best setting, after each evaluation.
+
+    Args:
+        trials: that are drawn.
+        pruner: as ``sweep.pruner``.
+        seed: as ``sweep.seed``.
+        on_end: is told how many trials have ended, and the study's folder, whenever one does.
+    """
+    ended = 0
     sweep = SweepConfig(
         trials=trials, noise_share=0, race_share=0, grace_epochs=2, seed=seed, pruner=pruner
     )
@@ -211,3 +251,6 @@ def search_alone(trials: int, pruner: str, seed: int) -> Iterator[tuple[int, flo
                 if stop or epoch == EPOCHS:
                     search.on_trial_complete(name)
                     del live[name]
+                    ended += 1
+                    if on_end is not None:
+                        on_end(ended, Path(folder))
