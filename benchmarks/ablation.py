@@ -123,7 +123,7 @@ def main(argv: Sequence[str]) -> int:
     )
     if tasks:
         training_data(resolve(base, manifest), manifest)  # build cache and text bank once
-        test_data(resolve(base, manifest), manifest)
+        test_data(resolve(base, manifest), manifest, None)
     began = time.perf_counter()
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(job.processes, spawn, initializer=end_with_parent) as pool:
@@ -250,7 +250,7 @@ def run_once(name: str, seed: int, config_toml: str) -> tuple[str, int, dict[str
                 data = shuffled_sides(data, seed)
             best = train(config, data, reporter).best
             network, _ = load_network(reporter.best())
-    test = test_data(config, manifest)
+    test = test_data(config, manifest, None)
     if shuffled:
         test = shuffled_sides(test, seed)
     found = evaluate(network, test.query, test.gallery, rule=test.rule, config=config, device=cpu)

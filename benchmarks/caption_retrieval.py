@@ -111,7 +111,7 @@ def main(argv: Sequence[str]) -> int:
 
 def by_captions_alone(config: RunConfig) -> float:
     """Test mAP of ranking by the mean embedding of each modality's caption, without pictures."""
-    test = test_data(config, open_manifest(str(config.data.uri))).gallery
+    test = test_data(config, open_manifest(str(config.data.uri)), None).gallery
     assert test.captions is not None
     text = test.captions.evaluate(np.arange(len(test)))[:, :, 0]  # all experts read the same
     found = text.reshape(len(test), -1)

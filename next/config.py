@@ -22,6 +22,8 @@ Fraction = float
 
 LEGACY: dict[str, Any] = {
     "model.backbone.unknown_camera": "all",
+    "model.backbone.activation": "as_named",
+    "model.backbone.text_activation": "as_named",
     "model.semantic.text_skip": False,
     "selection.draw": "any",
     "evaluation.common_slices": False,
@@ -167,6 +169,13 @@ class BackboneConfig(Section):
     """As ``file``, for the text tower."""
     text_sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
     """As ``sha256``, for the text tower."""
+    activation: Literal["auto", "gelu", "quick_gelu", "as_named"] = "auto"
+    """What a block of an open_clip model computes between its linear layers, which must be what its
+    weights were trained with. auto: the driver learns it from the tag or the file and writes down
+    which it is; as_named: QuickGELU for tags and names that say so, GELU for any file (up to
+    version 0.1)."""
+    text_activation: Literal["auto", "gelu", "quick_gelu", "as_named"] = "auto"
+    """As ``activation``, for the text tower of ``text_name``."""
     seed: int = Field(default=0, ge=0)
     """Seed of random weights (both towers); used only without ``pretrained``."""
     camera_coefficient: float | None = Field(default=None, gt=0)
@@ -491,6 +500,9 @@ class TrackingConfig(Section):
     model: str | None = Field(default=None, pattern=r"^[A-Za-z0-9._-]+$")
     """Registered model of which the best checkpoint becomes a version, with the alias
     ``candidate``; None: it is not registered (``jobs/promote.py`` can do it later)."""
+    git_diff: bool = False
+    """Send what the checkout has beyond its commit (``git diff HEAD``) to the server, too. Off: it
+    stays in the run's folder, as ``artifacts/git/diff.txt``."""
     system_seconds: float | None = Field(default=10.0, ge=0.1)
     """Seconds between samples of CPU, memory and GPUs (``system/*``); None: none are taken."""
     every_steps: int = Field(default=20, ge=1)

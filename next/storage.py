@@ -483,6 +483,20 @@ def _local_error(error: OSError, name: str, writing: bool) -> OSError | None:
     return None
 
 
+def path_within(folder: str | Path, name: str) -> Path:
+    """The path of a file that something which may come from others names in a local folder.
+
+    Raises:
+        ValueError: it leads out of the folder: absolute, by ``..`` or through a link.
+    """
+    path, root = Path(folder) / name, Path(folder).resolve()
+    if not path.resolve().is_relative_to(root):
+        raise ValueError(
+            f"{name!r} must name a file within {folder}, but leads out of it; it is not opened"
+        )
+    return path
+
+
 def is_draft(name: str) -> bool:
     """Whether a file or folder of this name is a draft of :func:`drafting`."""
     return _DRAFT.fullmatch(name) is not None

@@ -158,7 +158,7 @@ def renames(node: ast.AST) -> bool:
         return False
     name, of = node.func.attr, node.func.value
     if isinstance(of, ast.Name) and (of.id, name) in {
-        ("os", "replace"), ("os", "rename"), ("os", "renames"), ("os", "link"), ("shutil", "move"),
+        ("os", "replace"), ("os", "rename"), ("os", "renames"), ("shutil", "move"),
     }:  # fmt: skip
         return True
     return name in ("rename", "replace") and len(node.args) == 1 and not node.keywords

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +27,36 @@ _WAITING_PER_THREAD = 8
 """Rows that are read ahead of the decoding threads."""
 
 
+MOST_PIXELS = 2**26
+"""Of an image: 8192 x 8192. A few bytes of PNG can stand for pixels without end."""
+
+# Pillow only warns of an image of up to twice its own limit, and decodes it.
+warnings.simplefilter("error", Image.DecompressionBombWarning)
+
+
+@contextmanager
+def opened(encoded: bytes) -> Iterator[Image.Image]:
+    """An encoded image whose size is known to be fit for decoding, and that is not decoded yet.
+
+    Raises:
+        ValueError: it has more than :data:`MOST_PIXELS`.
+        PIL.UnidentifiedImageError: the bytes are no image.
+    """
+    try:
+        image = Image.open(io.BytesIO(encoded))
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"has too many pixels ({error}); at most {MOST_PIXELS:,} are decoded"
+        ) from None
+    with image:
+        if image.width * image.height > MOST_PIXELS:
+            raise ValueError(
+                f"has {image.width} x {image.height} pixels, but at most {MOST_PIXELS:,} are "
+                f"decoded; make it smaller"
+            )
+        yield image
+
+
 def decode(encoded: bytes, image_size: tuple[int, int], resize: Resize = "bicubic") -> np.ndarray:
     """One image as uint8 ``[H, W, 3]``, resized (antialiased) if it has another size.
 
@@ -33,9 +65,9 @@ def decode(encoded: bytes, image_size: tuple[int, int], resize: Resize = "bicubi
     """
     height, width = image_size
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
+        with opened(encoded) as image:
             pixels = image.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"cannot be decoded ({error})") from None
     if pixels.size != (width, height):
         pixels = pixels.resize((width, height), Image.Resampling[resize.upper()])

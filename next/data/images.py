@@ -9,6 +9,7 @@ from typing import Literal
 from PIL import Image
 
 from next.data.benchmark import Benchmark
+from next.data.decoding import opened
 from next.data.layout import Loaded, Sample
 from next.data.manifest import Skipped
 from next.storage import Folder
@@ -78,9 +79,9 @@ def image_problem(data: bytes) -> str | None:
     if not data:
         return "is empty (0 bytes)"
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with opened(data) as image:
             image.verify()
-        with Image.open(io.BytesIO(data)) as image:
+        with opened(data) as image:
             mode = image.mode
             image.load()
     except Image.UnidentifiedImageError:
@@ -96,8 +97,8 @@ def image_problem(data: bytes) -> str | None:
 
 def _cut(data: bytes, count: int) -> tuple[bytes, ...] | None:
     """Tiles of equal width, left to right, as uncompressed PNG; None if the width does not fit."""
-    with Image.open(io.BytesIO(data)) as opened:
-        image = opened if opened.mode in ("L", "RGB") else opened.convert("RGB")
+    with opened(data) as whole:
+        image = whole if whole.mode in ("L", "RGB") else whole.convert("RGB")
         width, rest = divmod(image.width, count)
         if rest:
             return None

@@ -6,9 +6,9 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from next.config import Section
 from next.data.benchmark import Benchmark, describe_card
@@ -44,10 +44,16 @@ class Findings(Section):
     """Items for which there is no image, by caption file."""
 
 
+def _below(path: str) -> str:
+    if path.startswith("/") or ".." in path.split("/"):
+        raise ValueError("must be a path below the manifest's folder")
+    return path
+
+
 class ShardEntry(Section):
     """One Parquet file."""
 
-    file: str
+    file: Annotated[str, AfterValidator(_below)]
     """Path below the manifest's folder."""
     rows: int
     """Samples."""

@@ -14,9 +14,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from next.config import BackboneConfig
-from next.model.clip import ClipTower, clip_origin, is_clip, load_clip, text_side, text_width
+from next.model.clip import (
+    ClipTower,
+    clip_origin,
+    file_activation,
+    is_clip,
+    is_tag,
+    load_clip,
+    named_activation,
+    text_side,
+    text_width,
+)
 from next.model.timm_vit import TimmTower, is_timm, timm_origin
-from next.model.weights import check_hash, find_weights, model_and_tag, sha256
+from next.model.weights import (
+    check_hash,
+    find_weights,
+    given_path,
+    model_and_tag,
+    sha256,
+    stored_name,
+)
 
 
 class Tokens(NamedTuple):
@@ -149,7 +166,9 @@ def check_name(name: str) -> None:
 
 
 def resolve_weights(config: BackboneConfig, folder: Path, *, text: bool = True) -> BackboneConfig:
-    """A backbone whose weights are files with a hash; called once, by the driver.
+    """A backbone whose weights are files with a hash, and whose activation is known.
+
+    Called once, by the driver: what decides the network is in the result, and so in checkpoints.
 
     Args:
         config: names and tags, or files.
@@ -170,18 +189,35 @@ def resolve_weights(config: BackboneConfig, folder: Path, *, text: bool = True) 
 
 
 def _resolved(config: BackboneConfig, folder: Path) -> dict[str, str | None]:
+    clip, activation = is_clip(config.name), config.activation
     if config.pretrained is None:
-        return {"file": None, "sha256": None}
-    given = Path(config.pretrained)
-    if given.is_file():
+        if clip and activation == "auto":
+            activation = named_activation(config)
+        return {"file": None, "sha256": None, "activation": activation}
+    given = given_path(config.pretrained)
+    if given.is_file() and not (clip and is_tag(config)):
         path = given.absolute()
+        if clip and activation == "auto":
+            activation = file_activation(config.name, path, _known(config.name, folder))
     else:
         model, tag = model_and_tag(config)
         assert tag is not None
-        origin = clip_origin(model, tag) if is_clip(model) else timm_origin(model, tag)
+        origin = clip_origin(model, tag) if clip else timm_origin(model, tag)
         path = find_weights(model, tag, origin, folder)
+        if clip and activation == "auto":
+            activation = named_activation(config)
+    found: dict[str, str | None] = {"file": str(path), "activation": activation}
     if config.sha256 is None:
-        return {"file": str(path), "sha256": sha256(path)}
+        return found | {"sha256": sha256(path)}
     if config.file != str(path):  # else whoever reads the file checks its hash
         check_hash(path, config.sha256)
-    return {"file": str(path)}
+    return found
+
+
+def _known(name: str, folder: Path) -> dict[str, Path]:
+    """Files of a model's tags that are in ``folder`` already."""
+    places = {
+        tag: [folder / stored_name(name, tag, file) for file in clip_origin(name, tag).files]
+        for tag in open_clip.list_pretrained_tags_by_model(name)
+    }
+    return {tag: path for tag, paths in places.items() for path in paths if path.is_file()}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import open_clip
 import torch
@@ -18,10 +19,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from next.config import BackboneConfig
+from next.model.archive import is_archive
 from next.model.attention import attend
 from next.model.blocks import Blocks
 from next.model.positions import patch_grid, resize_positions
-from next.model.weights import Origin, file_metadata, fill, read_weights, weights_path
+from next.model.weights import (
+    Origin,
+    file_metadata,
+    fill,
+    read_weights,
+    same_content,
+    stored_name,
+    weights_path,
+)
 
 _CUSTOM_BLOCKS = {
     "block_type", "qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn",
@@ -34,6 +44,13 @@ _DEFAULT_TEXT = "ViT-B-16"
 _QUICK = 1.702
 """The factor of QuickGELU."""
 
+_MARKS = ("visual.class_embedding",)
+"""By which the names of a CLIP's weights are found behind whatever prefix."""
+
+Activation = Literal["gelu", "quick_gelu"]
+
+ACTIVATION = "next.activation"
+"""Metadata of a weights file: what its model computes between linear layers, as JSON."""
 IMAGE_SIZE = "next.image_size"
 """Metadata of a weights file: height and width that its position embedding is for, as JSON. Other
 files are of the model's own size."""
@@ -136,6 +153,7 @@ def text_side(config: BackboneConfig) -> BackboneConfig:
         pretrained=config.text_pretrained,
         file=config.text_file,
         sha256=config.text_sha256,
+        activation=config.text_activation,
         seed=config.seed,
     )
 
@@ -186,6 +204,82 @@ def clip_origin(name: str, tag: str) -> Origin:
     return Origin(repository, (file,) if file else safe)
 
 
+def is_tag(config: BackboneConfig) -> bool:
+    """Whether ``pretrained`` is a tag that open_clip lists for the model."""
+    tag = config.pretrained
+    return tag is not None and bool(open_clip.get_pretrained_cfg(config.name, tag))
+
+
+def clip_activation(config: BackboneConfig, *, blank: bool = False) -> Activation:
+    """What a model computes between its linear layers.
+
+    Args:
+        config: of the model; where the driver did not resolve it, its file is asked.
+        blank: no file is asked, since none need be there.
+
+    Raises:
+        ValueError: the file does not say it.
+    """
+    if config.activation in ("gelu", "quick_gelu"):
+        return config.activation
+    if config.activation == "as_named" or blank or config.pretrained is None or is_tag(config):
+        return named_activation(config)
+    return file_activation(config.name, weights_path(config))
+
+
+def named_activation(config: BackboneConfig) -> Activation:
+    """What tag and name say: the tag's, else the model's own; nothing is read."""
+    if is_tag(config):
+        return _spelled(open_clip.get_pretrained_cfg(config.name, str(config.pretrained)))
+    return _spelled(clip_settings(config.name))
+
+
+def file_activation(name: str, path: Path, known: Mapping[str, Path] | None = None) -> Activation:
+    """What the weights in a file were trained with.
+
+    Args:
+        name: of the model.
+        path: the file.
+        known: files of tags of the model on this machine.
+
+    Raises:
+        ValueError: weights of the model exist with either, and the file does not say with which.
+    """
+    if clip_settings(name).get("quick_gelu"):  # the name says so: ViT-B-16-quickgelu
+        return "quick_gelu"
+    said = file_metadata(path).get(ACTIVATION)
+    if said is not None:
+        return _spelled({"quick_gelu": json.loads(said) == "quick_gelu"})
+    if is_archive(path):  # nobody but OpenAI publishes these
+        return "quick_gelu"
+    tags = {
+        tag: _spelled(open_clip.get_pretrained_cfg(name, tag))
+        for tag in open_clip.list_pretrained_tags_by_model(name)
+    }
+    if "quick_gelu" not in tags.values():
+        return "gelu"
+    for tag, activation in tags.items():
+        origin, there = clip_origin(name, tag), (known or {}).get(tag)
+        cached = f"models--{origin.repository.replace('/', '--')}"  # Hugging Face's folder
+        if (
+            path.name == stored_name(name, tag, path.name)
+            or (origin.repository and cached in path.parts)
+            or (there is not None and same_content(there, path))
+        ):
+            return activation
+    of = {kind: [tag for tag in tags if tags[tag] == kind] for kind in ("quick_gelu", "gelu")}
+    raise ValueError(
+        f"model.backbone.activation must be given with {path}: weights of {name} exist with "
+        f"either, and the file does not say with which it was trained. Set quick_gelu for those of "
+        f"{', '.join(of['quick_gelu'])}, gelu for those of {', '.join(of['gelu']) or 'nobody'}, or "
+        f"give the tag in place of the file"
+    )
+
+
+def _spelled(settings: Mapping[str, Any]) -> Activation:
+    return "quick_gelu" if settings.get("quick_gelu") else "gelu"
+
+
 def load_clip(
     config: BackboneConfig, image_size: tuple[int, int] | None = None, *, blank: bool = False
 ) -> open_clip.CustomTextCLIP:
@@ -196,9 +290,7 @@ def load_clip(
     because it will never be trained.
 
     Args:
-        config: name, weights and seed. With a tag, the activation is the one that its weights
-            were trained with; with a file, the one of the name (``ViT-B-16-quickgelu`` for
-            OpenAI's).
+        config: name, weights, activation and seed.
         image_size: size of a random visual tower; a pretrained one keeps its own.
         blank: random weights, whatever ``pretrained`` says, in a model that is otherwise the same:
             they will be filled from a checkpoint.
@@ -209,9 +301,7 @@ def load_clip(
             listed).
     """
     settings = clip_settings(config.name)
-    if config.pretrained is not None and not Path(config.pretrained).is_file():
-        tag = open_clip.get_pretrained_cfg(config.name, config.pretrained) or {}
-        settings["quick_gelu"] = tag.get("quick_gelu", False)
+    settings["quick_gelu"] = clip_activation(config, blank=blank) == "quick_gelu"
     if config.pretrained is None or blank:
         if image_size is not None:
             settings["vision_cfg"]["image_size"] = image_size
@@ -224,7 +314,9 @@ def load_clip(
     trained_at = file_metadata(path).get(IMAGE_SIZE)
     if trained_at is not None:
         settings["vision_cfg"]["image_size"] = tuple(json.loads(trained_at))
-    weights = {name: value for name, value in read_weights(path).items() if name not in _CONSTANTS}
+    weights = {
+        name: value for name, value in read_weights(path, _MARKS).items() if name not in _CONSTANTS
+    }
     if "text_projection" in weights:
         weights = open_clip.model.convert_to_custom_text_state_dict(weights)
     with torch.random.fork_rng(devices=[]):

@@ -14,8 +14,9 @@ from open_clip.transformer import TextTransformer
 from torch.nn import functional as F
 
 from next.config import BackboneConfig
-from next.model.clip import clip_settings, load_clip, text_side
+from next.model.clip import clip_activation, clip_settings, load_clip, text_side
 from next.model.weights import sha256, weights_path
+from next.storage import drafting
 
 BATCH = 256
 """Sentences of one forward."""
@@ -76,7 +77,8 @@ class TextTower:
     def save(self, path: Path) -> None:
         """Write the weights as safetensors."""
         weights = {key: value.contiguous() for key, value in self._tower.state_dict().items()}
-        safetensors.torch.save_file(weights, path)
+        with drafting(path) as draft:
+            safetensors.torch.save_file(weights, draft)
 
     @cached_property
     def key(self) -> str:
@@ -84,11 +86,9 @@ class TextTower:
         config = self._config
         named = f"{config.name} {self.context} {self.width}"
         if config.pretrained is not None:
-            path = weights_path(config)
-            # A tag decides the activation too; where its file lies decides nothing.
-            tag = "" if Path(config.pretrained).is_file() else config.pretrained
-            found = config.sha256 or sha256(path)
-            return hashlib.sha256(f"{named} {tag} {found}".encode()).hexdigest()
+            # A file that was resolved need not be here; where it lies decides nothing.
+            found = config.sha256 or sha256(weights_path(config))
+            return hashlib.sha256(f"{named} {clip_activation(config)} {found}".encode()).hexdigest()
         digest = hashlib.sha256(named.encode())
         for key, value in sorted(self._tower.state_dict().items()):
             digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())

@@ -21,6 +21,9 @@ _CONVERTERS: dict[type[nn.Module], Callable[..., dict[str, Tensor]]] = {
 }
 """Kinds of ViT that are supported, and timm's reader of the names that their authors used."""
 
+_MARKS = ("visual.class_embedding", "visual.trunk.cls_token", "cls_token")
+"""By which the names of a tower's weights are found behind whatever prefix."""
+
 
 class TimmTower(nn.Module):
     """A timm ViT that gives the class token and every patch token, after the final norm.
@@ -152,7 +155,15 @@ def _build(config: BackboneConfig, joint_width: int, blank: bool) -> Any:
         )
     if config.pretrained is not None and not blank:
         path = weights_path(config)
-        weights = _CONVERTERS[type(vit)](read_weights(path), vit)
+        weights = _CONVERTERS[type(vit)](read_weights(path, _MARKS), vit)
+        head = weights.get("head.weight")
+        fits = head is not None and len(head) == joint_width
+        if fits and "clip" in architecture and not projects:
+            raise ValueError(
+                f"model.backbone.name must say which weights {path} holds, because they project to "
+                f"the text tower's space, which {config.name!r} does not; add their tag, as in "
+                f"{architecture}.openai"
+            )
         if not projects:
             weights = {k: value for k, value in weights.items() if not k.startswith("head.")}
         fill(vit, weights, config.name, path)

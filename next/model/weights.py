@@ -6,11 +6,11 @@ A model is never downloaded where it is built: workers may be many, and without 
 from __future__ import annotations
 
 import hashlib
+import logging
+import re
 import shutil
 import tempfile
-import warnings
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +21,20 @@ import torch
 from torch import Tensor, nn
 
 from next.config import BackboneConfig
+from next.model.archive import is_archive, read_archive
 from next.storage import drafting
+
+_log = logging.getLogger(__name__)
+
+_INSIDE = ("state_dict", "model_state_dict", "model", "teacher", "net", "backbone", "module")
+"""Entries of a file that hold the weights, the first that is there."""
+_PREFIXES = (
+    "_orig_mod", "model", "module", "base", "backbone", "teacher", "student", "net", "state_dict",
+    "model_state_dict",
+)  # fmt: skip
+"""What compilers, data parallelism and other projects put before the names of weights."""
+_BEGIN = re.compile(rf"(?:(?:{'|'.join(_PREFIXES)})\.)+")
+_BEFORE = re.compile(rf"((?:(?:{'|'.join(_PREFIXES)})\.)*)")
 
 
 class Origin(NamedTuple):
@@ -96,6 +109,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def same_content(one: Path, other: Path) -> bool:
+    """Whether two files hold the same bytes."""
+    if one.stat().st_size != other.stat().st_size:
+        return False
+    return one.samefile(other) or sha256(one) == sha256(other)
+
+
 def check_hash(path: Path, expected: str) -> None:
     """Refuse a file that is not the one that its hash names.
 
@@ -114,22 +134,21 @@ def weights_path(config: BackboneConfig) -> Path:
     """The resolved weights of a backbone, checked against their hash.
 
     Raises:
-        ValueError: ``pretrained`` is neither a file nor resolved to one, it was resolved for
-            another backbone, or the file is another.
+        ValueError: ``pretrained`` was not resolved to a file, or for another backbone, or the file
+            is another.
         FileNotFoundError: the file is not on this machine.
     """
     assert config.pretrained is not None
     model, tag = model_and_tag(config)
-    if Path(config.pretrained).is_file():
-        path = Path(config.pretrained)
-    elif config.file is None or Path(config.file).name != stored_name(model, str(tag), config.file):
-        raise ValueError(
-            f"model.backbone.pretrained must be a weights file, or a tag whose file the driver has "
-            f"found, but is {tag!r} of {model} with the file {config.file}; give a file, and let a "
-            f"sweep vary no backbone whose weights are fetched"
-        )
+    given = given_path(config.pretrained)
+    if config.file is None:
+        if not (given.is_absolute() and given.is_file()):
+            raise _unresolved(config)
+        path = given
     else:
         path = Path(config.file)
+        if path.name not in (stored_name(model, str(tag), config.file), given.name):
+            raise _unresolved(config)
     if not path.is_file():
         raise FileNotFoundError(
             f"the weights of {config.name} are not on this machine: {path} is missing; put them "
@@ -140,42 +159,118 @@ def weights_path(config: BackboneConfig) -> Path:
     return path
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a weights file, by name, in float32.
-
-    Reads ``.safetensors``; what ``torch.save`` wrote, bare, under ``state_dict`` or ``model`` and
-    with or without ``module.`` before each name, as training scripts leave it (nothing but tensors
-    is unpickled); and the TorchScript archives in which OpenAI published CLIP.
+def given_path(pretrained: str) -> Path:
+    """``model.backbone.pretrained`` as a path, with the home folder for ``~``.
 
     Raises:
-        ValueError: the file is none of these.
+        ValueError: ``~NAME`` names no user of this machine.
+    """
+    try:
+        return Path(pretrained).expanduser()
+    except RuntimeError:
+        raise ValueError(
+            f"model.backbone.pretrained must be a tag or a file, but {pretrained!r} names the home "
+            f"folder of a user that this machine does not know; give the whole path"
+        ) from None
+
+
+def _unresolved(config: BackboneConfig) -> ValueError:
+    _, tag = model_and_tag(config)
+    return ValueError(
+        f"model.backbone.pretrained must be a weights file, or a tag whose file the driver has "
+        f"found, but is {tag!r} of {config.name} with the file {config.file}; give a file, and "
+        f"let a sweep vary no backbone whose weights are fetched"
+    )
+
+
+def read_weights(path: Path, marks: Sequence[str] = ()) -> dict[str, Tensor]:
+    """The tensors of a weights file, by name, in float32.
+
+    Reads ``.safetensors``; what ``torch.save`` wrote, as training scripts leave it (nothing but
+    tensors is unpickled); and the TorchScript archives in which OpenAI published CLIP, whose code
+    is not run. Weights may lie below :data:`_INSIDE` (``state_dict``, ``model``, ``teacher``), and
+    their names may begin with any of :data:`_PREFIXES` (``module.``, ``backbone.``).
+
+    Args:
+        path: the file.
+        marks: names of which a tower has one. Where such a name has a prefix, the tensors without
+            it are of something else (a classifier, a student) and are left out. Without marks a
+            prefix goes that all names share.
+
+    Raises:
+        ValueError: the file is none of these; it says what it is instead, where that shows.
     """
     try:
         if path.suffix == ".safetensors":
             found: object = safetensors.torch.load_file(path)
-        elif _is_torchscript(path):
-            with warnings.catch_warnings():
-                # torch deprecates TorchScript; these archives were published in it.
-                warnings.simplefilter("ignore", FutureWarning)
-                found = torch.jit.load(path, map_location="cpu").state_dict()
+        elif is_archive(path):
+            found = read_archive(path)
         else:
             found = torch.load(path, map_location="cpu", weights_only=True)
+    # Readers of three formats raise their own kinds; every one means "cannot be read".
     except Exception as error:
         raise ValueError(
             f"{path} must hold weights (.safetensors, or .pt, .pth or .bin as torch.save or "
-            f"OpenAI's archives have them), but cannot be read: {str(error).splitlines()[0]}"
+            f"OpenAI's archives have them), but {_other_kind(path) or _unreadable(error)}"
         ) from None
-    for inside in ("state_dict", "model"):
-        if isinstance(found, Mapping) and isinstance(found.get(inside), Mapping):
-            found = found[inside]
+    inside = True
+    while inside and isinstance(found, Mapping):
+        inside = False
+        for name in _INSIDE:
+            if isinstance(found.get(name), Mapping):
+                found, inside = found[name], True
+                break
     if not isinstance(found, Mapping) or not found:
         raise ValueError(f"{path} must hold tensors by name, but holds {type(found).__name__}")
-    shared = "module." if all(name.startswith("module.") for name in found) else ""
+    tensors = {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise ValueError(
+            f"{path} must hold tensors by name, but holds {some(sorted(map(str, found)))}"
+        )
+    prefix = _prefix(tensors, marks)
+    left_out = [name for name in tensors if not name.startswith(prefix)]
+    if left_out:
+        _log.info("%s: left out, as not %s: %s", path, prefix, some(left_out))
     return {
-        name.removeprefix(shared): value.float() if value.is_floating_point() else value
-        for name, value in found.items()
-        if isinstance(value, Tensor)
+        name.removeprefix(prefix): value.float() if value.is_floating_point() else value
+        for name, value in tensors.items()
+        if name.startswith(prefix)
     }
+
+
+def _prefix(names: Collection[str], marks: Sequence[str]) -> str:
+    """What stands before the names of the model."""
+    found = {
+        match[1]
+        for mark in marks
+        for name in names
+        if name.endswith(mark) and (match := _BEFORE.fullmatch(name.removesuffix(mark)))
+    }
+    if found:  # a teacher's before a student's, else the outermost
+        return min(found, key=lambda prefix: ("teacher." not in prefix, len(prefix), prefix))
+    if marks or not names:
+        return ""
+    shared = {match[0] if (match := _BEGIN.match(name)) else "" for name in names}
+    begin = min(shared, key=len)
+    return begin if all(name.startswith(begin) for name in names) else ""
+
+
+def _other_kind(path: Path) -> str:
+    """What a file is that holds no weights, in words; empty: that does not show."""
+    with path.open("rb") as file:
+        begin = file.read(512).lstrip()
+    if re.match(rb"<(!doctype html|html|\?xml|head)", begin, re.IGNORECASE):
+        return (
+            "is a page of HTML, as a download gives that was led to a login or a licence; open the "
+            "address in a browser, and fetch the file itself"
+        )
+    if begin.startswith(b"version https://git-lfs"):
+        return "is a pointer of Git LFS; fetch the file itself (`git lfs pull`)"
+    return "" if begin else "is empty"
+
+
+def _unreadable(error: Exception) -> str:
+    return f"cannot be read: {(str(error).splitlines() or [type(error).__name__])[0]}"
 
 
 def file_metadata(path: Path) -> dict[str, str]:
@@ -216,19 +311,25 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor], what: str, path: Path
         path: file that they came from, for the message.
 
     Raises:
-        ValueError: names or shapes differ; all of them are listed.
+        ValueError: names or shapes differ, or a weight is no finite number; three are named and
+            the rest is counted.
     """
     problems = misfits(module.state_dict(), weights)
     if problems:
         raise ValueError(
             f"model.backbone.pretrained: the weights in {path} must be those of {what}, but do not "
-            f"fit in:\n  " + "\n  ".join(problems)
+            f"fit in {some(problems)}"
+        )
+    broken = [name for name, value in weights.items() if not torch.isfinite(value).all()]
+    if broken:
+        raise ValueError(
+            f"model.backbone.pretrained: the weights in {path} must be finite numbers, but hold "
+            f"NaN or infinities in {some(broken)}; their training diverged, or the file is damaged"
         )
     module.load_state_dict(dict(weights))
 
 
-def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+def some(items: Sequence[str]) -> str:
+    """Three of them, and how many more there are."""
+    more = f" and {len(items) - 3} more" if len(items) > 3 else ""
+    return "; ".join(items[:3]) + more

@@ -19,7 +19,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from next.storage import write_whole
+from next.storage import path_within, write_whole
 from next.tracking.client import (
     RUN_KEY,
     NotDelivered,
@@ -204,10 +204,13 @@ class Delivery:
         )
 
     def _send_artifact(self, client: MlflowClient, record: Artifact) -> None:
-        path = self.folder / record.path
-        send = client.log_artifacts if path.is_dir() else client.log_artifact
+        # A journal may be somebody else's: what it names outside its folder is not sent.
+        path = path_within(self.folder, record.path)
         if not path.exists():
             raise FileNotFoundError(f"{path} is gone")
+        for file in path.rglob("*") if path.is_dir() else ():
+            path_within(self.folder, file.relative_to(self.folder).as_posix())
+        send = client.log_artifacts if path.is_dir() else client.log_artifact
         send(self.address.run_id, str(path), record.folder or None)
 
     def _send_data(self, client: MlflowClient, record: Data) -> None:

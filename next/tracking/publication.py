@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from next.storage import Folder, open_folder, write_whole
+from next.storage import Folder, open_folder, path_within, write_whole
 from next.tracking.journal import FILE_NAME, Artifact, decode
 
 _log = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ class Publication:
             write_whole(local, content)
             self._bring(ADDRESS)
         for path in _artifacts(content):
-            if not (self.folder / path).exists():
+            if not path_within(self.folder, path).exists():
                 self._bring(path)
         self._stand_at(newest + writes, len(content))
         if writes:  # said at once, so that one more who goes on is another generation
@@ -187,7 +187,7 @@ class Publication:
         self._generation, self.published, self._tail = generation, published, published
 
     def _send(self, path: str) -> None:
-        local = self.folder / path
+        local = path_within(self.folder, path)
         if local.is_dir():
             self.store.upload_tree(local, path)
         elif local.exists():
@@ -195,7 +195,7 @@ class Publication:
 
     def _bring(self, path: str) -> None:
         if self.store.size(path) is not None:
-            write_whole(self.folder / path, self.store.read(path))
+            write_whole(path_within(self.folder, path), self.store.read(path))
         elif self.store.names(path):
             (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
             self.store.download_tree(path, self.folder / path)

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from next.storage import write_whole
+from next.storage import path_within, write_whole
 from next.tracking.client import check_server, connect, http_status, short_message
 from next.tracking.delivery import read_address
 from next.tracking.links import check_uri
@@ -194,7 +194,7 @@ def fetch_model(uri: str, model: str, destination: Path, *, loader: str) -> Path
             f"but names {flavour.get('loader_module')!r}; it is not loaded"
         )
     _refuse_pickles(local)
-    return local / str(flavour["data"])
+    return path_within(local, str(flavour["data"]))
 
 
 def find_version(client: Any, model: str) -> Version:

@@ -194,10 +194,13 @@ class Run:
 
     def log_text(self, text: str, name: str) -> None:
         """Log a text as the artifact ``name``, for example ``config.toml`` or ``git/diff.txt``."""
-        path = self.folder / "artifacts" / _place(name)
-        write_whole(path, text)
+        path = self.keep_text(text, name)
         folder = path.parent.relative_to(self.folder / "artifacts").as_posix()
         self.log_artifact(path, "" if folder == "." else folder)
+
+    def keep_text(self, text: str, name: str) -> Path:
+        """Write a text where :meth:`log_text` does, and send it to no server."""
+        return write_whole(self.folder / "artifacts" / _place(name), text)
 
     def log_data(
         self,

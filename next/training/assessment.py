@@ -26,7 +26,7 @@ from next.evaluation.whitening import Kind, Whitening, fit_whitening
 from next.model.network import NEXT
 from next.storage import write_whole
 from next.training.attributes import caption_attributes
-from next.training.checkpoint import load_network, read_progress
+from next.training.checkpoint import load_network, read_progress, text_of
 from next.training.inputs import TestData, test_data, training_data
 
 _log = logging.getLogger(__name__)
@@ -259,8 +259,8 @@ def _open(
                 f"split = val needs the data that the run held identities out of "
                 f"({trained_on}), but {manifest.uri} is {manifest.digest}; use --split test"
             )
-        _, query, gallery, rule, _ = training_data(config, manifest)
-        data = TestData(query, gallery, rule)
+        held_out = training_data(config, manifest, text_of(checkpoint))
+        data = TestData(held_out.query, held_out.gallery, held_out.rule)
     else:
-        data = test_data(config, manifest)
+        data = test_data(config, manifest, text_of(checkpoint))
     return network.to(device), config, data

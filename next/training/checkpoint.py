@@ -4,6 +4,7 @@ A checkpoint is a folder::
 
     model.safetensors   weights and buffers of the network that was evaluated
     trained.safetensors those that training goes on from, where they differ (``optim.ema``)
+    text.safetensors    the frozen text tower, where a pretrained one reads captions
     optimizer.pt        optimizer state and RNG states, read with ``weights_only=True``
     config.toml         the resolved configuration
     state.json          progress, scores, plan hash, and the size and sha256 of the files above
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -34,6 +36,9 @@ from next.model.network import NEXT
 from next.model.weights import misfits
 from next.storage import drafting, write_whole
 from next.training.optimizer import WeightAverage, load_optimizer
+
+TEXT = "text.safetensors"
+"""Name of the text tower's weights in a checkpoint."""
 
 _FORMAT = 2
 
@@ -82,6 +87,8 @@ class Snapshot(NamedTuple):
     """Optimizer state and RNG states."""
     progress: Progress
     config: RunConfig
+    text: Path | None = None
+    """File of the text tower's weights, which do not change."""
 
 
 def take_snapshot(
@@ -91,6 +98,7 @@ def take_snapshot(
     config: RunConfig,
     average: WeightAverage | None = None,
     over: Snapshot | None = None,
+    text: Path | None = None,
 ) -> Snapshot:
     """Copy what training changes, to the CPU; the step after waits for nothing else.
 
@@ -105,6 +113,8 @@ def take_snapshot(
         average: of the weights.
         over: an earlier snapshot that is written; its memory is used again. To get new memory
             from the system takes several times as long as the copy itself.
+        text: file of the text tower that the network was trained with; it becomes part of the
+            checkpoint, so that nothing else is needed to use it.
     """
     training = {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
     if torch.cuda.is_initialized():
@@ -115,7 +125,10 @@ def take_snapshot(
         "training": training,
     }
     return Snapshot(
-        **_copied(now, {} if over is None else over._asdict()), progress=progress, config=config
+        **_copied(now, {} if over is None else over._asdict()),
+        progress=progress,
+        config=config,
+        text=text,
     )
 
 
@@ -245,6 +258,12 @@ def load_training_state(
     return progress
 
 
+def text_of(folder: Path) -> Path | None:
+    """The text tower that a checkpoint holds; None: it reads no captions, or is older than that."""
+    path = Path(folder) / TEXT
+    return path if path.is_file() else None
+
+
 def load_network(folder: Path) -> tuple[NEXT, RunConfig]:
     """The trained network of a checkpoint, in evaluation mode, and its configuration.
 
@@ -301,10 +320,20 @@ def _write_files(folder: Path, snapshot: Snapshot) -> None:
     if snapshot.trained is not None:
         safetensors.torch.save_file(snapshot.trained, folder / "trained.safetensors")
     torch.save(snapshot.training, folder / "optimizer.pt")
+    if snapshot.text is not None:
+        _link(snapshot.text, folder / TEXT)
     (folder / "config.toml").write_text(to_toml(snapshot.config))
     files = {path.name: _fingerprint(path) for path in sorted(folder.iterdir())}
     state = {"format": _FORMAT, "progress": asdict(snapshot.progress), "files": files}
     (folder / "state.json").write_text(json.dumps(state, indent=2))
+
+
+def _link(file: Path, place: Path) -> None:
+    """The same file under a second name where the disk can do that, else a copy."""
+    try:
+        os.link(file, place)
+    except OSError:
+        shutil.copyfile(file, place)
 
 
 def _fingerprint(path: Path) -> str:

@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from next.config import RunConfig, ScalingConfig
+from next.config import BackboneConfig, RunConfig, ScalingConfig
 from next.storage import Folder, open_folder
 
 _log = logging.getLogger(__name__)
@@ -237,7 +237,7 @@ def require_shared(config: RunConfig, place: str | None) -> None:
     with ExitStack() as stack:
         if place is not None:
             folder, marker = open_folder(place), f".seen-{uuid.uuid4().hex}"
-            asked = {setting: (folder.address, marker)} | asked
+            asked = {setting: (folder.address, marker)} | asked | _weights(config.model.backbone)
             stack.enter_context(_written(folder, marker))
         answers = {
             node["NodeManagerAddress"]: look.options(
@@ -255,6 +255,16 @@ def require_shared(config: RunConfig, place: str | None) -> None:
                     f"{places}; mend that node, or take it out of the cluster"
                 ) from None
             _raise_problems(address, problems, asked, stored=stored)
+
+
+def _weights(config: BackboneConfig) -> dict[str, tuple[str, str]]:
+    """The weights that a run begins with: setting, folder and file."""
+    files = {"model.backbone.file": config.file, "model.backbone.text_file": config.text_file}
+    return {
+        setting: (str(Path(file).parent), Path(file).name)
+        for setting, file in files.items()
+        if file is not None
+    }
 
 
 @contextmanager
@@ -278,6 +288,13 @@ def _raise_problems(
     address: str, problems: dict[str, str], asked: dict[str, tuple[str, str]], *, stored: bool
 ) -> None:
     unseen = [setting for setting, problem in problems.items() if not problem]
+    for setting in unseen:
+        if setting.startswith("model.backbone."):
+            raise ValueError(
+                f"the weights {'/'.join(asked[setting])} ({setting}) must be on every node of the "
+                f"cluster, but node {address} does not have them; copy the file there, or keep it "
+                f"(or data.cache) on storage that all nodes mount"
+            )
     if unseen:
         folders = ", ".join(asked[setting][0] for setting in unseen)
         needed = ["--data" if setting == "data.uri" else setting for setting in unseen]

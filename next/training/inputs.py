@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from next.data.plan import deal_shards
 from next.data.shards import Manifest
 from next.evaluation.queries import check_measurable
 from next.model.backbone import resolve_weights
+from next.model.clip import text_side
 from next.model.text import TextTower
 from next.training.loop import TrainingData
 
@@ -76,12 +78,14 @@ def resolve(config: RunConfig, manifest: Manifest) -> RunConfig:
                 f"{name} is taken from the data and must be {facts.get(name)}, but got {value}; "
                 f"leave it out"
             )
-    reads_text = config.model.semantic.enabled and config.captions.sampling != "none"
     folder = cache_root(config.data.cache) / "weights"
-    backbone = resolve_weights(config.model.backbone, folder, text=reads_text)
+    backbone = resolve_weights(config.model.backbone, folder, text=reads_text(config))
     weights = {
         f"model.backbone.{name}": getattr(backbone, name)
-        for name in ("file", "sha256", "text_file", "text_sha256")
+        for name in (
+            *("file", "sha256", "activation"),
+            *("text_file", "text_sha256", "text_activation"),
+        )
     }
     return override(
         config,
@@ -95,25 +99,39 @@ def resolve(config: RunConfig, manifest: Manifest) -> RunConfig:
     )
 
 
-def training_data(config: RunConfig, manifest: Manifest) -> TrainingData:
-    """Sample sets of a resolved run; builds decoded cache and text bank where they are missing."""
-    train = _samples(config, manifest, "train")
+def training_data(config: RunConfig, manifest: Manifest, text: Path | None = None) -> TrainingData:
+    """Sample sets of a resolved run; builds decoded cache and text bank where they are missing.
+
+    Args:
+        config: resolved settings.
+        manifest: shards.
+        text: the text tower's weights, as a checkpoint keeps them; None: what ``config`` names.
+    """
+    train = _samples(config, manifest, "train", text)
     train_rows, held_out = split_train(config, train.labels, manifest.benchmark.rule)
     if config.selection.split == "test":
-        test = test_data(config, manifest)
+        test = test_data(config, manifest, text)
         query, gallery = test.query, test.gallery
     else:
         query = gallery = train.select(held_out)
     return TrainingData(
-        train.select(train_rows), query, gallery, manifest.benchmark.rule, manifest.digest
+        train.select(train_rows),
+        query,
+        gallery,
+        manifest.benchmark.rule,
+        manifest.digest,
+        text or text_weights(config),
     )
 
 
-def test_data(config: RunConfig, manifest: Manifest) -> TestData:
-    """Query and gallery of the test split; one object where the card says they are the same."""
-    gallery = _samples(config, manifest, "gallery")
+def test_data(config: RunConfig, manifest: Manifest, text: Path | None) -> TestData:
+    """Query and gallery of the test split; one object where the card says they are the same.
+
+    Arguments as :func:`training_data`.
+    """
+    gallery = _samples(config, manifest, "gallery", text)
     same = manifest.resolve("query") == manifest.resolve("gallery")
-    query = gallery if same else _samples(config, manifest, "query")
+    query = gallery if same else _samples(config, manifest, "query", text)
     return TestData(query, gallery, manifest.benchmark.rule)
 
 
@@ -163,10 +181,15 @@ def _check_shards(config: RunConfig, pids: np.ndarray, shards: np.ndarray) -> No
             )
 
 
-def _samples(config: RunConfig, manifest: Manifest, split: str) -> SampleSet:
+def reads_text(config: RunConfig) -> bool:
+    """Whether captions reach the network."""
+    return config.model.semantic.enabled and config.captions.sampling != "none"
+
+
+def _samples(config: RunConfig, manifest: Manifest, split: str, text: Path | None) -> SampleSet:
     if not config.model.semantic.enabled:  # nothing else reads text
         config = override(config, {"captions.sampling": "none"})
-    tower = text_tower(config.model.backbone)
+    tower = text_tower(config.model.backbone, text)
     return open_samples(
         manifest,
         split,
@@ -198,6 +221,24 @@ def _parts(config: RunConfig, manifest: Manifest, split: str) -> list[np.ndarray
 
 
 @lru_cache(maxsize=1)
-def text_tower(config: BackboneConfig) -> TextTower:
+def text_tower(config: BackboneConfig, weights: Path | None = None) -> TextTower:
     """The frozen text tower, kept while one process runs trial after trial."""
-    return TextTower(config)
+    return TextTower(config, weights)
+
+
+def text_weights(config: RunConfig) -> Path | None:
+    """A file of the text tower's weights alone, made beside those that are fetched.
+
+    None where nothing reads captions, or the tower is random: its seed is enough.
+
+    Raises:
+        OSError: it cannot be written.
+        ValueError: the weights that it is made from are not on this machine, or are others.
+    """
+    if not reads_text(config) or text_side(config.model.backbone).pretrained is None:
+        return None
+    tower = text_tower(config.model.backbone)
+    path = cache_root(config.data.cache) / "weights" / f"text-{tower.key[:16]}.safetensors"
+    if not path.is_file():
+        tower.save(path)
+    return path

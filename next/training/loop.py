@@ -73,6 +73,8 @@ class TrainingData(NamedTuple):
     """Which matches do not count (the card's rule)."""
     digest: str
     """Digest of the shards."""
+    text: Path | None = None
+    """File of the text tower's weights, where a pretrained one reads captions."""
 
 
 class Outcome(NamedTuple):
@@ -128,7 +130,7 @@ def train(
     def snapshot(of: Progress | None = None) -> Snapshot:
         nonlocal taken
         now = replace(of or progress, rows=log.new_rows())
-        taken = take_snapshot(network, optimizer, now, config, average, over=taken)
+        taken = take_snapshot(network, optimizer, now, config, average, over=taken, text=data.text)
         return taken
 
     if progress.epoch >= config.optim.epochs:

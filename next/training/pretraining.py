@@ -26,7 +26,7 @@ from next.data.plan import occurrences, plan_hash
 from next.data.shards import Manifest, open_manifest
 from next.evaluation.retrieval import Retrieval, caption_retrieval
 from next.model.alignment import Captions, TwoTowers, cropped
-from next.model.clip import IMAGE_SIZE, is_clip
+from next.model.clip import ACTIVATION, IMAGE_SIZE, clip_activation, is_clip
 from next.storage import drafting, write_whole
 from next.tracking.provenance import provenance_tags
 from next.tracking.run import open_run
@@ -516,6 +516,7 @@ def _export(
         "next.mark": mark,
         "next.card": json.dumps(origin),
         IMAGE_SIZE: json.dumps(config.model.image_size),
+        ACTIVATION: json.dumps(clip_activation(config.model.backbone, blank=True)),
     }
     try:
         with drafting(out) as draft:

@@ -23,7 +23,8 @@ def record_inputs(run: Run, config: RunConfig, manifest: Manifest) -> None:
     record_data(run, manifest)
     diff = provenance_diff()
     if diff:
-        run.log_text(diff, "git/diff.txt")
+        keep = run.log_text if config.tracking.git_diff else run.keep_text
+        keep(diff, "git/diff.txt")
 
 
 def record_data(run: Run, manifest: Manifest) -> None:
@@ -51,6 +52,7 @@ def record_assessment(run: Run, assessment: Assessment, *, step: int) -> None:
 _FROM_THE_DATA = (
     "model.modalities", "model.image_size", "model.identities", "model.cameras",
     "model.backbone.sha256", "model.backbone.text_sha256",
+    "model.backbone.activation", "model.backbone.text_activation",
 )  # fmt: skip
 """What ``resolve`` fills in, the same for all runs on these data and weights."""
 

@@ -15,9 +15,9 @@ from next.data.shards import Manifest
 from next.storage import write_whole
 from next.tracking.registry import ModelCard, Version, register, run_id_of
 from next.training.assessment import Assessment
-from next.training.checkpoint import read_config
+from next.training.checkpoint import read_config, text_of
 from next.training.embedder import LOADER, Embedder, export_model, model_columns
-from next.training.inputs import text_tower
+from next.training.inputs import reads_text, text_tower
 
 _log = logging.getLogger(__name__)
 
@@ -94,12 +94,11 @@ def register_run(folder: Path, uri: str, name: str) -> Version:
         )
     card = ModelCard(**json.loads(record.read_text()))
     config = read_config(checkpoint)
-    reads_text = config.model.semantic.enabled and config.captions.sampling != "none"
     with tempfile.TemporaryDirectory(prefix="next-model-") as parent:
         exported = export_model(
             checkpoint,
             Path(parent) / "data",
-            text_tower(config.model.backbone) if reads_text else None,
+            text_tower(config.model.backbone, text_of(checkpoint)) if reads_text(config) else None,
         )
         return register(
             uri,

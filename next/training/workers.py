@@ -51,6 +51,10 @@ _log = logging.getLogger(__name__)
 
 _ALIKE = {error.__name__: error for error in (NonFiniteLossError, RouterCollapseError)}
 """Errors of the run itself, which all ranks see at the same step and would see again."""
+_FINAL = {error.__name__: error for error in (FileNotFoundError, ValueError)}
+"""Errors of settings, data and files. They would come again, too, but perhaps to one rank alone,
+for which the others would wait: so Ray ends all of them, and those that it starts anew end with
+it."""
 
 
 _LEFT_OUT = (DatasetsCallback, PlacementGroupCleanerCallback)
@@ -98,6 +102,7 @@ def train_on_workers(
         ConnectionError: nothing answers at ``RAY_ADDRESS``.
         NonFiniteLossError, RouterCollapseError: as in one process; the last good checkpoint is
             kept.
+        FileNotFoundError: a worker lacks a file; started anew it would lack it again.
         Interrupted: SIGTERM or Ctrl-C; the workers wrote a checkpoint.
         ray.train.TrainingFailedError: workers died more often than ``run.max_failures``.
     """
@@ -229,8 +234,12 @@ def _work(settings: dict[str, Any]) -> dict[str, Any]:
         checkpoint=config.checkpoint,
         bell=bell,
     )
+    line = Line(settings["line"])
+    refused = line.refused()
+    if refused is not None:
+        return dict(zip(("error", "message"), refused, strict=True))
     try:
-        with on_the_line(Line(settings["line"]), bell, speaks=rank == 0), reporter:
+        with on_the_line(line, bell, speaks=rank == 0), reporter:
             _log.info("training on %d worker%s", world, "" if world == 1 else "s")
             outcome = train(
                 config,
@@ -243,6 +252,10 @@ def _work(settings: dict[str, Any]) -> dict[str, Any]:
         return {"interrupted": interrupted.step}
     except tuple(_ALIKE.values()) as error:
         return {"error": type(error).__name__, "message": str(error)}
+    except tuple(_FINAL.values()) as error:
+        kind = next(name for name, one in _FINAL.items() if isinstance(error, one))
+        line.refuse(kind, str(error))
+        raise
     if not settings["assessed"]:
         return {"outcome": outcome._asdict()}
     share = Share(rank, world)
@@ -275,5 +288,5 @@ def _unwrapped(answer: dict[str, Any]) -> tuple[Outcome, Carried | None]:
     if "interrupted" in answer:
         raise Interrupted(answer["interrupted"])
     if "error" in answer:
-        raise _ALIKE[answer["error"]](answer["message"])
+        raise (_ALIKE | _FINAL)[answer["error"]](answer["message"])
     return Outcome(**answer["outcome"]), answer.get("assessment")

@@ -1,10 +1,15 @@
 import io
 import re
+import struct
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from next.data.benchmark import load_card
+from next.data.decoding import decode
 from next.data.images import ImageReader, image_problem
 from next.data.layout import Sample
 from next.storage import open_folder
@@ -16,6 +21,7 @@ def encoded(array: np.ndarray, kind: str = "PNG") -> bytes:
     return file.getvalue()
 
 
+CARD = Path(__file__).resolve().parents[2] / "datasets" / "demo.toml"
 NOISE = encoded(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
 
 
@@ -30,6 +36,35 @@ def write(tmp_path):
         return name
 
     return write
+
+
+def header_of(width: int, height: int) -> bytes:
+    """A PNG of that size that ends where its pixels would begin."""
+    fields = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    chunks = [(b"IHDR", fields), (b"IDAT", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+
+
+@pytest.mark.parametrize("side", [8193, 13_000, 40_000])
+def test_an_image_of_too_many_pixels_is_refused_by_name_before_one_is_decoded(
+    write, tmp_path, side
+):
+    """Up to twice Pillow's own limit it would only warn, and decode for half a minute."""
+    name = write("large.png", header_of(side, side))
+    reader = ImageReader(load_card(CARD), open_folder(tmp_path))
+    with pytest.raises(ValueError, match=r"/large\.png .*pixels.* at most 67,108,864 are decoded"):
+        reader(sample(name, name, name))
+    with pytest.raises(ValueError, match=r"pixels.* at most 67,108,864 are decoded"):
+        decode(header_of(side, side), (32, 16))
+
+
+def test_an_image_of_as_many_pixels_as_are_decoded_is_told_apart_from_one_of_more():
+    with pytest.raises(ValueError, match=r"truncated|broken|cannot be decoded"):
+        decode(header_of(8192, 8192), (32, 16))
+    assert "8192 x 8192" not in str(image_problem(header_of(8192, 8192)))
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import warnings
+import zipfile
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -67,16 +68,12 @@ def test_openais_archive_gives_the_tokens_of_openais_model(tmp_path):
         torch.jit.save(traced.half(), path)
     theirs.float()
 
-    settings = open_clip.get_model_config("next-tiny") | {"quick_gelu": True}
-    open_clip.factory._MODEL_CONFIGS["next-tiny-quickgelu"] = settings
-    config = BackboneConfig(name="next-tiny-quickgelu", pretrained=str(path))
-    try:
-        cls, patches = Backbone(config, (64, 32)).eval()(
-            images()[:, None], torch.ones(2, 1, dtype=torch.bool)
-        )
-        rows = TextTower(config).encode(["a red hat", "a blue bag"])
-    finally:
-        del open_clip.factory._MODEL_CONFIGS["next-tiny-quickgelu"]
+    config = resolve_weights(BackboneConfig(name="next-tiny", pretrained=str(path)), tmp_path)
+    assert config.activation == "quick_gelu", "as all that OpenAI published in this form"
+    cls, patches = Backbone(config, (64, 32)).eval()(
+        images()[:, None], torch.ones(2, 1, dtype=torch.bool)
+    )
+    rows = TextTower(config).encode(["a red hat", "a blue bag"])
     theirs.visual.output_tokens = True
     pooled, tokens = theirs.visual(images())
     torch.testing.assert_close(cls[:, 0], pooled, atol=1e-5, rtol=1e-5)
@@ -208,6 +205,211 @@ def test_a_file_that_holds_no_weights_is_refused(tmp_path):
     torch.save([torch.zeros(1)], tmp_path / "list.pt")
     with pytest.raises(ValueError, match=r"must hold tensors by name, but holds list"):
         read_weights(tmp_path / "list.pt")
+
+
+def refuse_to_read(path: Path, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_weights(path)
+
+
+class Restored(torch.nn.Module):
+    """Writes a file when TorchScript restores it."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__()
+        self.place = place
+        self.weight = torch.nn.Parameter(torch.zeros(2))
+
+    @torch.jit.export
+    def __getstate__(self) -> tuple[str, bool]:
+        return self.place, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[str, bool]) -> None:
+        self.place = state[0]
+        self.training = state[1]
+        self.weight = torch.from_file(state[0], True, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def test_an_archive_that_would_run_code_runs_none(tmp_path):
+    path, target = tmp_path / "evil.pt", tmp_path / "written"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated
+        torch.jit.save(torch.jit.script(Restored(str(target))), path)
+        torch.jit.load(path)
+        assert target.exists(), "TorchScript runs it"
+    target.unlink()
+    refuse_to_read(path, r"evil\.pt must hold weights .* by code of its own, which is not run")
+    config = resolve_weights(BackboneConfig(name="next-tiny", pretrained=str(path)), tmp_path)
+    with pytest.raises(ValueError, match=r"by code of its own"):
+        Backbone(config, (64, 32))
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    ("payload", "message"),
+    [
+        (b"cposix\nsystem\n(S'touch written'\ntR.", r"refers to posix\.system, which is no tensor"),
+        (b"ctorch.serialization\nload\n.", r"refers to torch\.serialization\.load"),
+        (b"N.", r"it must hold a module, but holds NoneType"),
+    ],
+)
+def test_a_pickle_within_an_archive_names_nothing_but_tensors(
+    tmp_path, monkeypatch, payload, message
+):
+    monkeypatch.chdir(tmp_path)
+    with zipfile.ZipFile("evil.pt", "w") as archive:
+        archive.writestr("evil/data.pkl", payload)
+        archive.writestr("evil/constants.pkl", b"N.")
+    refuse_to_read(Path("evil.pt"), message)
+    assert os.listdir() == ["evil.pt"]
+
+
+def test_an_archive_that_is_packed_to_burst_or_points_beyond_its_bytes_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb/data.pkl", b"N.")
+        archive.writestr("bomb/constants.pkl", b"N.")
+    refuse_to_read(tmp_path / "bomb.pt", r"data\.pkl in it is compressed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(torch.nn.Linear(3, 5)), tmp_path / "linear.pt")
+    with zipfile.ZipFile(tmp_path / "linear.pt") as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    root = next(iter(files)).partition("/")[0]
+    with zipfile.ZipFile(tmp_path / "short.pt", "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data[:8] if name == f"{root}/data/0" else data)
+    refuse_to_read(tmp_path / "short.pt", r"numbers must be in data/0, but it has 2")
+
+
+def saved(path: Path) -> Path:
+    save_file(donor().state_dict(), path)
+    return path
+
+
+def tokens(config: BackboneConfig) -> torch.Tensor:
+    with torch.no_grad():
+        seen = Backbone(config, (64, 32)).eval()(
+            images()[:, None], torch.ones(2, 1, dtype=torch.bool)
+        )
+    return seen.patches
+
+
+def test_a_tag_and_its_file_by_path_give_the_same_tokens_or_a_refusal(tag, tmp_path):
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    stored = saved(folder / f"next-tiny.{tag}.safetensors")
+    elsewhere = saved(tmp_path / "clip.safetensors")
+
+    def by(pretrained: object, **settings: str) -> BackboneConfig:
+        given = {"pretrained": str(pretrained)} | settings
+        return resolve_weights(TINY.model_copy(update=given), folder)
+
+    expected = tokens(by(tag))
+    assert torch.equal(tokens(by(stored)), expected), "its name is the tag's"
+    assert torch.equal(tokens(by(elsewhere)), expected), "its bytes are the tag's"
+    stored.unlink()
+    with pytest.raises(
+        ValueError, match=r"activation must be given with .*clip\.safetensors: .* of published, ge"
+    ):
+        by(elsewhere)
+    assert torch.equal(tokens(by(elsewhere, activation="quick_gelu")), expected)
+    assert not torch.equal(tokens(by(elsewhere, activation="gelu")), expected)
+    marked = tmp_path / "marked.safetensors"
+    save_file(donor().state_dict(), marked, {"next.activation": '"quick_gelu"'})
+    assert torch.equal(tokens(by(marked)), expected), "it says so itself"
+
+
+def test_a_relative_path_is_the_same_file_for_whoever_reads_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    saved(tmp_path / "clip.safetensors")
+    monkeypatch.chdir(tmp_path)
+    found = [
+        resolve_weights(TINY.model_copy(update={"pretrained": given}), tmp_path / "weights")
+        for given in ("clip.safetensors", "~/clip.safetensors")
+    ]
+    assert {one.file for one in found} == {str(tmp_path / "clip.safetensors")}
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert torch.equal(tokens(found[0]), tokens(found[1]))
+    with pytest.raises(ValueError, match=r"or a tag whose file the driver has found"):
+        Backbone(TINY.model_copy(update={"pretrained": "../clip.safetensors"}), (64, 32))
+    with pytest.raises(ValueError, match=r"'~nobody-at-all/w\.pt' names the home folder of a user"):
+        resolve_weights(TINY.model_copy(update={"pretrained": "~nobody-at-all/w.pt"}), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("inside", "prefix"),
+    [
+        ((), "_orig_mod."),
+        (("state_dict",), "module."),
+        (("model_state_dict",), "model."),
+        (("model",), "_orig_mod.module."),
+        (("teacher",), "backbone."),
+        (("net",), "base."),
+        (("state_dict",), "net."),
+        (("model", "state_dict"), "teacher.backbone."),
+    ],
+)
+def test_weights_are_found_behind_what_others_put_before_their_names(tmp_path, inside, prefix):
+    named = {prefix + name: value for name, value in donor().state_dict().items()}
+    tree: dict[str, object] = named | {"classifier.weight": torch.zeros(3, 2)}
+    for name in reversed(inside):
+        tree = {name: tree, "epoch": 3}
+    torch.save(tree, tmp_path / "theirs.pt")
+    found = Backbone(TINY.model_copy(update={"pretrained": str(tmp_path / "theirs.pt")}), (64, 32))
+    assert torch.equal(found.tower.vit.proj, donor().visual.proj)
+
+
+def test_a_teacher_is_taken_and_its_student_left(tmp_path):
+    both = {
+        f"{who}.backbone.{name}": value + (who == "student") if name == "visual.proj" else value
+        for who in ("student", "teacher")
+        for name, value in donor().state_dict().items()
+    }
+    torch.save(both, tmp_path / "both.pt")
+    found = Backbone(TINY.model_copy(update={"pretrained": str(tmp_path / "both.pt")}), (64, 32))
+    assert torch.equal(found.tower.vit.proj, donor().visual.proj)
+
+
+def test_weights_that_do_not_fit_are_refused_with_three_names_and_a_count(tmp_path):
+    weights = donor().state_dict()
+    names = sorted(weights)[:5]
+    save_file(
+        {name: weights[name] for name in weights if name not in names}, tmp_path / "w.safetensors"
+    )
+    config = TINY.model_copy(update={"pretrained": str(tmp_path / "w.safetensors")})
+    with pytest.raises(ValueError, match=r"fit in missing \S+ \[.*\]; missing .*; .* and 2 more$"):
+        Backbone(config, (64, 32))
+
+
+def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path):
+    weights = donor().state_dict()
+    weights["visual.proj"][0, 0] = torch.nan
+    save_file(weights, tmp_path / "w.safetensors")
+    config = TINY.model_copy(update={"pretrained": str(tmp_path / "w.safetensors")})
+    with pytest.raises(ValueError, match=r"must be finite .* in visual\.proj; their training div"):
+        Backbone(config, (64, 32))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            b"<!DOCTYPE html>\n<html><body>Sign in</body></html>",
+            r"is a page of HTML, as a download",
+        ),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", r"a pointer of Git LFS; f"),
+        (b"", r"is empty"),
+    ],
+)
+@pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
+def test_a_file_that_is_something_else_is_said_to_be_that(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    refuse_to_read(tmp_path / name, rf"{name} must hold weights .*{message}")
 
 
 def test_the_text_towers_key_names_the_file_and_not_its_place(tmp_path):

@@ -8,7 +8,14 @@ import time
 import pytest
 
 from next.storage import open_folder
-from next.tracking.journal import FILE_NAME, read_metrics, read_status
+from next.tracking.journal import (
+    FILE_NAME,
+    Artifact,
+    Opened,
+    encode,
+    read_metrics,
+    read_status,
+)
 from next.tracking.publication import Publication, Segment, TakenOverError, join
 from next.tracking.run import open_run
 from tests.tracking.test_run import in_journal, on_server
@@ -98,6 +105,17 @@ def test_the_same_machine_goes_on_and_reads_nothing_anew(store, tmp_path):
     assert join(open_folder(store), Publication(tmp_path, store)._segments()) == (
         (tmp_path / "one" / FILE_NAME).read_bytes()
     )
+
+
+def test_a_store_of_somebody_else_writes_nothing_outside_the_runs_folder(tmp_path):
+    """Its journal names files, which whoever goes on fetches."""
+    theirs = open_folder(tmp_path / "store" / "run")
+    lines = encode(Opened("k", "demo", "r", None, 1.0)) + encode(Artifact("../planted", ""))
+    theirs.write(f"journal/{Segment(0, 0, len(lines)).name}", lines)
+    (tmp_path / "store" / "planted").write_text("theirs")
+    with pytest.raises(ValueError, match=r"'\.\./planted' must name a file within .*not opened"):
+        Publication(tmp_path / "here" / "run", theirs.address).fetch()
+    assert not (tmp_path / "here" / "planted").exists()
 
 
 def test_a_reader_has_the_journal_and_takes_nothing_over(store, tmp_path):

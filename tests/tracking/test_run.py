@@ -13,7 +13,7 @@ import pytest
 
 from next.tracking import journal as journal_module
 from next.tracking.delivery import read_address
-from next.tracking.journal import FILE_NAME, Status, read_metrics, read_records
+from next.tracking.journal import FILE_NAME, Artifact, Status, encode, read_metrics, read_records
 from next.tracking.run import check_name, child_run_ids, open_run, replay
 
 DEAD = "http://127.0.0.1:9"
@@ -394,6 +394,29 @@ def test_a_replay_of_a_run_that_is_being_written_is_refused(tmp_path, monkeypatc
     monkeypatch.setattr(journal_module, "_LOCK_SECONDS", 0.1)
     with begin(None, tmp_path / "run"), pytest.raises(RuntimeError, match="must have one writer"):
         replay(tmp_path / "run", DEAD)
+
+
+def test_a_replay_of_somebody_elses_run_sends_nothing_from_outside_its_folder(
+    server, client, tmp_path, caplog
+):
+    folder, secret = tmp_path / "run", tmp_path / "secret.txt"
+    secret.write_text("mine")
+    (tmp_path / "secrets").mkdir()
+    begin(None, folder).close()
+    (folder / "sub").mkdir()
+    (folder / "sub" / "own.txt").write_text("theirs")
+    (folder / "link.txt").symlink_to(secret)
+    (folder / "mixed").mkdir()
+    (folder / "mixed" / "link.txt").symlink_to(secret)
+    named = ["sub", str(secret), "../secret.txt", "sub/../../secret.txt", "link.txt", "mixed"]
+    with (folder / FILE_NAME).open("ab") as file:
+        for path in [*named, "../secrets"]:
+            file.write(encode(Artifact(path, "got")))
+    result = replay(folder, server.uri)
+    assert result.refused == 6
+    got = [item.path for item in client.list_artifacts(result.run_id, "got")]
+    assert got == ["got/own.txt"]
+    assert "'../secret.txt' must name a file within" in caplog.text
 
 
 def test_a_replay_says_what_is_missing(tmp_path):

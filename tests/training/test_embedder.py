@@ -36,7 +36,7 @@ def gallery_columns(shards, checkpoint):
     """Columns of a few gallery samples as MLflow's users give them, and our own embeddings."""
     manifest = open_manifest(shards)
     network, config = load_network(checkpoint)
-    gallery = open_test_data(config, manifest).gallery.select(np.arange(6))
+    gallery = open_test_data(config, manifest, None).gallery.select(np.arange(6))
     expected = embed(network, evaluation_batches(gallery, config=config, device="cpu"), "cpu")
     names = manifest.benchmark.modalities
     images = [row for _, row in manifest.iter_images("gallery")][:6]

@@ -59,12 +59,13 @@ def test_a_run_of_an_older_version_goes_on_bit_for_bit_by_the_same_command(tiny_
 
 
 def test_the_record_of_an_older_run_stays_as_it_is_so_that_its_command_works_again(tiny_config):
-    config = resolve(tiny_config, open_manifest(tiny_config.data.uri))
-    record = claim_folder(override(config, LEGACY)) / "config.toml"
+    manifest = open_manifest(tiny_config.data.uri)
+    before = resolve(override(tiny_config, LEGACY), manifest)
+    record = claim_folder(before) / "config.toml"
     age(record)
     for _ in range(2):
-        older = as_begun(config, record)
-        assert older == override(config, LEGACY)
+        older = resolve(as_begun(tiny_config, record), manifest)
+        assert older == before
         claim_folder(older)
         assert predated(record.read_text()) == LEGACY
 

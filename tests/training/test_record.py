@@ -1,29 +1,27 @@
-"""What of a run's settings is worth a column."""
+"""What a run leaves beside its curves."""
 
-from next.config import RunConfig, override, setting_names
+import pytest
+
+from next.config import override
 from next.data.shards import open_manifest
+from next.tracking.journal import Artifact, read_records
+from next.tracking.run import open_run
+from next.training import record
 from next.training.inputs import resolve
-from next.training.record import own_settings
 
 
-def test_a_run_of_the_recipe_shows_its_seed_alone(demo_shards, cache_folder):
-    manifest = open_manifest(demo_shards)
-    config = override(
-        override(RunConfig(), manifest.benchmark.recipe),
-        {"data.uri": str(demo_shards), "data.cache": str(cache_folder), "batch.identities": 4},
-    )
-    resolved = resolve(config, manifest)
-    found = own_settings(resolved, manifest.benchmark)
-    assert found == {"seed": 0, "batch.identities": 4}
-
-
-def test_what_was_set_is_shown_under_its_own_name_and_where_it_ran_is_not(tiny_config, demo_shards):
-    manifest = open_manifest(demo_shards)
-    changed = {"optim.lr": 0.004, "captions.sampling": "none", "data.modalities": ("RGB", "TI")}
-    where = {"run.name": "second", "threads": 2, "tracking.uri": "http://127.0.0.1:1"}
-    resolved = resolve(override(tiny_config, changed | where), manifest)
-    found = own_settings(resolved, manifest.benchmark)
-    assert changed.items() <= found.items()
-    assert not found.keys() & where.keys()
-    assert set(found) <= set(setting_names()), "no column is called by another name"
-    assert "model.identities" not in found
+@pytest.mark.parametrize("sent", [False, True])
+def test_what_the_checkout_has_beyond_its_commit_is_kept_and_sent_on_request_alone(
+    tiny_config, tmp_path, monkeypatch, sent
+):
+    monkeypatch.setattr(record, "provenance_diff", lambda: "+not yet published\n")
+    manifest = open_manifest(tiny_config.data.uri)
+    assert tiny_config.tracking.git_diff is False
+    config = resolve(override(tiny_config, {"tracking.git_diff": sent}), manifest)
+    folder = tmp_path / "run"
+    with open_run(uri=None, experiment="demo", name="r", folder=folder) as run:
+        record.record_inputs(run, config, manifest)
+    assert (folder / "artifacts" / "git" / "diff.txt").read_text() == "+not yet published\n"
+    records = (entry.record for entry in read_records(folder))
+    named = [one.path for one in records if isinstance(one, Artifact)]
+    assert named == ["artifacts/config.toml"] + ["artifacts/git/diff.txt"] * sent
