@@ -3,13 +3,14 @@
 The folder of caches (``data.cache``) holds
 
 * ``decoded-<digest>-<split>[-<rows>]-<height>x<width>-<modalities>``: a folder with two NumPy
-  files, ``images.npy`` and ``present.npy``, and ``about.json``;
+  files, ``images.npy`` and ``present.npy``, and ``about.json``, which has their checksums by chunk;
 * ``text-<key>.arrow``: text banks (see :mod:`next.data.captions`);
 * ``labels-<key>.parquet``, in the default folder alone: indices of labels that do not lie beside
   their shards on this machine (see :mod:`next.data.index`).
 
 Each is built under a file lock by whoever comes first, beside its final name, and renamed when it
-is whole; so what has such a name is complete, and all processes of the node share its pages. Who
+is whole; so what has such a name is complete, and all processes of the node share its pages. What
+a disk has lost or changed since is found when a cache is opened, and it is built anew. Who
 reads one holds a shared lock on it, which the kernel drops with the process however that ends:
 clean-up removes only what nobody holds.
 """
@@ -25,7 +26,9 @@ import os
 import shutil
 import time
 import weakref
+import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +44,9 @@ from next.storage import commit, write_whole
 
 _log = logging.getLogger(__name__)
 
+_ABOUT = "about.json"
+_CHUNK = 4 * 2**20
+"""Bytes that one checksum is of."""
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """The disk, the user's quota, or the size that a file may have."""
 
@@ -311,7 +317,7 @@ def _kind(path: Path) -> Kind | None:
 
 def _about(path: Path) -> str:
     try:
-        about = json.loads((path / "about.json").read_text())
+        about = json.loads((path / _ABOUT).read_text())
         return "{} {}, {} samples, {}x{}, {}".format(
             about["benchmark"],
             about["split"],
@@ -361,9 +367,45 @@ def _open(path: Path, shape: tuple[int, ...]) -> DecodedCache | None:
         os.close(held)
         _log.warning("%s does not have the shape %s and is built anew", path, shape)
         return None
+    problem = _damage(path)
+    if problem:
+        os.close(held)
+        _log.warning("%s was damaged (%s) and is built anew", path, problem)
+        return None
     weakref.finalize(images.base, os.close, held)  # the mapping itself, which views keep alive
     mark_used(path)
     return DecodedCache(images, present, path)
+
+
+def _damage(path: Path) -> str:
+    """What of a cache is not what was written; empty: nothing, or its version kept no checksums."""
+    try:
+        sums = json.loads((path / _ABOUT).read_text()).get("sums", {})
+    except FileNotFoundError:
+        return ""
+    except (AttributeError, OSError, ValueError) as error:
+        return f"{_ABOUT}: {error}"
+    began = time.perf_counter()
+    for name, expected in sums.items():
+        found = _checksums(path / name)
+        if found != expected:
+            pairs = zip(found, expected, strict=False)
+            wrong = sum(one != other for one, other in pairs) + abs(len(found) - len(expected))
+            return f"{name}: {wrong} of {len(expected)} chunks have another checksum"
+    _log.debug("checked %s in %.2f s", path, time.perf_counter() - began)
+    return ""
+
+
+def _checksums(file: Path) -> list[int]:
+    """CRC-32 of each chunk of a file, by as many threads as there are cores."""
+    size = file.stat().st_size
+    if not size:
+        return []
+    content = np.memmap(file, np.uint8, "r")
+    cores = len(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(cores, thread_name_prefix="checksums") as pool:
+        parts = (content[start : start + _CHUNK] for start in range(0, size, _CHUNK))
+        return list(pool.map(zlib.crc32, parts))
 
 
 def _build(
@@ -398,8 +440,9 @@ def _build(
             "rows": len(rows),
             "image_size": shape[2:4],
             "modalities": manifest.benchmark.modalities,
+            "sums": {name: _checksums(draft / name) for name in ("images.npy", "present.npy")},
         }
-        write_whole(draft / "about.json", json.dumps(about))
+        write_whole(draft / _ABOUT, json.dumps(about))
     seconds = time.perf_counter() - began
     _log.info("decoded %d samples of %s in %.1f s: %s", shape[0], split, seconds, draft.stem)
 

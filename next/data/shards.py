@@ -19,6 +19,8 @@ Files are read and written through :mod:`next.storage`.
 from __future__ import annotations
 
 import hashlib
+import json
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -505,6 +507,15 @@ def number_sentences(shards: Sequence[Sequence[EncodedCaptions]]) -> tuple[list[
     return sentences, ids.swapaxes(0, 1)
 
 
+def _sum_of(column: Any) -> int:
+    """CRC-32 of an array's buffers."""
+    found = 0
+    for buffer in column.buffers():
+        if buffer is not None:
+            found = zlib.crc32(buffer, found)
+    return found
+
+
 class Matrix(NamedTuple):
     """Strings and one vector for each."""
 
@@ -536,7 +547,10 @@ def write_matrix(path: str | Path, strings: Sequence[str], values: np.ndarray) -
         pa.array(np.ascontiguousarray(values).reshape(-1)), values.shape[1]
     )
     texts = pa.array(strings, pa.large_string())
-    batch = pa.record_batch([texts, vectors], names=["text", "vector"])
+    sums = {"text": _sum_of(texts), "vector": _sum_of(vectors)}
+    batch = pa.record_batch([texts, vectors], names=["text", "vector"]).replace_schema_metadata(
+        {"sums": json.dumps(sums)}
+    )
     with replacing(path) as file, pa.ipc.new_file(file, batch.schema) as writer:
         writer.write_batch(batch)
 
@@ -544,13 +558,22 @@ def write_matrix(path: str | Path, strings: Sequence[str], values: np.ndarray) -
 def read_matrix(path: str | Path) -> Matrix:
     """Read what :func:`write_matrix` wrote; the values stay in the file and are mapped.
 
+    Its bytes must be those that were written; a file of a version before has no checksum.
+
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is cut short or is something else.
+        ValueError: the file is cut short, was changed, or is something else.
     """
     try:
         with pa.memory_map(str(path)) as file, pa.ipc.open_file(file) as reader:
             batch = reader.get_batch(0)
+            sums = json.loads((batch.schema.metadata or {}).get(b"sums", b"{}"))
+            for name, expected in sums.items():
+                if _sum_of(batch.column(name)) != expected:
+                    raise ValueError(
+                        f"{path}: its column {name} is not what was written (its checksum "
+                        f"differs); remove it"
+                    )
             vectors = batch.column("vector")
             return Matrix(
                 batch.column("text").to_pylist(),

@@ -30,6 +30,7 @@ from next.tracking.client import (
     short_message,
 )
 from next.tracking.journal import (
+    FILE_NAME,
     Artifact,
     Data,
     Entry,
@@ -39,6 +40,7 @@ from next.tracking.journal import (
     Params,
     Status,
     Tags,
+    ends_with,
     is_boundary,
     read_records,
 )
@@ -66,6 +68,11 @@ class Address:
     """Bytes of the journal that the server has acknowledged."""
     aside: list[int] = field(default_factory=list)
     """First bytes of records before ``delivered`` that the server refused; tried again."""
+    seal: str = ""
+    """Checksum of the record that ends at ``delivered``."""
+    shortened: bool = False
+    """The journal has lost records that the server has. So the server is asked what it has of a
+    step before more is sent of it; else values that are logged again would stand there twice."""
 
 
 def read_address(folder: Path) -> Address:
@@ -85,6 +92,8 @@ class Delivery:
         self.address = read_address(folder)
         self._client: MlflowClient | None = None
         self._located = False
+        self._steps: dict[str, set[int]] = {}
+        """Steps of each metric that the server has; of a shortened journal alone."""
 
     def locate(self) -> Address:
         """The MLflow run of this journal, created if the server has none.
@@ -130,6 +139,7 @@ class Delivery:
                 replace(
                     self.address,
                     delivered=batch[-1].end,
+                    seal=batch[-1].seal,
                     aside=self.address.aside + [entry.start for entry in refused],
                 )
             )
@@ -163,6 +173,7 @@ class Delivery:
             elif not isinstance(record, Opened):
                 self._send_values(self._client, batch)
         except Exception as error:
+            self._steps.clear()  # what of the batch the server has is not known
             # An artifact may fail for itself (its file, its store), which must not hold up the
             # metrics behind it; anything else that is no plain "bad request" is the server's.
             if not isinstance(record, Artifact) and http_status(error) not in (400, 404):
@@ -196,12 +207,23 @@ class Delivery:
                 params |= record.values
             elif isinstance(record, Tags):
                 tags |= record.values
+        if self.address.shortened:
+            metrics = [one for one in metrics if self._lacks(client, one.key, one.step)]
         client.log_batch(
             self.address.run_id,
             metrics=metrics,
             params=[Param(name, value) for name, value in params.items()],
             tags=[RunTag(name, value) for name, value in tags.items()],
         )
+
+    def _lacks(self, client: MlflowClient, name: str, step: int) -> bool:
+        """Whether the server has no value of a metric at a step."""
+        if name not in self._steps:
+            history = client.get_metric_history(str(self.address.run_id), name)
+            self._steps[name] = {metric.step for metric in history}
+        lacks = step not in self._steps[name]
+        self._steps[name].add(step)
+        return lacks
 
     def _send_artifact(self, client: MlflowClient, record: Artifact) -> None:
         # A journal may be somebody else's: what it names outside its folder is not sent.
@@ -239,8 +261,16 @@ class Delivery:
 
     def _locate(self, client: MlflowClient) -> None:
         opened = _opened(self.folder)
-        if not is_boundary(self.folder, self.address.delivered):
-            self._remember(replace(self.address, delivered=0, aside=[]))
+        known = self.address
+        if not is_boundary(self.folder, known.delivered) or (
+            known.seal and not ends_with(self.folder, known.delivered, known.seal)
+        ):
+            _log.warning(
+                "%s lacks records that the tracking server has, or has others: it is delivered "
+                "again, and what the server has of a step stays; bring the file back from a copy",
+                self.folder / FILE_NAME,
+            )
+            self._remember(replace(known, delivered=0, aside=[], seal="", shortened=True))
         if self.address.run_id and self._has_active_run(client):
             self._remember(replace(self.address, uri=self.uri))
             return

@@ -1,6 +1,8 @@
 """The record of a run: an append-only file of one JSON object per line, beside the run.
 
 Everything that is logged goes here before it goes anywhere else, so nothing depends on a server.
+Each line ends with its own checksum and that of the line before, so that a line that was changed is
+not believed and one that is missing is noticed. Lines of versions before have none, and are read.
 A record is in the kernel's hands when :meth:`Journal.append` returns (about 10 us), which a killed
 process cannot undo; :meth:`Journal.sync` then brings a batch to the disk, off the training step,
 so that a power cut costs the last seconds at most.
@@ -14,8 +16,10 @@ import json
 import logging
 import math
 import os
+import re
 import threading
 import time
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +29,12 @@ _log = logging.getLogger(__name__)
 
 FILE_NAME = "journal.jsonl"
 """Name of the journal within the run's folder."""
+
+_SUM = "sum"
+_SEALED = re.compile(rb'(.*),"sum":"([0-9a-f]{8})([0-9a-f]{8})?"}\n', re.DOTALL)
+_END = re.compile(rb',"sum":"([0-9a-f]{8})(?:[0-9a-f]{8})?"}\n\Z')
+_LONGEST_END = 64
+_told: set[tuple[Path, int, str]] = set()
 
 _LOCK_SECONDS = 10.0
 """A killed process of the same run may need this long to be gone."""
@@ -127,6 +137,8 @@ class Entry(NamedTuple):
     record: Record
     start: int
     end: int
+    seal: str = ""
+    """Checksum of the line; empty: it is of a version that wrote none."""
 
 
 class Journal:
@@ -147,6 +159,7 @@ class Journal:
         try:
             _lock(fd, self.path)
             self._size = _mend(fd)
+            self._seal = _seal_at(fd, self._size)
         except BaseException:
             os.close(fd)
             raise
@@ -166,6 +179,7 @@ class Journal:
         with self._guard:
             if self._fd is None:
                 raise RuntimeError(f"the run in {self.path.parent} is closed; open it again to log")
+            line, self._seal = seal(line, self._seal)
             self._unwritten += line
             self._write(self._fd)
 
@@ -230,6 +244,33 @@ def encode(record: Record) -> bytes:
     return json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
 
 
+def seal(line: bytes, before: str) -> tuple[bytes, str]:
+    """A line of :func:`encode` with its checksum, and that checksum.
+
+    Args:
+        line: ends in ``}`` and a line feed.
+        before: checksum of the line before; empty: there is none, or it has none.
+    """
+    body = line[:-2]
+    own = f"{zlib.crc32(body):08x}"
+    return b'%s,"%s":"%s%s"}\n' % (body, _SUM.encode(), own.encode(), before.encode()), own
+
+
+def seals(line: bytes) -> tuple[str, str] | None:
+    """A line's checksum and that of the line before; None: it has none.
+
+    Raises:
+        ValueError: the line is not what its checksum is of.
+    """
+    match = _SEALED.fullmatch(line)
+    if match is None:
+        return None
+    own = match[2].decode()
+    if f"{zlib.crc32(match[1]):08x}" != own:
+        raise ValueError(f"the line was changed after it was written: {line[:80]!r}")
+    return own, (match[3] or b"").decode()
+
+
 def decode(line: bytes) -> Record:
     """The inverse of :func:`encode`.
 
@@ -238,6 +279,7 @@ def decode(line: bytes) -> Record:
     """
     try:
         fields = json.loads(line)
+        fields.pop(_SUM, None)
         kind = _KINDS[fields.pop("type")]
         if kind is Metrics:
             fields["values"] = {name: float(value) for name, value in fields["values"].items()}
@@ -249,24 +291,40 @@ def decode(line: bytes) -> Record:
 def read_records(folder: str | Path, start: int = 0) -> Iterator[Entry]:
     """Records from byte ``start`` on, in the order in which they were logged.
 
-    A last line that was not written to its end is left out, and a line that is damaged (a power
-    cut can leave one) is skipped with a warning.
+    A last line that was not written to its end is left out. A line that is damaged (a power cut can
+    leave one) or was changed is skipped with a warning, and so is told where lines are missing.
 
     Raises:
         FileNotFoundError: the folder has no journal.
     """
     path = Path(folder) / FILE_NAME
     with path.open("rb") as file:
+        known: str | None = _seal_at(file.fileno(), start)
         file.seek(start)
         for line in file:
             if not line.endswith(b"\n"):
                 return
             end = start + len(line)
             try:
-                yield Entry(decode(line), start, end)
+                sums = seals(line)
+                entry = Entry(decode(line), start, end, sums[0] if sums else "")
             except ValueError as error:
-                _log.warning("%s, byte %d: %s; skipped", path, start, error)
+                _warn(path, start, f"{error}; it is skipped, so bring the file back from a copy")
+                known = None
+            else:
+                if sums is not None and known is not None and sums[1] != known:
+                    _warn(
+                        path, start, "lines are missing before it; bring the file back from a copy"
+                    )
+                known = entry.seal
+                yield entry
             start = end
+
+
+def ends_with(folder: str | Path, offset: int, seal_: str) -> bool:
+    """Whether the record of this checksum ends at this byte."""
+    with (Path(folder) / FILE_NAME).open("rb") as file:
+        return _seal_at(file.fileno(), offset) == seal_
 
 
 def is_boundary(folder: str | Path, offset: int) -> bool:
@@ -305,6 +363,21 @@ def read_status(folder: str | Path) -> str | None:
 def now() -> float:
     """Seconds since 1970, with milliseconds, as MLflow keeps them."""
     return round(time.time(), 3)
+
+
+def _warn(path: Path, start: int, problem: str) -> None:
+    """Once in a process: a journal is read again and again."""
+    if (path, start, problem) not in _told:
+        _told.add((path, start, problem))
+        _log.warning("%s, byte %d: %s", path, start, problem)
+
+
+def _seal_at(fd: int, end: int) -> str:
+    """Checksum of the line that ends at a byte; empty: there is none, or it has none."""
+    start = end - _LONGEST_END
+    tail = os.pread(fd, end - max(start, 0), max(start, 0))
+    match = _END.search(tail)
+    return "" if match is None else match[1].decode()
 
 
 def _spell(value: float) -> float | str:

@@ -7,7 +7,7 @@ A checkpoint is a folder::
     text.safetensors    the frozen text tower, where a pretrained one reads captions
     optimizer.pt        optimizer state and RNG states, read with ``weights_only=True``
     config.toml         the resolved configuration
-    state.json          progress, scores, plan hash, and the size and sha256 of the files above
+    state.json          progress, scores, plan hash; sha256 of itself, of the files above with size
 
 ``state.json`` is written last, so a folder without it, or with a file that differs from what it
 says, is torn and is refused.
@@ -177,17 +177,11 @@ def read_progress(folder: Path) -> Progress:
             f"{folder} holds no checkpoint (there is no state.json); give the folder that a run "
             f"wrote, such as runs/NAME/checkpoints/best"
         )
-    try:
-        state = json.loads(record.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{record} is torn: {error}; use another checkpoint") from None
-    if state["format"] > _FORMAT:
-        raise ValueError(
-            f"{record} has format {state['format']}, but this version reads up to {_FORMAT}; "
-            f"use the version of next-reid that wrote it"
-        )
+    state = parse_state(str(record), record.read_bytes())
     for name, expected in state["files"].items():
         path = Path(folder) / name
+        if path.parent != Path(folder):
+            raise ValueError(f"{record} must list files of its folder, but lists {name!r}")
         found = _fingerprint(path) if path.is_file() else "no file"
         if found != expected:
             raise ValueError(
@@ -195,6 +189,46 @@ def read_progress(folder: Path) -> Progress:
             )
     rows = tuple((step, values) for step, values in state["progress"].pop("rows", []))
     return Progress(**state["progress"], rows=rows)
+
+
+def parse_state(where: str, text: bytes) -> dict[str, Any]:
+    """The content of a ``state.json``, which is what was written; those of before have no sum.
+
+    Args:
+        where: names it in errors.
+        text: what it holds.
+
+    Raises:
+        ValueError: it is torn or was changed, or the format is newer.
+    """
+    try:
+        state: dict[str, Any] = json.loads(text)
+        own = state.pop("sha256", None)
+        version, whole = state["format"], {"progress", "files"} <= state.keys()
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{where} is torn: {error}; use another checkpoint") from None
+    if version > _FORMAT:
+        raise ValueError(
+            f"{where} has format {version}, but this version reads up to {_FORMAT}; use the "
+            f"version of next-reid that wrote it"
+        )
+    if not whole or (own is not None and own != _sum(state)):
+        raise ValueError(
+            f"{where} is torn: it is not what was written (its sha256 differs); use another "
+            f"checkpoint"
+        )
+    return state
+
+
+def write_state(folder: Path, state: dict[str, Any]) -> None:
+    """Write ``state.json`` with a sum of its own."""
+    text = json.dumps(state | {"sha256": _sum(state)}, indent=2)
+    write_whole(folder / "state.json", text)
+
+
+def _sum(state: dict[str, Any]) -> str:
+    # Of what the text means: JSON gives back every number as it was.
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def require_data(progress: Progress, digest: str) -> None:
@@ -288,11 +322,11 @@ def export_checkpoint(folder: Path, destination: Path) -> Path:
     """
     read_progress(folder)
     destination.mkdir(parents=True, exist_ok=True)
-    state = json.loads((Path(folder) / "state.json").read_text())
+    state = parse_state(str(folder), (Path(folder) / "state.json").read_bytes())
     state["files"] = {name: state["files"][name] for name in ("config.toml", "model.safetensors")}
     for name in state["files"]:
         shutil.copyfile(Path(folder) / name, destination / name)
-    write_whole(destination / "state.json", json.dumps(state, indent=2))
+    write_state(destination, state)
     return destination
 
 
@@ -325,7 +359,7 @@ def _write_files(folder: Path, snapshot: Snapshot) -> None:
     (folder / "config.toml").write_text(to_toml(snapshot.config))
     files = {path.name: _fingerprint(path) for path in sorted(folder.iterdir())}
     state = {"format": _FORMAT, "progress": asdict(snapshot.progress), "files": files}
-    (folder / "state.json").write_text(json.dumps(state, indent=2))
+    write_state(folder, state)
 
 
 def _link(file: Path, place: Path) -> None:

@@ -13,7 +13,6 @@ a run leaves may lie beside them (:mod:`next.tracking.publication`).
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import tempfile
@@ -28,7 +27,7 @@ import torch
 
 from next.config import RunConfig
 from next.storage import drafting, is_draft, open_folder
-from next.training.checkpoint import Snapshot, read_progress, write_snapshot
+from next.training.checkpoint import Snapshot, parse_state, read_progress, write_snapshot
 from next.training.interruption import Interrupted
 
 _log = logging.getLogger(__name__)
@@ -197,8 +196,8 @@ class CheckpointStore:
             if not name.startswith("step-") or self.folder.size(record) is None:
                 continue
             try:
-                progress = json.loads(self.folder.read(record))["progress"]
-            except (ValueError, KeyError):
+                progress = parse_state(record, self.folder.read(record))["progress"]
+            except ValueError:
                 progress = {}  # torn; whoever wants to read it is told
             evaluated = name.endswith("-evaluated")
             scores[name] = progress.get("metrics", {}).get("val/mAP") if evaluated else None

@@ -29,6 +29,7 @@ from next.tuning.charts import (
     trade_off,
     usage_over_settings,
 )
+from next.tuning.features import read_features
 from next.tuning.folder import Standing
 from next.tuning.importance import METHOD, comparable, importances
 from next.tuning.page import Picture
@@ -190,13 +191,11 @@ def query_pictures(found: Standing) -> list[Picture]:
     default = [setting for setting in found.settings if setting.name == DEFAULT]
     best = [run for s in [*drawn, *default] if (run := s.best_run_on(0))]  # on the same queries
     best = best[:2] + [run for run in best[2:] if run.of == DEFAULT]
-    kept = [(run, Path(run.folder) / FEATURES) for run in best]
-    kept = [(run, path) for run, path in kept if path.is_file()][:2]
+    read = ((run, read_features(Path(run.folder) / FEATURES)) for run in best)
+    kept = [(run, arrays) for run, arrays in read if arrays is not None][:2]
     if len(kept) < 2:
         return []
-    (ours, one), (theirs, other) = kept
-    with np.load(one) as a, np.load(other) as b:
-        left, right = dict(a), dict(b)
+    (ours, left), (theirs, right) = kept
     gains = left["average_precision"] - right["average_precision"]
     folder = found.folder / "figures"
     pictures = [

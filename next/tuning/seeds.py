@@ -13,6 +13,7 @@ from scipy.special import ndtri, stdtrit  # type: ignore[import-untyped]
 
 from next.evaluation.blocks import Estimate, SharedSeeds, judged
 from next.evaluation.noise import PairedDifference, paired_bootstrap, pooled_spread
+from next.tuning.features import read_features
 from next.tuning.results import Setting, Trial, fit_seeds
 from next.tuning.search import DEFAULT, Repeat
 from next.tuning.settings import FEATURES
@@ -329,14 +330,13 @@ def _over_queries(one: list[Trial], other: list[Trial], shared: set[int]) -> _Ov
 
 
 def kept_queries(runs: Sequence[Trial]) -> tuple[np.ndarray, np.ndarray] | None:
-    """[runs, Q] average precision and [Q] identities; None where a run kept none."""
+    """[runs, Q] average precision and [Q] identities; None where a run kept none of them."""
     scores = []
     pids = np.empty(0)
     for run in runs:
-        path = Path(run.folder) / FEATURES
-        if not path.is_file():
+        kept = read_features(Path(run.folder) / FEATURES)
+        if kept is None or (scores and len(kept["query_pid"]) != len(pids)):
             return None
-        with np.load(path) as kept:
-            scores.append(kept["average_precision"])
-            pids = kept["query_pid"]
+        scores.append(kept["average_precision"])
+        pids = kept["query_pid"]
     return np.stack(scores), pids

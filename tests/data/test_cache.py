@@ -1,4 +1,5 @@
 import io
+import json
 import logging
 import os
 import signal
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from next.data import cache as cache_module
 from next.data.cache import cache_root, clean_up, contents, open_cache
 from next.data.decoding import decode
 from next.data.layout import Loaded, Sample
@@ -69,6 +71,62 @@ def test_the_cache_holds_the_decoded_pixels(manifest, tmp_path):
         np.testing.assert_array_equal(cache.images[row, 1], np.broadcast_to(expected, (*SIZE, 3)))
     assert cache.present[:, 0].all()
     assert cache.present[:, 1].tolist() == [row % 4 != 0 for row in range(ROWS)]
+
+
+def zeroed(path: Path) -> None:
+    """What a power cut leaves of pages that were not written yet."""
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        file.seek(size // 2)
+        file.write(bytes(min(300_000, size // 4)))
+
+
+def flipped(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 5)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("images.npy", zeroed),
+        ("images.npy", flipped),
+        ("images.npy", cut),
+        ("present.npy", flipped),
+        ("present.npy", cut),
+        ("about.json", cut),
+    ],
+)
+def test_a_cache_that_is_not_what_was_written_is_built_anew(
+    manifest, tmp_path, caplog, monkeypatch, file, damage
+):
+    monkeypatch.setattr(cache_module, "_CHUNK", 4096)
+    images = open_cache(manifest, "train", SIZE, tmp_path).images.copy()
+    (folder,) = tmp_path.glob("decoded-*16*[0-9a-f]")
+    damage(folder / file)
+    again = open_cache(manifest, "train", SIZE, tmp_path)
+    np.testing.assert_array_equal(again.images, images)
+    assert again.present[:, 1].tolist() == [row % 4 != 0 for row in range(ROWS)]
+    assert "was damaged" in caplog.text
+    assert "is built anew" in caplog.text
+    caplog.clear()
+    open_cache(manifest, "train", SIZE, tmp_path)
+    assert caplog.text == "", "mended"
+
+
+def test_a_cache_of_before_has_no_checksums_and_is_used(manifest, tmp_path, caplog):
+    images = open_cache(manifest, "train", SIZE, tmp_path).images.copy()
+    (about,) = tmp_path.glob("decoded-*/about.json")
+    told = json.loads(about.read_text())
+    del told["sums"]
+    about.write_text(json.dumps(told))
+    np.testing.assert_array_equal(open_cache(manifest, "train", SIZE, tmp_path).images, images)
+    assert caplog.text == ""
 
 
 def test_images_of_another_size_are_resized_as_the_public_codes_do(manifest, tmp_path):

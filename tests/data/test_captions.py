@@ -308,6 +308,23 @@ def test_a_bank_encodes_each_distinct_text_once_and_is_then_read_from_its_file(t
     assert not list(tmp_path.glob("*partial*"))
 
 
+@pytest.mark.parametrize("what", ["vector", "text"])
+def test_a_bank_of_which_a_byte_was_changed_is_built_anew(tmp_path, caplog, what):
+    tower = Tower()
+    texts = ["a first text", "a second text"]
+    open_text_bank(texts, tower.encode, "key", tmp_path)
+    (path,) = tmp_path.glob("text-*.arrow")
+    content = path.read_bytes()
+    old = b"a second" if what == "text" else vectors(texts)[1].tobytes()[:4]
+    assert content.count(old) == 1
+    path.write_bytes(content.replace(old, bytes(byte ^ 1 for byte in old)))
+    again = open_text_bank(texts, tower.encode, "key", tmp_path)
+    assert tower.asked == [texts, texts]
+    assert again.texts == texts
+    np.testing.assert_array_equal(again.embeddings, vectors(texts))
+    assert f"its column {what} is not what was written" in caplog.text
+
+
 def test_a_bank_grows_by_the_texts_that_it_lacks(tmp_path):
     tower = Tower()
     open_text_bank(["a", "b"], tower.encode, "key", tmp_path)

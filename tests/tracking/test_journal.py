@@ -121,6 +121,42 @@ def test_a_damaged_line_is_skipped_with_a_warning(tmp_path, caplog, damage):
     assert "not a journal record" in caplog.text
 
 
+def test_a_line_that_was_changed_is_not_believed_and_the_others_are(tmp_path, caplog):
+    write(tmp_path, EVERY_KIND)
+    path = tmp_path / FILE_NAME
+    path.write_bytes(path.read_bytes().replace(b'"train/loss":0.1', b'"train/loss":0.9'))
+    found = [entry.record for entry in read_records(tmp_path)]
+    assert found == [record for record in EVERY_KIND if not isinstance(record, Metrics)]
+    assert "the line was changed after it was written" in caplog.text
+    assert "bring the file back from a copy" in caplog.text
+
+
+@pytest.mark.parametrize("missing", [0, 3])
+def test_lines_that_are_missing_are_noticed(tmp_path, caplog, missing):
+    write(tmp_path, EVERY_KIND[:4])
+    write(tmp_path, EVERY_KIND[4:])
+    path = tmp_path / FILE_NAME
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert len(list(read_records(tmp_path))) == len(EVERY_KIND)
+    assert caplog.text == "", "two writers in turn make one chain"
+    del lines[missing]
+    path.write_bytes(b"".join(lines))
+    assert len(list(read_records(tmp_path))) == len(EVERY_KIND) - 1
+    assert "lines are missing before it; bring the file back from a copy" in caplog.text
+    at = f"byte {len(b''.join(lines[:missing]))}: lines are missing"
+    assert at in caplog.text
+
+
+def test_a_journal_of_before_is_read_and_goes_on_with_checksums(tmp_path, caplog):
+    (tmp_path / FILE_NAME).write_bytes(b"".join(map(encode, EVERY_KIND[:4])))
+    write(tmp_path, EVERY_KIND[4:])
+    entries = list(read_records(tmp_path))
+    assert [entry.record for entry in entries] == EVERY_KIND
+    assert [bool(entry.seal) for entry in entries] == [False] * 4 + [True] * 3
+    assert list(read_records(tmp_path, entries[5].start)) == entries[5:]
+    assert caplog.text == ""
+
+
 def test_a_second_writer_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_LOCK_SECONDS", 0.1)
     journal = Journal(tmp_path)

@@ -322,12 +322,18 @@ def test_a_journal_that_lost_its_tail_is_delivered_again(server, client, tmp_pat
             run.log_metrics({"a": step}, step=step)
         run_id = run.run_id
     path = tmp_path / "run" / FILE_NAME
-    path.write_bytes(path.read_bytes()[:-300])
-    with begin(server.uri, tmp_path / "run") as run:
-        run.log_metrics({"z": 1}, step=1)
+    path.write_bytes(path.read_bytes()[:-1500])
+    assert len(read_metrics(tmp_path / "run")) < 15
+    for _ in range(2):  # goes on from a checkpoint of before, and once more
+        with begin(server.uri, tmp_path / "run") as run:
+            run.log_metrics({"z": 1}, step=1)
+            for step in range(10, 20):
+                run.log_metrics({"a": step}, step=step)
     assert run.run_id == run_id
     assert client.get_run(run_id).data.metrics["z"] == 1.0
-    assert set(on_server(client, run_id).values()) == {1}
+    values = on_server(client, run_id)
+    assert set(values.values()) == {1}, "none twice"
+    assert {step for name, step, _ in values if name == "a"} == set(range(20)), "and all of them"
 
 
 def test_without_an_address_the_journal_is_all(tmp_path):

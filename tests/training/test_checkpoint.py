@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 
@@ -5,6 +7,7 @@ from next.config import RunConfig, override
 from next.model.network import NEXT
 from next.training.checkpoint import (
     Progress,
+    export_checkpoint,
     load_network,
     load_training_state,
     load_weights,
@@ -86,6 +89,42 @@ def test_a_torn_checkpoint_is_refused(trained, config, tmp_path, name):
     (folder / name).unlink()
     with pytest.raises(ValueError, match=rf"{name} is torn: .* found no file"):
         read_progress(folder)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [('"best": 31.5', '"best": 91.5'), ('"step": 7', '"step": 8')]
+)
+def test_a_state_of_which_a_digit_was_changed_is_not_believed(trained, config, tmp_path, old, new):
+    progress = Progress(1, 7, best=31.5)
+    folder = save_checkpoint(tmp_path / "last", *trained, progress, config)
+    state = (folder / "state.json").read_text()
+    assert old in state
+    (folder / "state.json").write_text(state.replace(old, new))
+    with pytest.raises(
+        ValueError, match=r"state\.json is torn: it is not what was written .*use an"
+    ):
+        read_progress(folder)
+    told = json.loads(state)
+    del told["sha256"]
+    (folder / "state.json").write_text(json.dumps(told))
+    assert read_progress(folder) == progress, "one of a version before has no sum"
+
+
+def test_a_state_names_files_of_its_folder_alone(trained, config, tmp_path):
+    folder = save_checkpoint(tmp_path / "last", *trained, Progress(), config)
+    told = json.loads((folder / "state.json").read_text())
+    del told["sha256"]
+    told["files"]["../secret"] = "1 bytes"
+    (folder / "state.json").write_text(json.dumps(told))
+    with pytest.raises(ValueError, match=r"must list files of its folder, but lists '\.\./secret'"):
+        read_progress(folder)
+
+
+def test_an_exported_checkpoint_has_a_sum_of_its_own(trained, config, tmp_path):
+    folder = save_checkpoint(tmp_path / "last", *trained, Progress(3), config)
+    exported = export_checkpoint(folder, tmp_path / "exported")
+    assert read_progress(exported).epoch == 3
+    assert "sha256" in json.loads((exported / "state.json").read_text())
 
 
 def test_a_folder_without_a_checkpoint_says_what_to_give(tmp_path):

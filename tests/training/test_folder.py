@@ -25,7 +25,7 @@ def age(record: Path) -> None:
     state = record.with_name("state.json")
     if state.is_file():
         told = json.loads(state.read_text())
-        del told["files"]["config.toml"]  # its hash
+        del told["files"]["config.toml"], told["sha256"]  # hashes of that and of this file
         state.write_text(json.dumps(told))
 
 

@@ -71,7 +71,7 @@ def test_more_of_the_best_are_kept_if_asked_for(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("damage", ["cut", "removed", "flipped", "record"])
+@pytest.mark.parametrize("damage", ["cut", "removed", "flipped", "record", "another score"])
 def test_a_torn_checkpoint_is_never_taken_for_a_whole_one(tmp_path, damage, caplog):
     store = CheckpointStore(tmp_path)
     for step in (1, 2):
@@ -84,6 +84,9 @@ def test_a_torn_checkpoint_is_never_taken_for_a_whole_one(tmp_path, damage, capl
         weights.unlink()
     elif damage == "flipped":
         weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif damage == "another score":
+        state = weights.with_name("state.json")
+        state.write_text(state.read_text().replace('"val/mAP": 20.0', '"val/mAP": 90.0'))
     else:
         (weights.parent / "state.json").write_text('{"format": ')
     assert latest_step(store) == 1

@@ -1,0 +1,59 @@
+"""Features of trials that a disk or somebody has changed."""
+
+import numpy as np
+import pytest
+
+from next.tuning.features import read_features
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "features.npz"
+    np.savez_compressed(
+        path, average_precision=np.linspace(0, 1, 5), query_pid=np.arange(5), query=np.eye(5)
+    )
+    return path
+
+
+def test_what_was_kept_is_read(path):
+    assert read_features(path)["average_precision"].tolist() == [0, 0.25, 0.5, 0.75, 1]
+    assert read_features(path.with_name("none.npz")) is None
+
+
+def flipped(path):
+    np.savez(path, average_precision=np.array([0.25, 0.5]), query_pid=np.arange(2))
+    content, old = path.read_bytes(), np.array(0.25).tobytes()
+    assert content.count(old) == 1
+    path.write_bytes(content.replace(old, np.array(0.75).tobytes()))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flipped,
+        lambda path: path.write_bytes(path.read_bytes()[:100]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(bytes(300)),
+        lambda path: path.write_text("<html>"),
+        lambda path: np.savez(path, query_pid=np.arange(5)),
+        lambda path: np.savez(path, average_precision=np.ones(4), query_pid=np.arange(5)),
+        lambda path: np.savez(path, average_precision=np.array(["x"]), query_pid=np.arange(1)),
+        lambda path: np.savez(path, average_precision=np.array([{}]), query_pid=np.arange(1)),
+    ],
+    ids=["flipped", "cut", "empty", "zeros", "page", "lacking", "shapes", "texts", "objects"],
+)
+def test_what_is_damaged_is_named_and_ends_nothing(path, caplog, damage):
+    damage(path)
+    assert read_features(path) is None
+    assert f"{path} is damaged (" in caplog.text
+    assert "bring the file back from a copy" in caplog.text
+
+
+def test_a_damaged_array_is_found_wherever_it_is(path):
+    content = path.read_bytes()
+    for place in range(len(content)):
+        changed = bytearray(content)
+        changed[place] ^= 0x10
+        path.write_bytes(changed)
+        found = read_features(path)
+        assert found is None or found["average_precision"].tolist() == [0, 0.25, 0.5, 0.75, 1]
