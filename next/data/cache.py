@@ -26,7 +26,6 @@ import os
 import shutil
 import time
 import weakref
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -397,15 +396,21 @@ def _damage(path: Path) -> str:
 
 
 def _checksums(file: Path) -> list[int]:
-    """CRC-32 of each chunk of a file, by as many threads as there are cores."""
+    """Sum of the 64-bit words of each chunk of a file, and last the bytes that are no whole word.
+
+    Every changed byte, and zeros in place of what was written, change it. CRC-32 would also see
+    pages that changed places within a chunk, and takes five times as long.
+    """
     size = file.stat().st_size
     if not size:
         return []
     content = np.memmap(file, np.uint8, "r")
+    words = content[: size // 8 * 8].view(np.uint64)
+    parts = (words[start : start + _CHUNK // 8] for start in range(0, len(words), _CHUNK // 8))
     cores = len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(cores, thread_name_prefix="checksums") as pool:
-        parts = (content[start : start + _CHUNK] for start in range(0, size, _CHUNK))
-        return list(pool.map(zlib.crc32, parts))
+        sums = list(pool.map(lambda part: int(part.sum(dtype=np.uint64)), parts))
+    return [*sums, int.from_bytes(content[size // 8 * 8 :].tobytes(), "little")]
 
 
 def _build(

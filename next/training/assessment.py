@@ -122,7 +122,8 @@ def assess(
     network, config, (query, gallery, rule) = _open(checkpoint, manifest, device, split, settings)
     whitening = None
     if features != "plain":
-        whitening = fitted(network, config, manifest, features, device, share)
+        text = text_of(checkpoint)
+        whitening = fitted(network, config, manifest, features, device, share, text)
     found = evaluate(
         network,
         query,
@@ -178,13 +179,14 @@ def fitted(
     kind: Kind,
     device: torch.device,
     share: Share = ALONE,
+    text: Path | None = None,
 ) -> Whitening:
     """Centring or whitening by the features of the train samples, held-out identities left out.
 
     Raises:
         ValueError: a modality that fewer than two train samples have.
     """
-    train = training_data(config, manifest).train
+    train = training_data(config, manifest, text).train
     found = embed_all(network, [train], config=config, device=device, share=share)
     layout = Layout(len(network.embedded), network.modalities)
     return fit_whitening(found.features, layout, kind)

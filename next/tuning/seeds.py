@@ -331,7 +331,7 @@ def _over_queries(one: list[Trial], other: list[Trial], shared: set[int]) -> _Ov
 
 def kept_queries(runs: Sequence[Trial]) -> tuple[np.ndarray, np.ndarray] | None:
     """[runs, Q] average precision and [Q] identities; None where a run kept none of them."""
-    scores = []
+    scores: list[np.ndarray] = []
     pids = np.empty(0)
     for run in runs:
         kept = read_features(Path(run.folder) / FEATURES)
