@@ -1,5 +1,6 @@
 """What a run reads, opened again by another trial of the node."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,19 @@ def written(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_ctime_ns for path in folder.glob("decoded-*/*.npy")} | {
         path: path.stat().st_ino for path in folder.glob("text-*.arrow")
     }
+
+
+def test_data_of_another_digest_have_a_text_bank_of_their_own(tiny_config, tmp_path):
+    """Also where their texts are the same: who removes a data set's bank removes no other's."""
+    manifest = open_manifest(tiny_config.data.uri)
+    config = resolve(override(tiny_config, {"data.cache": str(tmp_path)}), manifest)
+    banks = []
+    for digest in (manifest.digest, manifest.digest, "f" * 64):
+        of_digest = replace(manifest, file=manifest.file.model_copy(update={"digest": digest}))
+        sampler = training_data(config, of_digest).train.captions
+        assert sampler is not None
+        banks.append((len(list(tmp_path.glob("text-*.arrow"))), sampler.bank.encoded > 0))
+    assert banks == [(1, True), (1, False), (2, True)]
 
 
 def test_a_run_on_a_bucket_names_the_endpoint_for_workers_elsewhere(

@@ -8,12 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
 from next.config import RunConfig, from_toml, override, to_toml
+from next.data.loader import train_batches
 from next.data.shards import open_manifest
 from next.model.network import NEXT
 from next.training.checkpoint import load_network, read_progress
@@ -226,6 +228,32 @@ def test_learning_is_seen_in_the_loss(ready, tmp_path):
     per_epoch = len(outcome.losses) // 12
     first = sum(outcome.losses[:per_epoch]) / per_epoch
     assert sum(outcome.losses[-per_epoch:]) / per_epoch < 0.8 * first
+
+
+def test_a_sample_that_a_batch_repeats_is_drawn_anew_each_time(ready, tmp_path, monkeypatch):
+    """Identities of 8 samples fill 16 places of a batch: twice the same would teach nothing."""
+    pairs: list[tuple[bool, bool]] = []
+
+    def watched(*given, **settings):
+        for batch in train_batches(*given, **settings):
+            seen = {}
+            for place, row in enumerate(batch.rows.tolist()):
+                if row in seen:
+                    pairs.append(
+                        tuple(
+                            not torch.equal(part[place], part[seen[row]])
+                            for part in (batch.images, batch.text)
+                        )
+                    )
+                seen[row] = place
+            yield batch
+
+    monkeypatch.setattr("next.training.loop.train_batches", watched)
+    run(override(ready, {"batch.instances": 16, "optim.epochs": 1}), tmp_path)
+    images, texts = np.mean(pairs, axis=0)
+    assert len(pairs) >= 16
+    assert images > 0.9, "flip and crop are drawn for each"
+    assert texts > 0.5, "so are the sentences"
 
 
 def test_metrics_are_logged_for_every_step_once(ready, tmp_path):
