@@ -230,9 +230,18 @@ def test_learning_is_seen_in_the_loss(ready, tmp_path):
     assert sum(outcome.losses[-per_epoch:]) / per_epoch < 0.8 * first
 
 
-def test_a_sample_that_a_batch_repeats_is_drawn_anew_each_time(ready, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("dropped", "least"),
+    [
+        pytest.param(0.0, (0.9, 0.5, 0.0), id="flip, crop and sentences"),
+        pytest.param(0.5, (0.9, 0.5, 0.5), id="and modalities that are left out"),
+    ],
+)
+def test_a_sample_that_a_batch_repeats_is_drawn_anew_each_time(
+    ready, tmp_path, monkeypatch, dropped, least
+):
     """Identities of 8 samples fill 16 places of a batch: twice the same would teach nothing."""
-    pairs: list[tuple[bool, bool]] = []
+    pairs: list[tuple[bool, ...]] = []
 
     def watched(*given, **settings):
         for batch in train_batches(*given, **settings):
@@ -242,18 +251,17 @@ def test_a_sample_that_a_batch_repeats_is_drawn_anew_each_time(ready, tmp_path, 
                     pairs.append(
                         tuple(
                             not torch.equal(part[place], part[seen[row]])
-                            for part in (batch.images, batch.text)
+                            for part in (batch.images, batch.text, batch.present)
                         )
                     )
                 seen[row] = place
             yield batch
 
     monkeypatch.setattr("next.training.loop.train_batches", watched)
-    run(override(ready, {"batch.instances": 16, "optim.epochs": 1}), tmp_path)
-    images, texts = np.mean(pairs, axis=0)
+    settings = {"batch.instances": 16, "optim.epochs": 1, "data.drop_modality": dropped}
+    run(override(ready, settings), tmp_path)
     assert len(pairs) >= 16
-    assert images > 0.9, "flip and crop are drawn for each"
-    assert texts > 0.5, "so are the sentences"
+    assert (np.mean(pairs, axis=0) >= least).all(), "share of pairs that differ"
 
 
 def test_metrics_are_logged_for_every_step_once(ready, tmp_path):
