@@ -9,14 +9,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
 
-from next.cli import USER_ERROR, ProgressLine, base_config, parse, run_job
+from next.cli import (
+    USER_ERROR,
+    ProgressLine,
+    base_config,
+    demo_card,
+    draw_demo,
+    parse,
+    run_job,
+)
 from next.data.audit import Audit, audit
-from next.data.benchmark import load_card
+from next.data.benchmark import Benchmark, load_card
 from next.data.holdout import split_train
 from next.data.ingest import ScanOptions, prepare, scan
 from next.data.manifest import SplitEntry
@@ -44,6 +52,12 @@ class PrepareJob:
     """Folder that the card's paths start from."""
     out: str | None = None
     """Folder to write. If it holds the same content, it is kept."""
+    draw: Literal["demo", "large", "large-real-captions"] | None = None
+    """Instead of --card and --source: the procedural benchmark, drawn into OUT-raw unless it is
+    there. large: 400 test identities, for differences of half a point of mAP; large-real-captions:
+    the same with captions that say as little as RGBNT201's."""
+    draw_seed: int = 0
+    """Seed of --draw: other people, cameras and shots."""
     options: Annotated[ScanOptions, tyro.conf.arg(name="")] = ScanOptions()  # noqa: RUF009 (frozen)
     """What to do where source and card do not agree."""
     workers: int = 0
@@ -79,10 +93,12 @@ def main(argv: Sequence[str]) -> int:
     looks = [name for name in LOOKS if getattr(job, name) is not None]
     if looks:
         return _look(job, looks)
+    if job.draw is not None:
+        return _draw(job, job.draw)
     if job.card is None or job.source is None or (job.out is None and not job.dry_run):
         raise ValueError(
-            "--card, --source and --out are needed (or --check, --peek or --verify-order with a "
-            "folder of shards)"
+            "--card, --source and --out are needed (or --draw and --out, or --check, --peek or "
+            "--verify-order with a folder of shards)"
         )
     benchmark = load_card(job.card)
     if job.dry_run or job.out is None:
@@ -91,10 +107,25 @@ def main(argv: Sequence[str]) -> int:
         closing = ["nothing was decoded or written (--dry-run)"]
         _print(job, summary, found.counts(benchmark), closing)
         return 0
+    return _prepare(job, benchmark, job.source, job.out)
+
+
+def _prepare(job: PrepareJob, benchmark: Benchmark, source: str, out: str) -> int:
     with _runner(job.workers) as run, ProgressLine("prepare") as progress:
-        manifest = prepare(benchmark, job.source, job.out, job.options, progress=progress, run=run)
+        manifest = prepare(benchmark, source, out, job.options, progress=progress, run=run)
     _print(job, _summary(manifest), manifest.splits, _closing_lines(manifest))
     return 0
+
+
+def _draw(job: PrepareJob, variant: str) -> int:
+    if job.card is not None or job.source is not None or job.dry_run:
+        raise ValueError("--draw makes its own source: leave out --card, --source and --dry-run")
+    if job.out is None or "://" in job.out:
+        raise ValueError(f"--draw needs a local folder as --out, but got {job.out}")
+    out = Path(job.out)
+    raw = out.with_name(f"{out.name}-raw")
+    draw_demo(raw, job.draw_seed, variant)
+    return _prepare(job, demo_card(variant), str(raw), job.out)
 
 
 def _with_folder(argv: Sequence[str]) -> list[str]:

@@ -17,7 +17,7 @@ import tyro
 
 from next.config import RunConfig, load_recipe, override
 from next.data.benchmark import Benchmark, load_card
-from next.data.demo import DemoSize, write_demo
+from next.data.demo import VARIANTS, write_demo
 from next.data.ingest import prepare
 from next.data.shards import open_manifest
 
@@ -195,20 +195,48 @@ class ProgressLine:
             sys.stderr.write("\n")
 
 
-def demo_shards(folder: Path, seed: int = 0) -> Path:
+def demo_shards(folder: Path, seed: int = 0, variant: str = "demo") -> Path:
     """Shards of the procedural benchmark below ``folder``, drawn and prepared if they are missing.
+
+    Args:
+        folder: for raw images and shards.
+        seed: of the benchmark.
+        variant: one of :data:`next.data.demo.VARIANTS`.
 
     Raises:
         OSError: the folder cannot be written.
+        ValueError: there is no such variant.
     """
-    shards = folder / f"shards-{seed}"
-    raw = folder / f"raw-{seed}"
-    if not raw.is_dir():
-        with ProgressLine("draw") as progress:
-            write_demo(raw, DemoSize(), seed=seed, progress=progress)
+    name = str(seed) if variant == "demo" else f"{variant}-{seed}"
+    shards, raw = folder / f"shards-{name}", folder / f"raw-{name}"
+    draw_demo(raw, seed, variant)
     with ProgressLine("prepare") as progress:  # the same content again keeps the shards
-        prepare(load_card(DEMO_CARD), raw, shards, progress=progress)
+        prepare(demo_card(variant), raw, shards, progress=progress)
     return shards.absolute()
+
+
+def draw_demo(raw: Path, seed: int, variant: str) -> None:
+    """Draw a variant of the procedural benchmark, unless ``raw`` is there already.
+
+    Raises:
+        OSError: the folder cannot be written.
+        ValueError: there is no such variant, or the seed is negative.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(
+            f"there is no variant {variant!r} of the procedural benchmark; take "
+            f"{', '.join(VARIANTS)}"
+        )
+    if not raw.is_dir():
+        size, difficulty = VARIANTS[variant]
+        with ProgressLine("draw") as progress:
+            write_demo(raw, size, seed=seed, difficulty=difficulty, progress=progress)
+
+
+def demo_card(variant: str) -> Benchmark:
+    """The card of a variant: that of the demo, by a name of its own."""
+    card = load_card(DEMO_CARD)
+    return card if variant == "demo" else card.model_copy(update={"name": f"demo-{variant}"})
 
 
 def run_job(main: Callable[[Sequence[str]], int]) -> None:

@@ -42,7 +42,8 @@ def describe(who: Person, where: Shot, modality: str, difficulty: Difficulty) ->
         who: the true attributes.
         where: the circumstances; ``where.key`` seeds every random number.
         modality: ``RGB``, ``NI`` or ``TI``.
-        difficulty: ``caption_errors`` scales the rate of wrong words.
+        difficulty: ``caption_errors`` scales the rate of wrong words, ``caption_habit`` is the
+            share of words that are the first of their kind below.
 
     Returns:
         Up to five sentences.
@@ -58,6 +59,7 @@ class _Captioner:
         self._blind = {"RGB": where.dark, "NI": where.glare, "TI": where.crossover}[modality]
         rates = _ERRORS_BLIND if self._blind else _ERRORS
         self._error = difficulty.caption_errors * rates[modality]
+        self._habit = difficulty.caption_habit
         self._unreadable = (_UNREADABLE_BLIND if self._blind else _UNREADABLE)[modality]
         self._rng = stream(*where.key, 5, sum(modality.encode()))
         self._gender = self._read(who.gender, ("male", "female"))
@@ -112,7 +114,7 @@ class _Captioner:
         elif self._rng.random() < 0.2:
             shape = ""
         visible = who.glasses and self._where.view != "back"
-        wears = self._read("is" if visible else "is not", ("is", "is not"))
+        wears = self._read("is" if visible else "is not", ("is not", "is"))
         subject = f"{self._pronoun().lower()} {wears}"
         if wears == "is not" and self._rng.random() < 0.12:
             subject = "not"
@@ -153,7 +155,9 @@ class _Captioner:
         return f"unknowable due to {reason}"
 
     def _read(self, true: str, alternatives: Sequence[str]) -> str:
-        """The attribute's word, or another one where the image misleads."""
+        """The attribute's word, or another one by habit or where the image misleads."""
+        if self._habit and self._rng.random() < self._habit:  # no draw without: captions stay
+            return alternatives[0]
         if self._rng.random() >= self._error:
             return true
         return _pick(self._rng, [word for word in alternatives if word != true])

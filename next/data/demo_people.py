@@ -78,7 +78,14 @@ View = Literal["front", "side", "back"]
 Occlusion = Literal["none", "box", "bicycle", "person"]
 
 _Choice = TypeVar("_Choice")
-_SHARES = ("second_change", "dark_colour", "crossover_contrast", "camera_shift", "backdrop")
+_SHARES = (
+    "second_change",
+    "dark_colour",
+    "crossover_contrast",
+    "camera_shift",
+    "backdrop",
+    "caption_habit",
+)
 """Knobs that are shares without being called so."""
 
 
@@ -137,6 +144,8 @@ class Difficulty:
     """Most objects that stand behind a person, beside the camera's own background."""
     caption_errors: float = 1.0
     """Factor on the rate of wrong words in captions (0: only what a modality cannot see)."""
+    caption_habit: float = 0.0
+    """Share of a caption's words that are what the captioner says most often, whatever is shown."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.family_size <= 12:

@@ -10,6 +10,8 @@ from PIL import Image
 
 from next.cli import base_config
 from next.config import override
+from next.data.benchmark import load_card
+from next.data.demo import AS_REAL, VARIANTS, DemoSize, Variant
 from next.data.holdout import split_train
 from next.data.plan import epoch_plan, plan_hash
 from next.data.shards import open_manifest
@@ -21,6 +23,24 @@ CARD = str(ROOT / "datasets" / "demo.toml")
 
 def files(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
+
+
+def test_the_procedural_benchmark_is_drawn_in_another_size_under_a_name_of_its_own(
+    tmp_path, prepare, monkeypatch
+):
+    small = Variant(DemoSize(3, 2, 2, 2, image_size=(32, 16)), AS_REAL)
+    monkeypatch.setitem(VARIANTS, "large-real-captions", small)
+    asked = ("--draw", "large-real-captions", "--draw-seed", "3", "--out", tmp_path / "out")
+    done = prepare(*asked)
+    assert done.returncode == 0, done.stderr
+    manifest = open_manifest(tmp_path / "out")
+    assert manifest.benchmark.name == "demo-large-real-captions"
+    assert manifest.benchmark.recipe == load_card(CARD).recipe
+    truth = json.loads((tmp_path / "out-raw" / "attributes.json").read_text())
+    assert (truth["seed"], truth["difficulty"]["caption_habit"]) == (3, AS_REAL.caption_habit)
+    before = manifest.digest
+    assert prepare(*asked).returncode == 0, "what is drawn is not drawn again"
+    assert open_manifest(tmp_path / "out").digest == before
 
 
 def test_a_benchmark_becomes_shards_and_a_table_of_what_is_in_them(raw, tmp_path, prepare):
@@ -229,6 +249,8 @@ def test_shards_of_another_source_are_kept(raw, tmp_path, prepare):
     ("arguments", "message"),
     [
         ((), "--card, --source and --out are needed"),
+        (("--draw", "large", "--source", "x", "--out", "y"), "--draw makes its own source: leave"),
+        (("--draw", "large"), "--draw needs a local folder as --out, but got None"),
         (("--card", CARD, "--source", "x"), "--card, --source and --out are needed"),
         (("--check", "x", "--out", "y"), "without --card, --source or --out"),
         (("--check", "x", "--peek", "y"), "give one of them"),
