@@ -1,12 +1,14 @@
 """NEXT and its parts on the procedural benchmark: test mAP and Rank-1 over seeds.
 
     python benchmarks/ablation.py
+    python benchmarks/ablation.py --benchmark large
     python benchmarks/ablation.py --weights towers.safetensors --weights-tower-lr 5e-4
 
 Writes JSON after each run, so that the same command goes on where it was stopped, and at the end
 prints one table and draws a picture. Every method is trained by the card's recipe, its best epoch
-chosen on held-out train identities, and assessed on the test split once. ``--data`` takes any
-shards, a larger procedural benchmark for finer questions, too; ``--weights`` a file that
+chosen on held-out train identities, and assessed on the test split once. Differences to the first
+method are of the seeds that both were run with, each query's average precision averaged over them;
+their standard error is over test identities. ``--data`` takes any shards; ``--weights`` a file that
 ``jobs/pretrain.py`` made, with which every method is trained once more.
 """
 
@@ -26,7 +28,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -35,9 +37,9 @@ from next.cli import Settings, demo_shards, named_options, parse, run_defaults, 
 from next.config import RunConfig, from_toml, override, to_toml
 from next.data.captions import CaptionSampler
 from next.data.samples import SampleSet
-from next.data.shards import open_manifest
+from next.data.shards import Manifest, open_manifest
 from next.evaluation.figures import seeds_bar
-from next.evaluation.noise import seed_spread
+from next.evaluation.noise import score_basis, seed_spread
 from next.evaluation.protocol import evaluate
 from next.model.network import NEXT
 from next.storage import write_whole
@@ -74,6 +76,8 @@ class AblationJob:
 
     data: str | None = None
     """Folder of shards; the procedural benchmark in demo/ where it is left out."""
+    benchmark: Literal["demo", "large", "large-real-captions"] = "demo"
+    """Variant of the procedural benchmark, drawn in demo/ unless it is there."""
     card: Path | None = None
     """Card whose recipe gives the defaults; the shards' own card where it is left out."""
     recipe: Path | None = None
@@ -96,7 +100,8 @@ class AblationJob:
 def main(argv: Sequence[str]) -> int:
     """Parse, run what is not there yet, print."""
     if "data" not in named_options(argv, "data") and not {"-h", "--help"} & set(argv):
-        argv = [*argv, "--data", str(demo_shards(Path("demo")))]
+        variant = named_options(argv, "benchmark").get("benchmark", "demo")
+        argv = [*argv, "--data", str(demo_shards(Path("demo"), variant=variant))]
     job = parse(AblationJob, argv, default=AblationJob(config=run_defaults(argv)))
     if job.data is None:
         raise ValueError("--data must be followed by a folder of shards, or left out")
@@ -121,6 +126,7 @@ def main(argv: Sequence[str]) -> int:
         f"{job.processes} cores of their own; the same command goes on with {record}",
         flush=True,
     )
+    job.out.mkdir(parents=True, exist_ok=True)
     if tasks:
         training_data(resolve(base, manifest), manifest)  # build cache and text bank once
         test_data(resolve(base, manifest), manifest, None)
@@ -130,7 +136,8 @@ def main(argv: Sequence[str]) -> int:
         futures = {pool.submit(run_once, *task[:3]): task for task in tasks}
         for done, future in enumerate(as_completed(futures), 1):
             made = futures[future][3]
-            name, seed, scores = future.result()
+            name, seed, scores, precision = future.result()
+            np.savez_compressed(job.out / f"{made}.npz", average_precision=precision)
             results[name][str(seed)] = scores | {"made_of": made}
             keep(record, manifest.digest, results)
             left = (time.perf_counter() - began) / done * (len(tasks) - done)
@@ -139,7 +146,7 @@ def main(argv: Sequence[str]) -> int:
                 f"rank1 {scores['rank1']:.1f}, {scores['seconds']:.0f} s; {left / 60:.0f} min left",
                 flush=True,
             )
-    print(table(results, job.seeds))
+    print(table(results, differences(results, job.out, manifest)))
     curves = {name: [run["mAP"] for run in runs.values()] for name, runs in results.items()}
     print(f"picture {seeds_bar(job.out / 'ablation.png', curves)}")
     return 0
@@ -229,7 +236,17 @@ class OthersCaptions:
         return self._sampler.evaluate(self._row[rows], *args, **options)
 
 
-def run_once(name: str, seed: int, config_toml: str) -> tuple[str, int, dict[str, float]]:
+class Run(NamedTuple):
+    """One method with one seed, assessed on the test split."""
+
+    name: str
+    seed: int
+    scores: dict[str, float]
+    average_precision: np.ndarray
+    """[Q]; NaN where a query has no match."""
+
+
+def run_once(name: str, seed: int, config_toml: str) -> Run:
     """Train one method with one seed and assess it on the test split."""
     torch.set_num_threads(1)
     began = time.perf_counter()
@@ -255,21 +272,55 @@ def run_once(name: str, seed: int, config_toml: str) -> tuple[str, int, dict[str
         test = shuffled_sides(test, seed)
     found = evaluate(network, test.query, test.gallery, rule=test.rule, config=config, device=cpu)
     scores = found.metrics.as_dict() | {"val_mAP": best, "seconds": time.perf_counter() - began}
-    return name, seed, scores
+    return Run(name, seed, scores, found.metrics.average_precision)
 
 
-def table(results: Mapping[str, Mapping[Any, Mapping[str, float]]], seeds: int) -> str:
-    """Markdown: mean and standard deviation over seeds."""
-    lines = [f"| method ({seeds} seeds) | test mAP | test R-1 | val mAP |", "|---|---|---|---|"]
+def differences(
+    results: Mapping[str, Mapping[str, Mapping[str, Any]]], folder: Path, manifest: Manifest
+) -> dict[str, str]:
+    """Test mAP of each method less that of the first, on the seeds that both have, in words."""
+    pids = manifest.labels(manifest.resolve("query")).pid
+    kept = {
+        name: {
+            seed: np.load(path)["average_precision"]
+            for seed, run in runs.items()
+            if (path := folder / f"{run['made_of']}.npz").is_file()
+        }
+        for name, runs in results.items()
+    }
+    first, *others = kept
+    told = {}
+    for name in others:
+        seeds = sorted(set(kept[first]) & set(kept[name]))
+        if not seeds:
+            continue
+        gains = np.mean([kept[name][seed] - kept[first][seed] for seed in seeds], axis=0)
+        basis = score_basis(gains, pids)
+        told[name] = f"{np.nanmean(gains):+.2f} ({basis.error:.2f}; {len(seeds)})"
+    return told
+
+
+def table(
+    results: Mapping[str, Mapping[str, Mapping[str, float]]], against: Mapping[str, str]
+) -> str:
+    """Markdown: mean and standard deviation over seeds, and differences to the first method."""
+    lines = [
+        "| method | seeds | test mAP | test R-1 | val mAP | to the first (standard error; seeds) |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, runs in results.items():
-        cells = []
+        if not runs:
+            continue
+        cells = [str(len(runs))]
         for score in ("mAP", "rank1", "val_mAP"):
             scores = [run[score] for run in runs.values()]
             if not all(map(math.isfinite, scores)):
                 cells.append("-")
                 continue
             spread = seed_spread(scores)
-            cells.append(f"{spread.mean:.1f} ± {spread.std:.1f}")
+            apart = f" ± {spread.std:.1f}" if spread.count > 1 else ""
+            cells.append(f"{spread.mean:.1f}{apart}")
+        cells.append(against.get(name, "-"))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
