@@ -23,7 +23,7 @@ from next.data.shards import Manifest, open_manifest
 from next.evaluation.missing import MissingMatrix
 from next.evaluation.share import Share
 from next.training.assessment import Assessment, Carried, Features, assess, assess_missing
-from next.training.checkpoint import export_checkpoint
+from next.training.checkpoint import export_checkpoint, text_of
 from next.training.cluster import connected, require_room, require_shared, worker_resources
 from next.training.nodes import own_facts, require_versions
 from next.training.process import configure_torch
@@ -102,7 +102,8 @@ def _on_workers(
         require_room(scaling)
         require_shared(override(config, {"data.uri": manifest.folder.address}), None)
         exported = export_checkpoint(checkpoint, Path(folder) / "checkpoint")
-        files = {path.name: path.read_bytes() for path in exported.iterdir()}
+        paths = [*exported.iterdir(), *filter(None, [text_of(checkpoint)])]
+        files = {path.name: path.read_bytes() for path in paths}
         trainer = Trainer(
             _work,
             train_loop_config={
