@@ -13,7 +13,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -239,13 +239,14 @@ def require_shared(config: RunConfig, place: str | None) -> None:
             folder, marker = open_folder(place), f".seen-{uuid.uuid4().hex}"
             asked = {setting: (folder.address, marker)} | asked | _weights(config.model.backbone)
             stack.enter_context(_written(folder, marker))
-        answers = {
-            node["NodeManagerAddress"]: look.options(
+        answers = [  # not by address: a machine may be several nodes
+            look.options(
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             ).remote(asked, setting)
             for node in others
-        }
-        for address, answer in answers.items():
+        ]
+        for node, answer in zip(others, answers, strict=True):
+            address = node["NodeManagerAddress"]
             try:
                 problems = ray.get(answer, timeout=_LOOK_SECONDS)
             except ray.exceptions.GetTimeoutError:
@@ -281,7 +282,8 @@ def _written(folder: Folder, marker: str) -> Iterator[None]:
     finally:
         folder.delete(marker)
         for path in made:
-            path.rmdir()
+            with suppress(OSError):  # a node that was given up may still be writing there
+                path.rmdir()
 
 
 def _raise_problems(

@@ -251,11 +251,13 @@ def _facts_of_nodes() -> dict[str, tuple[Facts, float, float]]:
     try:
         here = ray.get_runtime_context().get_node_id()
         sent = time.time()
-        asked = {
-            node["NodeManagerAddress"]: _on(node["NodeID"], own_facts)
-            for node in _alive()
-            if node["NodeID"] != here
-        }
+        asked: dict[str, Any] = {}
+        for node in _alive():
+            if node["NodeID"] != here:
+                name = node["NodeManagerAddress"]
+                if name in asked:  # a machine may be several nodes
+                    name = f"{name} ({node['NodeID'][:8]})"
+                asked[name] = _on(node["NodeID"], own_facts)
         return {
             address: (ray.get(answer, timeout=_LOOK_SECONDS), sent, time.time())
             for address, answer in asked.items()
