@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -45,8 +46,9 @@ def opened(encoded: bytes) -> Iterator[Image.Image]:
     try:
         image = Image.open(io.BytesIO(encoded))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        pixels = int(re.findall(r"\d+", str(error))[0])
         raise ValueError(
-            f"has too many pixels ({error}); at most {MOST_PIXELS:,} are decoded"
+            f"has {pixels:,} pixels, but at most {MOST_PIXELS:,} are decoded; make it smaller"
         ) from None
     with image:
         if image.width * image.height > MOST_PIXELS:

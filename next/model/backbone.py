@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ from next.model.weights import (
     find_weights,
     given_path,
     model_and_tag,
+    read_weights,
     sha256,
     stored_name,
 )
@@ -197,6 +199,8 @@ def _resolved(config: BackboneConfig, folder: Path) -> dict[str, str | None]:
     given = given_path(config.pretrained)
     if given.is_file() and not (clip and is_tag(config)):
         path = given.absolute()
+        stat = path.stat()
+        _check_readable(path, stat.st_size, stat.st_mtime_ns)
         if clip and activation == "auto":
             activation = file_activation(config.name, path, _known(config.name, folder))
     else:
@@ -212,6 +216,21 @@ def _resolved(config: BackboneConfig, folder: Path) -> dict[str, str | None]:
     if config.file != str(path):  # else whoever reads the file checks its hash
         check_hash(path, config.sha256)
     return found
+
+
+@lru_cache(maxsize=8)
+def _check_readable(path: Path, size: int, changed: int) -> None:
+    """Refuse, before anything of a run is written, a file that holds no weights.
+
+    Args:
+        path: the file.
+        size: in bytes; with ``changed`` what tells that it is another file.
+        changed: nanoseconds.
+
+    Raises:
+        ValueError: as :func:`next.model.weights.read_weights`.
+    """
+    read_weights(path)
 
 
 def _known(name: str, folder: Path) -> dict[str, Path]:
