@@ -9,7 +9,6 @@ the branches, re-ranking) is then swept on the features that were kept.
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -31,10 +30,11 @@ from next.evaluation.protocol import Evaluation, evaluate, layout_of
 from next.evaluation.reranking import Reranking, average_precisions, reranked
 from next.evaluation.whitening import Kind, Whitening, fit_whitening
 from next.model.network import NEXT
-from next.storage import replacing, write_whole
+from next.storage import replacing
 from next.training.checkpoint import load_network
 from next.training.inputs import training_data
 from next.training.loop import TrainingData
+from next.tuning.features import write_axes
 from next.tuning.settings import AXES, FEATURES
 
 _log = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ def measure_axes(
     answer: dict[str, Any] = {"usage": _usage(network, found, data)}
     if exhaustive:
         answer |= _sweep(network, config, manifest, data, found, device)
-    write_whole(folder / AXES, json.dumps(answer))
+    write_axes(folder / AXES, answer)
 
 
 def _sweep(

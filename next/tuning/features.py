@@ -1,12 +1,17 @@
-"""What a trial keeps for comparing: features and average precision of each query."""
+"""What a trial keeps for comparing: features, average precision of each query, its free axes."""
 
 from __future__ import annotations
 
+import json
 import logging
 import zipfile
+import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from next.storage import write_whole
 
 _log = logging.getLogger(__name__)
 
@@ -38,3 +43,36 @@ def read_features(path: Path) -> dict[str, np.ndarray] | None:
         )
         return None
     return found
+
+
+def write_axes(path: Path, axes: dict[str, Any]) -> None:
+    """Write a trial's ``axes.json`` with a checksum."""
+    write_whole(path, json.dumps(axes | {"crc32": _sum(axes)}))
+
+
+def read_axes(path: Path) -> dict[str, Any] | None:
+    """What :func:`write_axes` wrote; None: there is nothing, or it is damaged.
+
+    One that is not as it was written is named in the log. That of a version before has no checksum.
+    """
+    if not path.is_file():
+        return None
+    try:
+        axes: dict[str, Any] = json.loads(path.read_bytes())
+        expected = axes.pop("crc32", None)
+        if expected is not None and expected != _sum(axes):
+            raise ValueError("its checksum differs")
+    except (AttributeError, TypeError, ValueError) as error:
+        _log.warning(
+            "%s is damaged (%s), and its trial is shown without it; bring the file back "
+            "from a copy",
+            path,
+            error,
+        )
+        return None
+    return axes
+
+
+def _sum(axes: dict[str, Any]) -> int:
+    # Of what the text means: JSON gives back every number as it was.
+    return zlib.crc32(json.dumps(axes, sort_keys=True).encode())

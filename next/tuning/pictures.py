@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Mapping
@@ -29,7 +28,7 @@ from next.tuning.charts import (
     trade_off,
     usage_over_settings,
 )
-from next.tuning.features import read_features
+from next.tuning.features import read_axes, read_features
 from next.tuning.folder import Standing
 from next.tuning.importance import METHOD, comparable, importances
 from next.tuning.page import Picture
@@ -148,7 +147,9 @@ def model_pictures(found: Standing, summary: Summary) -> list[Picture]:
     pictures = []
     start = {name: value for s in found.settings if s.name == DEFAULT for name, value in
              s.settings.items()}  # fmt: skip
-    kept = [(t, read) for t in found.trials if (read := read_axes(t)) is not None]
+    kept = [
+        (t, read) for t in found.trials if (read := read_axes(Path(t.folder) / AXES)) is not None
+    ]
     for branch in ("semantic", "structure"):
         points = []
         for trial, axes in kept:
@@ -272,12 +273,3 @@ def _show(samples: Any, row: int) -> Shown:
 def _one_run(summary: Summary) -> str:
     half = summary.floor.one_run
     return "?" if math.isnan(half) else f"{half:.2g}"
-
-
-def read_axes(trial: Trial) -> dict[str, Any] | None:
-    """Usage and free axes of a run; None where it was not measured."""
-    path = Path(trial.folder) / AXES
-    if not path.is_file():
-        return None
-    axes: dict[str, Any] = json.loads(path.read_text())
-    return axes

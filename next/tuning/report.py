@@ -10,9 +10,11 @@ from typing import Any
 
 from next.evaluation.noise import Basis
 from next.training.assessment import Assessment
+from next.tuning.features import read_axes
 from next.tuning.folder import Standing, read_standing
 from next.tuning.page import Section, facts, gallery, table, text, write_page
-from next.tuning.pictures import model_pictures, query_pictures, read_axes, search_pictures
+from next.tuning.pictures import model_pictures, query_pictures, search_pictures
+from next.tuning.settings import AXES
 from next.tuning.summary import (
     OnTest,
     Summary,
@@ -163,7 +165,7 @@ def _leaderboard(found: Standing, summary: Summary) -> str:
 
 def _axes(found: Standing, summary: Summary) -> str | None:
     run = next(trial for trial in found.trials if trial.name == summary.run)
-    axes = read_axes(run)
+    axes = read_axes(Path(run.folder) / AXES)
     if axes is None or "best" not in axes:
         return None
     half = summary.floor.one_run

@@ -1,9 +1,11 @@
 """Features of trials that a disk or somebody has changed."""
 
+import json
+
 import numpy as np
 import pytest
 
-from next.tuning.features import read_features
+from next.tuning.features import read_axes, read_features, write_axes
 
 
 @pytest.fixture
@@ -57,3 +59,32 @@ def test_a_damaged_array_is_found_wherever_it_is(path):
         path.write_bytes(changed)
         found = read_features(path)
         assert found is None or found["average_precision"].tolist() == [0, 0.25, 0.5, 0.75, 1]
+
+
+AXES = {"usage": {"semantic": [0.5, float("nan")]}, "best": [{"val/mAP": 31.5}]}
+
+
+def test_axes_come_back_as_they_were_written(tmp_path):
+    write_axes(tmp_path / "axes.json", AXES)
+    assert repr(read_axes(tmp_path / "axes.json")) == repr(AXES)
+    (tmp_path / "older.json").write_text(json.dumps({"usage": 1}))
+    assert read_axes(tmp_path / "older.json") == {"usage": 1}, "without a checksum"
+    assert read_axes(tmp_path / "none.json") is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace("31.5", "91.5"),
+        lambda text: text[:20],
+        lambda text: "[]",
+        lambda text: "",
+        lambda text: "\0" * 40,
+    ],
+)
+def test_axes_that_were_changed_are_named_and_end_nothing(tmp_path, caplog, change):
+    path = tmp_path / "axes.json"
+    write_axes(path, AXES)
+    path.write_text(change(path.read_text()))
+    assert read_axes(path) is None
+    assert f"{path} is damaged (" in caplog.text
