@@ -61,12 +61,15 @@ class Line:
 
     def refuse(self, kind: str, message: str) -> None:
         """Tell whoever starts after this worker that it would come to the same error."""
-        _internal_kv_put(f"{self.name}-refused", json.dumps([kind, message]).encode())
+        with suppress(Exception):  # then it comes to it
+            _internal_kv_put(f"{self.name}-refused", json.dumps([kind, message]).encode())
 
     def refused(self) -> tuple[str, str] | None:
         """Kind and message of the error that a worker before came to."""
-        found = _internal_kv_get(f"{self.name}-refused")
-        return None if found is None else tuple(json.loads(found))
+        with suppress(Exception):  # the head may be away
+            kind, message = json.loads(_internal_kv_get(f"{self.name}-refused") or b"null")
+            return kind, message
+        return None
 
     def say(self, level: int, message: str) -> None:
         """Hand a line of the log to the driver."""

@@ -26,7 +26,7 @@ def read_features(path: Path) -> dict[str, np.ndarray] | None:
         return None
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive, np.load(file) as kept:
-            damaged = archive.testzip()  # NumPy reads no array to the end that the checksum is at
+            damaged = archive.testzip()  # NumPy sees it only where it reads to the end
             if damaged:
                 raise ValueError(f"{damaged} has another checksum")
             found = {name: kept[name] for name in kept.files}

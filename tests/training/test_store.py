@@ -95,6 +95,16 @@ def test_a_torn_checkpoint_is_never_taken_for_a_whole_one(tmp_path, damage, capl
     assert "falling back to the checkpoint before" in caplog.text
 
 
+def test_a_score_that_was_changed_decides_nothing(tmp_path):
+    store = CheckpointStore(tmp_path)
+    for step in (1, 2):
+        store.save(snapshot(step, 10.0 * step))
+    state = tmp_path / "step-00000001-evaluated" / "state.json"
+    state.write_text(state.read_text().replace('"val/mAP": 10.0', '"val/mAP": 90.0'))
+    store.save(snapshot(3, 30.0))
+    assert os.readlink(tmp_path / "best") == "step-00000003-evaluated"
+
+
 def test_a_checkpoint_that_was_not_written_to_its_end_does_not_count(tmp_path, caplog):
     store = CheckpointStore(tmp_path)
     store.save(snapshot(1))

@@ -29,10 +29,20 @@ def flipped(path):
     path.write_bytes(content.replace(old, np.array(0.75).tobytes()))
 
 
+def shortened(path):
+    """NumPy then reads fewer bytes, and never comes to the checksum at their end."""
+    query = np.ones((500, 50))
+    np.savez(path, average_precision=np.ones(5), query_pid=np.arange(5), query=query)
+    content = path.read_bytes()
+    assert content.count(b"(500, 50)") == 1
+    path.write_bytes(content.replace(b"(500, 50)", b"(400, 50)"))
+
+
 @pytest.mark.parametrize(
     "damage",
     [
         flipped,
+        shortened,
         lambda path: path.write_bytes(path.read_bytes()[:100]),
         lambda path: path.write_bytes(b""),
         lambda path: path.write_bytes(bytes(300)),
@@ -42,7 +52,18 @@ def flipped(path):
         lambda path: np.savez(path, average_precision=np.array(["x"]), query_pid=np.arange(1)),
         lambda path: np.savez(path, average_precision=np.array([{}]), query_pid=np.arange(1)),
     ],
-    ids=["flipped", "cut", "empty", "zeros", "page", "lacking", "shapes", "texts", "objects"],
+    ids=[
+        "flipped",
+        "shortened",
+        "cut",
+        "empty",
+        "zeros",
+        "page",
+        "lacking",
+        "shapes",
+        "texts",
+        "objects",
+    ],
 )
 def test_what_is_damaged_is_named_and_ends_nothing(path, caplog, damage):
     damage(path)
