@@ -45,6 +45,11 @@ class TextTower:
         self.width: int = settings["embed_dim"]
         """Length of an embedding, D."""
 
+    @property
+    def is_built(self) -> bool:
+        """Whether its weights are in this process's memory."""
+        return "_tower" in vars(self)
+
     @cached_property
     def _tower(self) -> TextTransformer:
         if self._weights is None:

@@ -239,6 +239,6 @@ def text_weights(config: RunConfig) -> Path | None:
         return None
     tower = text_tower(config.model.backbone)
     path = cache_root(config.data.cache) / "weights" / f"text-{tower.key[:16]}.safetensors"
-    if not path.is_file():
-        tower.save(path)
+    if not path.is_file():  # by one that goes again, unless this process holds it anyway
+        (tower if tower.is_built else TextTower(config.model.backbone)).save(path)
     return path
