@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 from next.tuning.results import Setting, Trial
 from next.tuning.search import Live, Search
 from next.tuning.seeds import Floor, noise_floor
 from next.tuning.settings import SweepConfig
 from next.tuning.summary import spread_text
+from next.tuning.watch import watching
 
 _LINE_SECONDS = 8.0
 _TABLE_SECONDS = 120.0
@@ -47,22 +48,9 @@ class Progress:
         self._shown = time.monotonic()
         self._lock = threading.Lock()
 
-    @contextmanager
-    def ticking(self) -> Iterator[None]:
+    def ticking(self) -> AbstractContextManager[None]:
         """Speak every eight seconds for as long as the block runs."""
-        done = threading.Event()
-
-        def tick() -> None:
-            while not done.wait(_LINE_SECONDS):
-                self._tick()
-
-        thread = threading.Thread(target=tick, daemon=True, name="sweep-progress")
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
+        return watching(self._tick, _LINE_SECONDS, "sweep-progress")
 
     def enter(self, phase: str | None) -> None:
         """Say what begins now; None: trials run, and their counts tell the story."""

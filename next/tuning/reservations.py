@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 import ray
 from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+from next.tuning.watch import watching
 
 _log = logging.getLogger(__name__)
 
@@ -65,24 +66,15 @@ def reclaiming(every_s: float = _LOOK_SECONDS) -> Iterator[None]:
     A trial that is stopped ends its workers itself. One whose process dies leaves their
     reservation, which Ray keeps for as long as the job lives.
     """
-    done = threading.Event()
 
     def look() -> None:
-        while not done.wait(every_s):
-            with suppress(Exception):  # the head may be away; the next look may find it
-                for group in worker_groups():
-                    if not group.lost:
-                        continue
-                    _log.warning(
-                        "a trial's process died and left %s reserved; giving it back", group
-                    )
-                    key = ray.PlacementGroupID(bytes.fromhex(group.key))
-                    remove_placement_group(PlacementGroup(key))
+        with suppress(Exception):  # the head may be away; the next look may find it
+            for group in worker_groups():
+                if not group.lost:
+                    continue
+                _log.warning("a trial's process died and left %s reserved; giving it back", group)
+                key = ray.PlacementGroupID(bytes.fromhex(group.key))
+                remove_placement_group(PlacementGroup(key))
 
-    thread = threading.Thread(target=look, name="reclaiming", daemon=True)
-    thread.start()
-    try:
+    with watching(look, every_s, "reclaiming"):
         yield
-    finally:
-        done.set()
-        thread.join()

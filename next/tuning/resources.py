@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -25,6 +24,7 @@ from next.training.nodes import fitting
 from next.tuning.demand import Demand
 from next.tuning.reservations import worker_groups
 from next.tuning.settings import SweepConfig
+from next.tuning.watch import watching
 
 _log = logging.getLogger(__name__)
 
@@ -178,30 +178,24 @@ def following(places: Places, wanted: Callable[[], int]) -> Iterator[None]:
         places: are kept up to date.
         wanted: how many trials would run now if there were a place for each.
     """
-    done = threading.Event()
-    demand = Demand(places.bundles)
+    demand, before = Demand(places.bundles), places.concurrency
 
     def look() -> None:
-        nonlocal demand
-        before = places.concurrency
-        while not done.wait(_COUNT_SECONDS):
-            with suppress(Exception):  # the head may be away; the next look may find it
-                places.count(node_resources()[0])
-                if demand.bundles != places.bundles:
-                    demand.end()
-                    demand = Demand(places.bundles)
-                demand.want(places.missing(wanted()))
-                if places.concurrency != before:
-                    _log.info("places for trials: %d, before %d", places.concurrency, before)
-                    before = places.concurrency
+        nonlocal demand, before
+        with suppress(Exception):  # the head may be away; the next look may find it
+            places.count(node_resources()[0])
+            if demand.bundles != places.bundles:
+                demand.end()
+                demand = Demand(places.bundles)
+            demand.want(places.missing(wanted()))
+            if places.concurrency != before:
+                _log.info("places for trials: %d, before %d", places.concurrency, before)
+                before = places.concurrency
 
-    thread = threading.Thread(target=look, name="following", daemon=True)
-    thread.start()
     try:
-        yield
+        with watching(look, _COUNT_SECONDS, "following"):
+            yield
     finally:
-        done.set()
-        thread.join()
         demand.end()
 
 
