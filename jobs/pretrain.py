@@ -8,43 +8,25 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from next.cli import REQUIRED, Settings, parse, run_defaults, run_job
-from next.config import RunConfig, override
+from next.cli import RunJob, parse_run, run_job
 
 
 @dataclass(frozen=True)
-class PretrainJob:
+class PretrainJob(RunJob):
     """Train both towers on images and captions; a run of the same --run.name continues.
 
     The result is a file for --model.backbone.pretrained. Images are told from captions modality by
     modality, so that towers learn near-infrared and thermal images, which CLIP has not seen.
     """
 
-    data: str
-    """Folder of shards that jobs/prepare.py wrote; its train split is learned from."""
     out: Path | None = None
     """File of weights to write (.safetensors), with a card (.json) beside it;
     weights.safetensors in the run's folder where it is left out."""
-    card: Path | None = None
-    """Card whose recipe gives the defaults; the shards' own card where it is left out."""
-    recipe: Path | None = None
-    """Name of one of the card's recipes, or a TOML file of settings; flags replace both."""
-    fresh: bool = False
-    """Start anew although a run of this name exists; the same as --run.fresh True."""
-    dry_run: bool = False
-    """Print the plan with a measured estimate of time, and start nothing."""
-    json: bool = False
-    """Print the answer as one JSON object."""
-    config: Settings = RunConfig()  # noqa: RUF009 (frozen)
 
 
 def main(argv: Sequence[str]) -> int:
     """Parse, call, exit code."""
-    default = PretrainJob(data=REQUIRED, config=run_defaults(argv))
-    job = parse(PretrainJob, argv, default=default)
-    config = override(
-        job.config, {"data.uri": job.data, "run.fresh": job.fresh or job.config.run.fresh}
-    )
+    job, config = parse_run(PretrainJob, argv)
     if job.out is not None and job.out.suffix != ".safetensors":
         raise ValueError(f"--out must end in .safetensors, but got {job.out}")
     # What trains is imported once the command line is known to be right: it takes five seconds.

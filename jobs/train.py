@@ -6,38 +6,19 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from next.cli import REQUIRED, Settings, parse, run_defaults, run_job
-from next.config import RunConfig, override
+from next.cli import RunJob, parse_run, run_job
+from next.config import RunConfig
 
 
 @dataclass(frozen=True)
-class TrainJob:
+class TrainJob(RunJob):
     """Train one run on prepared shards; a run of the same --run.name continues where it stopped."""
-
-    data: str
-    """Folder of shards that jobs/prepare.py wrote."""
-    card: Path | None = None
-    """Card whose recipe gives the defaults; the shards' own card where it is left out."""
-    recipe: Path | None = None
-    """Name of one of the card's recipes, or a TOML file of settings; flags replace both."""
-    fresh: bool = False
-    """Start anew although a run of this name exists; the same as --run.fresh True."""
-    dry_run: bool = False
-    """Print the resolved plan with a measured estimate of time, and start nothing."""
-    json: bool = False
-    """Print the answer as one JSON object."""
-    config: Settings = RunConfig()  # noqa: RUF009 (frozen)
 
 
 def main(argv: Sequence[str]) -> int:
     """Parse, call, exit code."""
-    default = TrainJob(data=REQUIRED, config=run_defaults(argv))
-    job = parse(TrainJob, argv, default=default)
-    config = override(
-        job.config, {"data.uri": job.data, "run.fresh": job.fresh or job.config.run.fresh}
-    )
+    job, config = parse_run(TrainJob, argv)
     return _rehearse(job, config) if job.dry_run else _train(job, config)
 
 

@@ -9,7 +9,9 @@ import os
 import sys
 import time
 import traceback
+from abc import ABC
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -73,6 +75,40 @@ def parse(job: type[Job], argv: Sequence[str], *, default: Job | None = None) ->
             refuse_fleeting("checkpoint.storage_path", value.checkpoint.storage_path)
             refuse_fleeting("data.cache", value.data.cache, buckets=False)
     return parsed
+
+
+@dataclass(frozen=True)
+class RunJob(ABC):
+    """Fields of every job that trains a run; each job adds its own."""
+
+    data: str
+    """Folder of shards that jobs/prepare.py wrote."""
+    card: Path | None = None
+    """Card whose recipe gives the defaults; the shards' own card where it is left out."""
+    recipe: Path | None = None
+    """Name of one of the card's recipes, or a TOML file of settings; flags replace both."""
+    fresh: bool = False
+    """Start anew although a run of this name exists; the same as --run.fresh True."""
+    dry_run: bool = False
+    """Print the resolved plan with a measured estimate of time, and start nothing."""
+    json: bool = False
+    """Print the answer as one JSON object."""
+    config: Settings = RunConfig()  # noqa: RUF009 (frozen)
+
+
+AnyRunJob = TypeVar("AnyRunJob", bound=RunJob)
+
+
+def parse_run(job: type[AnyRunJob], argv: Sequence[str]) -> tuple[AnyRunJob, RunConfig]:
+    """The job, and its settings with the data and whether the run starts anew.
+
+    Raises:
+        ValueError: as :func:`parse` and :func:`run_defaults`.
+        FileNotFoundError: as :func:`run_defaults`.
+    """
+    parsed = parse(job, argv, default=job(data=REQUIRED, config=run_defaults(argv)))
+    fresh = parsed.fresh or parsed.config.run.fresh
+    return parsed, override(parsed.config, {"data.uri": parsed.data, "run.fresh": fresh})
 
 
 def refuse_fleeting(name: str, path: str | Path | None, *, buckets: bool = True) -> None:

@@ -27,6 +27,7 @@ from next.config import RunConfig, override, to_toml
 from next.data.shards import open_manifest
 from next.tracking.run import read_metrics
 from next.training.inputs import resolve
+from next.training.interruption import Ask, Bell
 from tests.conftest import TINY
 from tests.ports import free_port
 
@@ -53,6 +54,20 @@ def ready(tiny_config) -> RunConfig:
     """The tiny run with its settings resolved."""
     torch.set_num_threads(1)
     return resolve(tiny_config, open_manifest(tiny_config.data.uri))
+
+
+class Ringing(Bell):
+    """A bell that is rung after so many steps."""
+
+    def __init__(self, step: int, ask: Ask) -> None:
+        super().__init__()
+        self.step, self.ask = step, ask
+
+    def answer(self) -> Ask:
+        self.step -= 1
+        if self.step == 0:
+            self.ring(self.ask)
+        return super().answer()
 
 
 def together(target: Callable[..., None], members: list[tuple]) -> list[Any]:

@@ -24,7 +24,7 @@ from next.training.interruption import Ask, Bell, Interrupted
 from next.training.loop import GlobalLoss, Outcome, Worker, train
 from next.training.report import FolderReporter, TrainReporter
 from next.training.step_log import NonFiniteLossError, RouterCollapseError
-from tests.training.conftest import together
+from tests.training.conftest import Ringing, together
 
 
 def run(config: RunConfig, folder: Path) -> Outcome:
@@ -47,20 +47,6 @@ def test_one_seed_gives_one_loss_curve_to_the_last_bit_and_another_seed_another(
     other = run(override(ready, {"seed": 1}), tmp_path / "c")
     assert other.losses != first.losses
     assert len(first.losses) == first.step > 0
-
-
-class Ringing(Bell):
-    """A bell that is rung after so many steps."""
-
-    def __init__(self, step: int, ask: Ask) -> None:
-        super().__init__()
-        self.step, self.ask = step, ask
-
-    def answer(self) -> Ask:
-        self.step -= 1
-        if self.step == 0:
-            self.ring(self.ask)
-        return super().answer()
 
 
 class Killed(Exception):

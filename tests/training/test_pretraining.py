@@ -14,10 +14,12 @@ from next.data.holdout import split_train
 from next.data.shards import open_manifest
 from next.evaluation.retrieval import Retrieval
 from next.model.network import NEXT
+from next.training.alignment import align, prepare_pairs
 from next.training.inputs import resolve
 from next.training.interruption import Ask, Bell, Interrupted
-from next.training.pretraining import align, plan_pretraining, prepare_pairs, pretrain
+from next.training.pretraining import plan_pretraining, pretrain
 from next.training.report import FolderReporter
+from tests.training.conftest import Ringing
 
 
 @pytest.fixture
@@ -25,20 +27,6 @@ def settings(tiny_config) -> RunConfig:
     torch.set_num_threads(1)
     quick = {"optim.epochs": 2, "selection.every": 2, "batch.instances": 2}
     return override(tiny_config, quick | {"run.name": "towers"})
-
-
-class After(Bell):
-    """Rings after so many steps."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__()
-        self.step = step
-
-    def answer(self) -> Ask:
-        self.step -= 1
-        if self.step == 0:
-            self.ring(Ask.STOP)
-        return super().answer()
 
 
 def test_stopped_and_started_again_it_logs_the_same_and_ends_with_the_same_bits(settings, tmp_path):
@@ -55,7 +43,7 @@ def test_stopped_and_started_again_it_logs_the_same_and_ends_with_the_same_bits(
     steps = len(whole)
     assert steps >= 6
     with pytest.raises(Interrupted):
-        train(tmp_path / "torn", After(2))
+        train(tmp_path / "torn", Ringing(2, Ask.STOP))
     rest = train(tmp_path / "torn")
     assert {step: rest[step] for step in range(3, steps + 1)} == {
         step: whole[step] for step in range(3, steps + 1)
