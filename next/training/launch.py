@@ -180,7 +180,8 @@ def settings_begun_with(config: RunConfig) -> RunConfig:
         return config
     record = folder / "config.toml"
     if not record.is_file():  # checkpoints may outlive the run's folder
-        checkpoint = _store(config, folder).latest()
+        store = _store(config, folder)  # what it fetched goes with it
+        checkpoint = store.latest()
         record = checkpoint / "config.toml" if checkpoint is not None else record
     return as_begun(config, record)
 

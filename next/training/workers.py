@@ -266,13 +266,14 @@ def _assessed(config: RunConfig, settings: dict[str, Any], share: Share) -> dict
     """What the best checkpoint is worth; its last one is written once all are here."""
     if share.world > 1:
         torch.distributed.barrier()
+    store = CheckpointStore(settings["checkpoints"])  # what it fetched goes with it
     with (
         tempfile.TemporaryDirectory(prefix="next-assessment-") as folder,
         on_the_line(Line(settings["line"]), None, speaks=share.rank == 0),
     ):
         try:
             found = assess(
-                CheckpointStore(settings["checkpoints"]).best(),
+                store.best(),
                 open_manifest(str(config.data.uri)),
                 Path(folder),
                 device=ray.train.torch.get_device(),
