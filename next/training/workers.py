@@ -253,6 +253,8 @@ def _work(settings: dict[str, Any]) -> dict[str, Any]:
     except tuple(_ALIKE.values()) as error:
         return {"error": type(error).__name__, "message": str(error)}
     except tuple(_FINAL.values()) as error:
+        if world > 1 and not torch.distributed.is_initialized():
+            raise  # Ray has ended the group under a step, for which torch raises a ValueError
         kind = next(name for name, one in _FINAL.items() if isinstance(error, one))
         line.refuse(kind, str(error))
         raise
