@@ -167,10 +167,15 @@ class Lease:
         return found
 
     def _holder(self, key: str) -> Holder | None:
+        path = f"{CLAIMS}/{key}.claim"
         try:
-            return Holder(**json.loads(self.store.read(f"{CLAIMS}/{key}.claim")))
+            return Holder(**json.loads(self.store.read(path)))
         except FileNotFoundError:
             return None
+        except OSError:  # so an object store says that it was withdrawn while it was read
+            if self.store.size(path) is None:
+                return None
+            raise
 
     def _renew(self) -> None:
         while not self._ended.wait(self.life_s / 4):
