@@ -111,15 +111,16 @@ def _assess(job: EvaluateJob, checkpoint: Path) -> int:
         return 0
     place = checkpoint.parent if job.checkpoint else job.storage_path
     out = job.out or place / f"assessment-{job.split}"
+    how: dict[str, Any] = {"split": job.split, "settings": settings}
     if job.missing:
-        matrix = _missing(job, config, checkpoint, manifest, settings)
+        matrix = _missing(job, config, checkpoint, manifest, **how)
         picture = draw_missing(out, matrix, job.split)
         known = REFERENCES.get(manifest.benchmark.name, {}) if job.split == "test" else {}
         print(json.dumps(as_json(matrix)) if job.json else "\n".join(table(matrix, known)))
         if not job.json:
             print(f"picture  {picture}")
         return 0
-    found = _scores(job, config, checkpoint, manifest, out, settings)
+    found = _scores(job, config, checkpoint, manifest, out, **how, features=job.features)
     if job.json:
         print(json.dumps({"metrics": found.metrics, "pictures": [str(p) for p in found.pictures]}))
         return 0
@@ -137,63 +138,40 @@ def _scaling(job: EvaluateJob) -> dict[str, Any]:
 
 
 def _scores(
-    job: EvaluateJob,
-    config: RunConfig,
-    checkpoint: Path,
-    manifest: Manifest,
-    out: Path,
-    settings: dict[str, Any],
+    job: EvaluateJob, config: RunConfig, checkpoint: Path, manifest: Manifest, out: Path, **how: Any
 ) -> Assessment:
-    from next.training.cluster import on_cluster
-    from next.training.process import configure_torch, device
-
-    if job.workers is None and not on_cluster():
+    if _in_this_process(job, config):
         from next.training.assessment import assess
+        from next.training.process import device
 
-        configure_torch(config)
-        return assess(
-            checkpoint,
-            manifest,
-            out,
-            split=job.split,
-            settings=settings,
-            device=device(config),
-            features=job.features,
-        )
+        return assess(checkpoint, manifest, out, device=device(config), **how)
     from next.training.assessment_workers import assess_on_workers
 
-    return assess_on_workers(
-        config,
-        checkpoint,
-        manifest,
-        out,
-        split=job.split,
-        settings=settings,
-        features=job.features,
-    )
+    return assess_on_workers(config, checkpoint, manifest, out, **how)
 
 
 def _missing(
-    job: EvaluateJob,
-    config: RunConfig,
-    checkpoint: Path,
-    manifest: Manifest,
-    settings: dict[str, Any],
+    job: EvaluateJob, config: RunConfig, checkpoint: Path, manifest: Manifest, **how: Any
 ) -> MissingMatrix:
-    from next.training.cluster import on_cluster
-    from next.training.process import configure_torch, device
-
-    if job.workers is None and not on_cluster():
+    if _in_this_process(job, config):
         from next.training.assessment import assess_missing
+        from next.training.process import device
 
-        configure_torch(config)
-        where = device(config)
-        return assess_missing(
-            checkpoint, manifest, split=job.split, settings=settings, device=where
-        )
+        return assess_missing(checkpoint, manifest, device=device(config), **how)
     from next.training.assessment_workers import missing_on_workers
 
-    return missing_on_workers(config, checkpoint, manifest, split=job.split, settings=settings)
+    return missing_on_workers(config, checkpoint, manifest, **how)
+
+
+def _in_this_process(job: EvaluateJob, config: RunConfig) -> bool:
+    """Whether no worker of Ray is asked for; then torch is made ready here."""
+    from next.training.cluster import on_cluster
+    from next.training.process import configure_torch
+
+    here = job.workers is None and not on_cluster()
+    if here:
+        configure_torch(config)
+    return here
 
 
 def table(matrix: MissingMatrix, references: Mapping[str, float]) -> list[str]:
