@@ -110,7 +110,7 @@ def main(argv: Sequence[str]) -> int:
     methods = chosen_methods(job, manifest.benchmark.modalities)
     results: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in methods}
     record = job.out / "ablation.json"
-    earlier = json.loads(record.read_text())["results"] if record.is_file() else {}
+    earlier = json.loads(record.read_text(encoding="utf-8"))["results"] if record.is_file() else {}
     tasks = []
     for seed in range(job.seeds):
         for name, settings in methods.items():

@@ -44,7 +44,7 @@ def read_folder(folder: Path) -> Texts:
     found: dict[str, dict[str, dict[str, str]]] = {}
     for path in sorted(folder.glob("*_*.json")):
         split, modality = path.stem.rsplit("_", 1)
-        entries = json.loads(path.read_text())
+        entries = json.loads(path.read_text(encoding="utf-8"))
         texts = {str(entry["item"]): str(entry["description"]) for entry in entries}
         found.setdefault(split, {})[modality] = texts
     if not found:

@@ -104,7 +104,7 @@ def main(argv: Sequence[str]) -> int:
         "results": results,
     }
     path = job.out / f"retrieval-{'aligned' if job.align else 'random'}.json"
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(f"{found['cpu_s']:.0f} CPU s; written to {path}")
     return 0
 

@@ -99,7 +99,7 @@ def main(argv: Sequence[str]) -> int:
     found = parts[job.part](job)
     machine = f"{os.cpu_count()} cores, Python {platform.python_version()}, {platform.system()}"
     path = job.out / f"{job.part}.json"
-    path.write_text(json.dumps({"machine": machine, **found}, indent=1) + "\n")
+    path.write_text(json.dumps({"machine": machine, **found}, indent=1) + "\n", encoding="utf-8")
     print(f"written to {path}")
     return 0
 
@@ -287,7 +287,9 @@ def server(raw: Path, latency_s: float) -> Iterator[str]:
     words = [sys.executable, str(SERVER), "--source", str(raw), "--latency", str(latency_s)]
     if latency_s:
         words += ["--warm", FASTEST]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, text=True, cwd=ROOT, encoding="utf-8"
+    ) as process:
         assert process.stdout is not None
         try:
             yield process.stdout.readline().strip()
@@ -312,7 +314,8 @@ def words_of(job: CaptioningBenchmark, raw: Path, url: str, out: Path) -> list[s
     models = out / "models.toml"
     out.mkdir(parents=True, exist_ok=True)
     models.write_text(
-        f'[[models]]\nname = "{FASTEST}"\nbase_url = "{url}"\nconcurrency = {job.concurrency}\n'
+        f'[[models]]\nname = "{FASTEST}"\nbase_url = "{url}"\nconcurrency = {job.concurrency}\n',
+        encoding="utf-8",
     )
     words = [sys.executable, str(JOB), "run", "--card", str(CARD), "--source", str(raw)]
     return [*words, "--models", str(models), "--out", str(out), "--workers", str(job.workers)]
@@ -341,7 +344,7 @@ def one_run(job: CaptioningBenchmark, raw: Path, url: str, out: Path) -> dict[st
         raise RuntimeError(f"the run ended with code {process.returncode}")
     cores = os.cpu_count() or 1
     idle = (psutil.cpu_times().idle - before.idle) / (cores * (time.monotonic() - began))
-    report = json.loads((out / "report.json").read_text())
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     full = max(size for size, _, _ in rows)
     memory = [next(rss for size, rss, _ in rows if size >= share * full) for share in SHARES]
     return {

@@ -429,7 +429,7 @@ def report(figures: Sequence[Figure], out: Path) -> None:
         )
     Console(width=150).print(table)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps([asdict(one) for one in figures], indent=1) + "\n")
+    out.write_text(json.dumps([asdict(one) for one in figures], indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -134,7 +134,9 @@ def draw_source(root: Path, captions: Path) -> list[str]:
         for modality in MODALITIES:
             (root / name / modality).mkdir(parents=True)
             if there:
-                items = json.loads((captions / f"{split}_{modality}.json").read_text())
+                items = json.loads(
+                    (captions / f"{split}_{modality}.json").read_text(encoding="utf-8")
+                )
                 names = [item["item"] for item in items]
             else:
                 names = [
@@ -206,7 +208,7 @@ def _since(before: os.times_result) -> Timed:
 
 def read_digest(folder: Path) -> str:
     """The digest of a set of shards."""
-    return str(json.loads((folder / "manifest.json").read_text())["digest"])
+    return str(json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["digest"])
 
 
 def report(rows: Sequence[Row], out: Path) -> None:
@@ -224,7 +226,7 @@ def report(rows: Sequence[Row], out: Path) -> None:
         {"what": what, "seconds": [one._asdict() for one in times], "note": note}
         for what, times, note in rows
     ]
-    out.write_text(json.dumps({"load": load, "rows": answer}, indent=1) + "\n")
+    out.write_text(json.dumps({"load": load, "rows": answer}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

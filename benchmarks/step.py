@@ -152,7 +152,9 @@ def main(argv: Sequence[str]) -> int:
     machine = f"{platform.processor() or platform.machine()}, torch {torch.__version__}"
     if options.device == "cuda":
         machine = f"{torch.cuda.get_device_name()}, {machine}"
-    options.out.write_text(json.dumps({"machine": machine, "rows": results}, indent=2))
+    options.out.write_text(
+        json.dumps({"machine": machine, "rows": results}, indent=2), encoding="utf-8"
+    )
     return 0
 
 
@@ -161,6 +163,7 @@ def in_a_process(row: Row) -> Row:
     child = subprocess.run(
         [sys.executable, __file__, "--row", json.dumps(row)],
         stdout=subprocess.PIPE, text=True, check=True,
+        encoding="utf-8",
     )  # fmt: skip
     found: Row = json.loads(child.stdout.splitlines()[-1])
     return found

@@ -39,7 +39,7 @@ def experts() -> None:
 def write(name: str, content: Any) -> None:
     """The figures as JSON."""
     OUT.mkdir(parents=True, exist_ok=True)
-    (OUT / f"{name}.json").write_text(json.dumps(content, indent=2))
+    (OUT / f"{name}.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
 def main(argv: list[str]) -> int:

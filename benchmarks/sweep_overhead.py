@@ -84,11 +84,11 @@ class Cost:
 def overhead(names: list[str]) -> dict[str, Any]:
     """Measure the ways and say what each of them adds to the training."""
     OUT.mkdir(parents=True, exist_ok=True)
-    (OUT / "space.py").write_text(SPACE)
+    (OUT / "space.py").write_text(SPACE, encoding="utf-8")
     settings = demo_settings(
         **{"optim.epochs": EPOCHS, "optim.warmup_epochs": 0.5, "selection.every": 1}
     )
-    (OUT / "base.toml").write_text(to_toml(settings))
+    (OUT / "base.toml").write_text(to_toml(settings), encoding="utf-8")
     bare = bare_seconds()
     print(f"bare training, two at a time: {bare:.2f} s a trial", flush=True)
     rows = []
@@ -129,7 +129,7 @@ def demo_settings(**settings: Any) -> RunConfig:
 
 def base_settings() -> RunConfig:
     """What every trial shares, as :func:`overhead` wrote it."""
-    return from_toml((OUT / "base.toml").read_text())
+    return from_toml((OUT / "base.toml").read_text(encoding="utf-8"))
 
 
 def measure(way: str, trials: int, at_a_time: int) -> Cost:
@@ -140,7 +140,7 @@ def measure(way: str, trials: int, at_a_time: int) -> Cost:
     child = subprocess.Popen(
         [*command, str(trials), str(at_a_time), str(answer)],
         stdout=subprocess.DEVNULL,
-        stderr=(OUT / f"{way}-{at_a_time}.log").open("w"),
+        stderr=(OUT / f"{way}-{at_a_time}.log").open("w", encoding="utf-8"),
     )
     peak = beside = most = 0
     while child.poll() is None:
@@ -151,8 +151,10 @@ def measure(way: str, trials: int, at_a_time: int) -> Cost:
         most = max(most, len(now))
     ended = time.time()
     if child.returncode:
-        raise RuntimeError(f"{way} failed: {(OUT / f'{way}-{at_a_time}.log').read_text()[-2000:]}")
-    times: Times = json.loads(answer.read_text())
+        raise RuntimeError(
+            f"{way} failed: {(OUT / f'{way}-{at_a_time}.log').read_text(encoding='utf-8')[-2000:]}"
+        )
+    times: Times = json.loads(answer.read_text(encoding="utf-8"))
     span = max(end for _, end in times) - min(start for start, _ in times)
     warm = [end - start for start, end in sorted(times)[at_a_time:]]
     return Cost(
@@ -174,7 +176,11 @@ def bare_seconds() -> float:
     command = [sys.executable, str(ROOT / "benchmarks" / "sweep.py"), "bare"]
     both = [
         subprocess.Popen(
-            [*command, str(place)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            [*command, str(place)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            encoding="utf-8",
         )
         for place in range(AT_A_TIME)
     ]
@@ -218,7 +224,7 @@ def way(name: str, trials: str, at_a_time: str, answer: str) -> None:
         if trial.datetime_start and trial.datetime_complete
     ]
     assert len(times) == int(trials), "every trial has begun and ended"
-    Path(answer).write_text(json.dumps(sorted(times)))
+    Path(answer).write_text(json.dumps(sorted(times)), encoding="utf-8")
 
 
 def by_sweep(folder: Path, trials: int, at_a_time: int) -> list[optuna.trial.FrozenTrial]:
@@ -294,6 +300,7 @@ def by_processes(folder: Path, trials: int, at_a_time: int) -> list[optuna.trial
             capture_output=True,
             text=True,
             check=True,
+            encoding="utf-8",
         )
         return float(done.stdout)
 

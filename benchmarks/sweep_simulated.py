@@ -67,6 +67,7 @@ def simulated(most: int = SIZES[-1]) -> list[dict[str, Any]]:
             stdout=subprocess.PIPE,
             text=True,
             check=True,
+            encoding="utf-8",
         )
         rows.append(Taken(*json.loads(done.stdout.splitlines()[-1]))._asdict())
         print(rows[-1], flush=True)

@@ -80,9 +80,9 @@ def _seconds(config: RunConfig, sweep: str, name: str) -> tuple[float, float]:
 def _driver(stored: RunConfig) -> dict[str, float]:
     """Median seconds of the driver's share, with a study of so many trials."""
     folder, space_file = OUT / "store" / "stored", OUT / "store" / "space.py"
-    space_file.write_text(SPACE)
+    space_file.write_text(SPACE, encoding="utf-8")
     space, sweep = load_space(space_file), SweepConfig()
-    (folder / "config.toml").write_text(to_toml(stored))
+    (folder / "config.toml").write_text(to_toml(stored), encoding="utf-8")
     write_record(folder, space, sweep, {})
     studies = create_studies(folder / FILE, "stored", space.objectives, sweep)
     saves, mirrors = [], []

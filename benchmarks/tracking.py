@@ -70,7 +70,7 @@ def main() -> None:
                 for trials, settings in sweeps(options.trials)
             ]
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(found, indent=2))
+    options.out.write_text(json.dumps(found, indent=2), encoding="utf-8")
 
 
 def measure_steps(uri: str, folder: Path, rounds: int, steps: int) -> list[dict[str, Any]]:

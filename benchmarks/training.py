@@ -81,7 +81,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/training.json"))
     options = parser.parse_args(argv)
     if options.within:
-        on_workers(from_toml(options.within.read_text()), options.world)
+        on_workers(from_toml(options.within.read_text(encoding="utf-8")), options.world)
         return 0
     options.out.parent.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {
@@ -97,7 +97,7 @@ def main(argv: list[str]) -> int:
             print(f"\n{part}", flush=True)
             found[part] = parts[part](bench)
             print_table(found[part])
-            options.out.write_text(json.dumps(found, indent=2))
+            options.out.write_text(json.dumps(found, indent=2), encoding="utf-8")
     return 0
 
 
@@ -394,7 +394,7 @@ def kill(bench: Bench) -> list[Row]:
 def begin_job(config: RunConfig, script: str = "") -> tuple[subprocess.Popen, Path]:
     """``jobs/train.py``, or a script, with these settings, and the file of what it says."""
     recipe = Path(config.run.storage_path).parent / f"{config.run.name}.toml"
-    recipe.write_text(to_toml(config))
+    recipe.write_text(to_toml(config), encoding="utf-8")
     output = recipe.with_suffix(".log")
     command = [sys.executable, *script.split(), str(recipe)]
     if not script:
@@ -410,7 +410,7 @@ def run_job(config: RunConfig) -> Timed:
     began = time.time()
     process, output = begin_job(config)
     if process.wait() != 0:
-        raise RuntimeError(output.read_text()[-3000:])
+        raise RuntimeError(output.read_text(encoding="utf-8")[-3000:])
     rows = read_metrics(folder_of(config))
     [first, *_] = [row["time"] for row in rows if "train/loss" in row["values"]]
     return Timed(first - began, pace(config, [row["values"] for row in rows]), [])
@@ -528,7 +528,7 @@ def steps_of(folder: Path) -> int:
 
 def lives(output: Path) -> int:
     """How often the workers of a run began."""
-    return output.read_text().count("training on 2 workers")
+    return output.read_text(encoding="utf-8").count("training on 2 workers")
 
 
 def next_worker(pid: int) -> int:

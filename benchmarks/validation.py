@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
         )
     job.out.parent.mkdir(parents=True, exist_ok=True)
     answer = {"rounds": job.rounds, "gain": job.gain, "rows": rows}
-    job.out.write_text(json.dumps(answer, indent=1) + "\n")
+    job.out.write_text(json.dumps(answer, indent=1) + "\n", encoding="utf-8")
     print(f"{time.process_time() - began:.0f} CPU s; written to {job.out}")
     return 0
 

@@ -182,7 +182,7 @@ def _report(argv: Sequence[str]) -> int:
     folder = find_sweep(job.storage_path, job.name)
     written = report_sweep(folder)
     if job.json:
-        print((folder / "sweep.json").read_text())
+        print((folder / "sweep.json").read_text(encoding="utf-8"))
         return 0
     for path in written:
         print(f"report      {path}")
@@ -233,7 +233,7 @@ def _row(folder: Path) -> dict[str, Any]:
 
 def _tell(result: SweepResult, *, as_json: bool) -> int:
     if as_json:
-        print((result.folder / "sweep.json").read_text())
+        print((result.folder / "sweep.json").read_text(encoding="utf-8"))
     else:
         print("\n".join(result.lines()))
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import io
 import logging
 import os
 import sys
@@ -281,6 +282,10 @@ def run_job(main: Callable[[Sequence[str]], int]) -> None:
     What a user can mend (``ValueError``, ``OSError``) is printed as its message alone, with code 2;
     everything else is a failure of the run: code 1, with the traceback.
     """
+    # What a terminal's encoding lacks is shown by its code; a name must not end the job.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     # Libraries log to the root logger or their own; only what the user should act on is shown.
     logging.basicConfig(
         level=logging.WARNING,

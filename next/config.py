@@ -649,7 +649,7 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
     """
     try:
-        tree = tomllib.loads(Path(path).read_text())
+        tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from None
     settings = dotted(tree)

@@ -384,7 +384,7 @@ def network_mount(path: str | Path) -> str | None:
     """
     real = Path(path).resolve()
     deepest, found = -1, ""
-    for line in _MOUNTS.read_text().splitlines() if _MOUNTS.is_file() else ():
+    for line in _MOUNTS.read_text(encoding="utf-8").splitlines() if _MOUNTS.is_file() else ():
         before, _, after = line.partition(" - ")
         point = Path(before.split()[4].replace("\\040", " "))  # the kernel's way to write a blank
         if real.is_relative_to(point) and len(point.parts) >= deepest:  # the later one hides others

@@ -164,6 +164,55 @@ def renames(node: ast.AST) -> bool:
     return name in ("rename", "replace") and len(node.args) == 1 and not node.keywords
 
 
+def test_text_is_read_and_written_as_utf_8_whatever_the_locale():
+    """A machine's locale decides nothing about what a file holds."""
+    for folder in ("next", "jobs", "benchmarks", "tune_spaces"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                where = f"{relative(path)}:{getattr(node, 'lineno', 0)}"
+                assert not asks_the_locale(node), f'{where}: say encoding="utf-8"'
+
+
+@pytest.mark.parametrize(
+    ("call", "asks"),
+    [
+        ("path.read_text()", True),
+        ("path.write_text(text)", True),
+        ("open(path)", True),
+        ('path.open("a")', True),
+        ("subprocess.run(words, text=True)", True),
+        ('path.read_text(encoding="utf-8")', False),
+        ('open(path, "rb")', False),
+        ("subprocess.run(words)", False),
+        ("folder.open(name)", False),
+    ],
+)
+def test_a_call_that_asks_the_locale_is_known(call, asks):
+    assert asks_the_locale(ast.parse(call, mode="eval").body) == asks
+
+
+def asks_the_locale(node: ast.AST) -> bool:
+    """Whether this call reads or writes text without saying its encoding."""
+    if not isinstance(node, ast.Call):
+        return False
+    named = {keyword.arg for keyword in node.keywords}
+    name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    if "encoding" in named:
+        return False
+    if name in ("read_text", "write_text"):
+        return len(node.args) < (1 if name == "read_text" else 2)
+    if name in ("run", "Popen", "check_output"):
+        return "text" in named
+    modes = [
+        argument.value
+        for argument in (*node.args, *(one.value for one in node.keywords if one.arg == "mode"))
+        if isinstance(argument, ast.Constant) and set(str(argument.value)) <= set("rwaxbt+")
+    ]
+    if name in ("open", "fdopen") and modes:
+        return "b" not in modes[0]
+    return name == "open" and isinstance(node.func, ast.Name)
+
+
 def test_print_stays_in_the_jobs():
     for path in (ROOT / "next").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -316,7 +316,7 @@ def _kind(path: Path) -> Kind | None:
 
 def _about(path: Path) -> str:
     try:
-        about = json.loads((path / _ABOUT).read_text())
+        about = json.loads((path / _ABOUT).read_text(encoding="utf-8"))
         return "{} {}, {} samples, {}x{}, {}".format(
             about["benchmark"],
             about["split"],
@@ -379,7 +379,7 @@ def _open(path: Path, shape: tuple[int, ...]) -> DecodedCache | None:
 def _damage(path: Path) -> str:
     """What of a cache is not what was written; empty: nothing, or its version kept no checksums."""
     try:
-        sums = json.loads((path / _ABOUT).read_text()).get("sums", {})
+        sums = json.loads((path / _ABOUT).read_text(encoding="utf-8")).get("sums", {})
     except FileNotFoundError:
         return ""
     except (AttributeError, OSError, ValueError) as error:

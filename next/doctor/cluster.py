@@ -184,7 +184,7 @@ def gpu_driver(inquiry: Inquiry) -> Finding:
     least = _LEAST_DRIVER.get(int(cuda.split(".")[0]), max(_LEAST_DRIVER.values()))
     drivers = {}
     if _DRIVER.is_file():
-        drivers["this machine"] = driver_version(_DRIVER.read_text())
+        drivers["this machine"] = driver_version(_DRIVER.read_text(encoding="utf-8"))
     survey = _survey(inquiry) if cluster_address() is not None else None
     if isinstance(survey, dict):
         drivers |= {address: node.get("gpu_driver") for address, node in survey["nodes"].items()}
@@ -250,7 +250,11 @@ def _is_ignored(path: Path) -> bool:
             asked, cwd=_ROOT, check=False, timeout=5, stderr=subprocess.DEVNULL
         ).returncode
     rules = _ROOT / ".gitignore"
-    return "*.so" in rules.read_text() if code == 128 and rules.is_file() else code == 0
+    return (
+        "*.so" in rules.read_text(encoding="utf-8")
+        if code == 128 and rules.is_file()
+        else code == 0
+    )
 
 
 def _survey(inquiry: Inquiry) -> dict[str, Any] | str:

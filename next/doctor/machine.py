@@ -89,7 +89,7 @@ def versions(inquiry: Inquiry) -> Finding:
     """Installed packages against the lock that the project is tested with."""
     if not inquiry.lock.is_file():
         return Finding("versions", "skipped", f"there is no {inquiry.lock}")
-    pins = re.findall(r"^([\w.-]+)==(\S+)", inquiry.lock.read_text(), re.MULTILINE)
+    pins = re.findall(r"^([\w.-]+)==(\S+)", inquiry.lock.read_text(encoding="utf-8"), re.MULTILINE)
     differing = [
         (name, pin, installed)
         for name, pin in pins

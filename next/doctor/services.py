@@ -210,7 +210,7 @@ def ask_cluster(path: str, body: Mapping[str, Any] | None = None, method: str = 
     secret = os.environ.get("RAY_AUTH_TOKEN")
     file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     if not secret and file.is_file():
-        secret = file.read_text().strip()
+        secret = file.read_text(encoding="utf-8").strip()
     headers = {"Authorization": f"Bearer {secret}"} if secret else {}
     return ask(f"{cluster_address()}{path}", headers, body, method)
 

@@ -78,7 +78,7 @@ class Address:
 def read_address(folder: Path) -> Address:
     """The content of ``run.json``; empty if there is none or it is damaged."""
     try:
-        return Address(**json.loads((folder / "run.json").read_text()))
+        return Address(**json.loads((folder / "run.json").read_text(encoding="utf-8")))
     except (OSError, TypeError, ValueError):
         return Address()
 

@@ -215,7 +215,7 @@ class Publication:
 
     def _read_state(self) -> _State | None:
         try:
-            return _State(**json.loads((self.folder / _STATE).read_text()))
+            return _State(**json.loads((self.folder / _STATE).read_text(encoding="utf-8")))
         except (OSError, TypeError, ValueError):
             return None
 

@@ -62,7 +62,7 @@ def serve(folder: Path, listener: socket.socket) -> None:
 
 def _watch_lease(lease: Path) -> None:
     """End this process once no other one holds the lease (a dead process holds nothing)."""
-    with lease.open("a") as file:
+    with lease.open("a", encoding="utf-8") as file:
         while True:
             time.sleep(_WATCH_SECONDS)
             try:

@@ -119,7 +119,9 @@ class TrackingServer:
 
     def _log_tail(self) -> str:
         path = self.folder / "server.log"
-        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        lines = (
+            path.read_text(errors="replace", encoding="utf-8").splitlines() if path.exists() else []
+        )
         return f"; the end of {path}:\n" + "\n".join(lines[-_TAIL_LINES:])
 
 
@@ -235,7 +237,7 @@ def _try_bind(port: int) -> socket.socket | None:
 
 def _read_state(folder: Path) -> dict[str, float]:
     try:
-        return dict(json.loads((folder / "server.json").read_text()))
+        return dict(json.loads((folder / "server.json").read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return {}
 

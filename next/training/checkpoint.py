@@ -246,7 +246,7 @@ def require_data(progress: Progress, digest: str) -> None:
 
 def read_config(folder: Path) -> RunConfig:
     """The resolved configuration of a checkpoint's run."""
-    return from_toml((Path(folder) / "config.toml").read_text())
+    return from_toml((Path(folder) / "config.toml").read_text(encoding="utf-8"))
 
 
 def load_weights(folder: Path, network: nn.Module, file: str = "model.safetensors") -> None:
@@ -356,7 +356,7 @@ def _write_files(folder: Path, snapshot: Snapshot) -> None:
     torch.save(snapshot.training, folder / "optimizer.pt")
     if snapshot.text is not None:
         _link(snapshot.text, folder / TEXT)
-    (folder / "config.toml").write_text(to_toml(snapshot.config))
+    (folder / "config.toml").write_text(to_toml(snapshot.config), encoding="utf-8")
     files = {path.name: _fingerprint(path) for path in sorted(folder.iterdir())}
     state = {"format": _FORMAT, "progress": asdict(snapshot.progress), "files": files}
     write_state(folder, state)

@@ -143,8 +143,8 @@ def free_bytes(device: torch.device) -> int:
         limits.append(addressable - psutil.Process().memory_info().vms)
     group = Path("/sys/fs/cgroup")
     allowed = group / "memory.max"
-    if allowed.is_file() and (limit := allowed.read_text().strip()).isdigit():
-        limits.append(int(limit) - int((group / "memory.current").read_text()))
+    if allowed.is_file() and (limit := allowed.read_text(encoding="utf-8").strip()).isdigit():
+        limits.append(int(limit) - int((group / "memory.current").read_text(encoding="utf-8")))
     return max(0, min(limits))
 
 

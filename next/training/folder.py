@@ -50,7 +50,7 @@ def as_begun(config: RunConfig, record: Path) -> RunConfig:
     default, now = dict(flatten(RunConfig())), dict(flatten(config))
     older = {
         name: value
-        for name, value in predated(record.read_text()).items()
+        for name, value in predated(record.read_text(encoding="utf-8")).items()
         if now[name] == default[name]
     }
     if older:
@@ -74,7 +74,7 @@ def claim_folder(config: RunConfig, *, prefix: str = "run") -> Path:
         folder.rename(aside)
         _log.info("set the earlier run aside: %s", aside)
     elif record.exists():
-        written = record.read_text()
+        written = record.read_text(encoding="utf-8")
         # Left out again, so that the same command continues the run once more.
         left_out = predated(written)
         changed = changes(from_toml(written), config)

@@ -132,7 +132,9 @@ def read_autoscaler(address: str) -> Autoscaler | None:
     flag = "--autoscaling-config="
     for word in monitors[0]:
         if word.startswith(flag):
-            config = yaml.safe_load(Path(word.removeprefix(flag)).expanduser().read_text())
+            config = yaml.safe_load(
+                Path(word.removeprefix(flag)).expanduser().read_text(encoding="utf-8")
+            )
             return from_config(config)
     return None
 
@@ -205,7 +207,9 @@ def differences(there: Facts, here: Facts, sent: float, got: float) -> list[str]
 def own_facts() -> Facts:
     """Those of this process's node; goes to others by its code, so it refers to nothing cached."""
     driver = Path("/proc/driver/nvidia/version")
-    found = re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", driver.read_text() if driver.is_file() else "")
+    found = re.search(
+        r"\s(\d+\.\d+(?:\.\d+)?)\s", driver.read_text(encoding="utf-8") if driver.is_file() else ""
+    )
     return Facts(_versions(), time.time(), found[1] if found else None)
 
 

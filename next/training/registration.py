@@ -92,7 +92,7 @@ def register_run(folder: Path, uri: str, name: str) -> Version:
             f"{folder} must be the folder of a finished run, but holds no {CARD}; "
             f"let the run end first"
         )
-    card = ModelCard(**json.loads(record.read_text()))
+    card = ModelCard(**json.loads(record.read_text(encoding="utf-8")))
     config = read_config(checkpoint)
     with tempfile.TemporaryDirectory(prefix="next-model-") as parent:
         exported = export_model(

@@ -73,7 +73,7 @@ def write_weights(
     assert config.model.image_size is not None
     network = TwoTowers(config.model.backbone, config.model.image_size, blank=True)
     load_weights(checkpoint, network)
-    progress = json.loads((checkpoint / "state.json").read_text())["progress"]
+    progress = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["progress"]
     metrics = progress["metrics"]
     origin = {
         "model": config.model.backbone.name,

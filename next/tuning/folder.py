@@ -59,7 +59,7 @@ def read_standing(folder: Path) -> Standing:
     """
     record = read_record(folder)
     sweep = SweepConfig(**record["sweep"])
-    base = from_toml((folder / "config.toml").read_text())
+    base = from_toml((folder / "config.toml").read_text(encoding="utf-8"))
     studies = open_studies(folder / FILE, folder.name, sweep)
     trials = read_trials(studies, folder, record["objectives"], base.seed)
     return Standing(
@@ -128,7 +128,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     path = folder / RECORD
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no sweep (there is no sweep.toml)")
-    return tomllib.loads(path.read_text())
+    return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
 def new_folder(base: RunConfig, space: Space) -> Path:

@@ -150,7 +150,7 @@ def _start(key: str, target: str) -> subprocess.Popen[bytes]:
             stderr=output,
             start_new_session=True,  # an interrupt at the terminal is for the driver
         )
-    Path(f"{address}.pid").write_text(str(process.pid))
+    Path(f"{address}.pid").write_text(str(process.pid), encoding="utf-8")
     _started[:] = [each for each in _started if each.poll() is None] + [process]
     return process
 
@@ -175,14 +175,14 @@ def _server(key: str, target: str) -> socket.socket:
             time.sleep(0.02)
     raise RuntimeError(
         f"the server that trials are forked from did not start; it wrote:\n"
-        f"{_output(key).read_text(errors='replace')[-3000:]}"
+        f"{_output(key).read_text(errors='replace', encoding='utf-8')[-3000:]}"
     )
 
 
 def _starting(address: Path) -> bool:
     """Whether a server is about to listen here; the driver starts that of its node beforehand."""
     try:
-        words = psutil.Process(int(Path(f"{address}.pid").read_text())).cmdline()
+        words = psutil.Process(int(Path(f"{address}.pid").read_text(encoding="utf-8"))).cmdline()
         return not words or str(address) in words  # none yet, while its program is loaded
     except (OSError, ValueError, psutil.Error):
         return False

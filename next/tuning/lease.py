@@ -197,6 +197,6 @@ def _system() -> str:
     """This machine since it was started, and the container whose process numbers these are."""
     parts = [socket.gethostname()]
     with suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         parts = [boot, str(os.stat("/proc/self/ns/pid").st_ino)]
     return "-".join(parts)

@@ -83,7 +83,7 @@ def _test_scores(folder: Path, summary: Summary, assessment: Assessment | None) 
     if assessment is not None:
         return on_test(assessment)
     path = folder / "sweep.json"
-    before = json.loads(path.read_text()) if path.is_file() else {}
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if before.get("winner_run") != summary.run:
         return OnTest({}, {}, None)
     ends = {name: (low, high) for name, (low, high) in before.get("test_interval", {}).items()}

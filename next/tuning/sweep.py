@@ -242,7 +242,7 @@ def _known(
     """
     record = read_record(folder)
     base = override(
-        from_toml((folder / "config.toml").read_text()),
+        from_toml((folder / "config.toml").read_text(encoding="utf-8")),
         {"checkpoint.storage_path": storage, "run.storage_path": str(folder.parent)},
     )
     sweep = SweepConfig(**(record["sweep"] | dict(changes or {})))
@@ -258,7 +258,11 @@ def _known(
 
 def _storage_of(folder: Path) -> str | None:
     config = folder / "config.toml"
-    return from_toml(config.read_text()).checkpoint.storage_path if config.is_file() else None
+    return (
+        from_toml(config.read_text(encoding="utf-8")).checkpoint.storage_path
+        if config.is_file()
+        else None
+    )
 
 
 def _require_record(folder: Path, store: str | None) -> None:
