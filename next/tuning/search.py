@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import optuna
 from optuna.trial import TrialState
+from ray.exceptions import RayActorError, RayTaskError
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
@@ -30,6 +31,8 @@ _log = logging.getLogger(__name__)
 
 DEFAULT = "default"
 """Name of the setting that the sweep started from."""
+_MOST_MACHINES = 10
+"""Lost machines after which a trial that ran on each of them is taken for the cause."""
 
 Choose = Callable[[], "Repeat | None"]
 
@@ -236,21 +239,32 @@ class Search(Searcher):
             run.ending = "pruned"
         return run.ending is not None
 
-    def fail(self, trial_id: str, error: str) -> None:
-        """Tune says that a run's process died."""
+    def fail(self, trial_id: str, error: str, *, machine_lost: bool = False) -> None:
+        """Tune says that a run's process died, by itself or with its machine."""
         run = self.live.get(trial_id)
-        if run is not None:
-            run.ending, run.error = "failed", error
-            run.trial.set_user_attr("deaths", run.trial.user_attrs.get("deaths", 0) + 1)
+        if run is None:
+            return
+        run.ending, run.error = "failed", error
+        cause = "machines_lost" if machine_lost else "deaths"
+        run.trial.set_user_attr(cause, run.trial.user_attrs.get(cause, 0) + 1)
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """A run ended; what it came to is told to its study."""
+        """A run ended, which its study is told; or its process died, and it goes on next.
+
+        Tune's own retries are not used: they count a lost machine as a failure of the trial, and
+        give up at once a trial that was just handed to a process on it.
+        """
         run = self.live.pop(trial_id)
         seconds = time.monotonic() - run.began
         before = float(run.trial.user_attrs.get("seconds", 0.0))
         run.trial.set_user_attr("seconds", round(before + seconds, 3))
+        if error and self._may_go_on(run):
+            _log.warning("%s goes on from its last checkpoint (%s)", run.name, run.error)
+            run.ending = run.error = None
+            self._left.insert(0, run)
+            return
         if not run.curve and run.ending is None:
             run.ending, run.error = "failed", run.error or "metric: the trial reported nothing"
         study = self.studies.search if run.kind == "search" else self.studies.seeds
@@ -265,6 +279,11 @@ class Search(Searcher):
         run.seconds = before + seconds
         self.ended.append(run)
         self.on_end(run)
+
+    def _may_go_on(self, run: Live) -> bool:
+        counts = run.trial.user_attrs
+        died, lost = counts.get("deaths", 0), counts.get("machines_lost", 0)
+        return died <= self.sweep.retries and lost <= _MOST_MACHINES
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Nothing: the scheduler has reported it already, and also the last result."""
@@ -319,7 +338,8 @@ class Pruning(TrialScheduler):
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         """The process died; said before the search is told that the trial is over."""
-        self.search.fail(trial.trial_id, how_it_died(trial.get_error()))
+        error = trial.get_pickled_error() or trial.get_error()
+        self.search.fail(trial.trial_id, how_it_died(error), machine_lost=is_lost_machine(error))
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
         """In the order in which they were drawn."""
@@ -347,12 +367,28 @@ class Pruning(TrialScheduler):
         return "pruning by the study"
 
 
+def is_lost_machine(error: Any) -> bool:
+    """Whether a trial's process died because its machine was lost, taken away, or cut off."""
+    cause = error.as_instanceof_cause() if isinstance(error, RayTaskError) else error
+    return isinstance(cause, RayActorError) and (
+        cause.preempted or "its node has died" in str(cause)
+    )
+
+
 def how_it_died(error: Any) -> str:
     """One line on why a trial's process ended, from Tune's error."""
+    if is_lost_machine(error):
+        return f"killed: its machine{_address(str(error))} was lost"
     text = str(error or "")
     memory = any(word in text for word in ("OutOfMemory", "running low on memory", "OOM"))
     last = first_line(text, "OutOfMemory" if memory else "Error")
     return f"{'out of memory' if memory else 'killed'}: {last or 'its process ended'}"
+
+
+def _address(text: str) -> str:
+    """`` 10.0.0.3``, from what Ray says of a dead actor; nothing where it does not say it."""
+    line = first_line(text, "ip: ")
+    return f" {line.removeprefix('ip: ')}" if line else ""
 
 
 def first_line(text: str, word: str) -> str:

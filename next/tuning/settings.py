@@ -46,8 +46,8 @@ class SweepConfig(Section):
     """Measure each finished trial with what only matters at evaluation: captions, temperature,
     flip, branch weights, re-ranking, missing modalities."""
     retries: int = Field(default=1, ge=0)
-    """How often a trial whose process was killed goes on from its checkpoint; a trial that raises
-    is not repeated."""
+    """How often a trial whose process was killed goes on from its checkpoint. A trial that raises
+    is not repeated; one whose machine was lost goes on elsewhere and is not counted."""
     seed: int = Field(default=0, ge=0)
     """Seed of the sampler (exact only with one trial at a time)."""
     pictures: int = Field(default=4, ge=0)

@@ -81,7 +81,6 @@ def run_trials(
             run_config=tune.RunConfig(
                 name=session,
                 storage_path=str(folder),
-                failure_config=tune.FailureConfig(max_failures=sweep.retries),
                 verbose=0,
             ),
         )

@@ -2,12 +2,14 @@
 
 import pytest
 from optuna.trial import TrialState
+from ray.core.generated.common_pb2 import ActorDiedErrorContext, NodeDeathInfo
+from ray.exceptions import ActorDiedError
 from ray.tune.search import Searcher
 
 from next.config import RunConfig, override
 from next.tuning.resources import Places, gpu_share
 from next.tuning.results import read_trials
-from next.tuning.search import DEFAULT, Repeat, Search, how_it_died
+from next.tuning.search import DEFAULT, Repeat, Search, how_it_died, is_lost_machine
 from next.tuning.settings import SweepConfig
 from next.tuning.space import Space
 from next.tuning.study import create_studies, open_studies
@@ -132,9 +134,10 @@ def test_failures_pruning_and_divergence_are_told_as_what_they_are(tmp_path):
     search.on_trial_complete("dumb")
     search.suggest("silent")
     search.on_trial_complete("silent")
-    search.suggest("dead")
-    search.fail("dead", "killed: its process ended")
-    search.on_trial_complete("dead", error=True)
+    for again in range(search.sweep.retries + 1):
+        search.suggest(f"dead{again}")
+        search.fail(f"dead{again}", "killed: its process ended")
+        search.on_trial_complete(f"dead{again}", error=True)
     frozen = search.studies.search.trials
     assert [trial.state.name for trial in frozen] == ["COMPLETE", "PRUNED", *["FAIL"] * 5]
     errors = [trial.user_attrs.get("error", "") for trial in frozen]
@@ -147,17 +150,37 @@ def test_failures_pruning_and_divergence_are_told_as_what_they_are(tmp_path):
 
 def test_a_run_that_came_back_from_the_dead_is_not_failed_and_repeats_no_epoch(tmp_path):
     search = make_search(tmp_path, SweepConfig(trials=1, noise_share=0, race_share=0))
-    search.suggest("a")
+    begun = search.suggest("a")
     search.report("a", {"epoch": 2, "val/mAP": 20.0})
     search.fail("a", "killed: its process ended")
-    assert not search.report("a", {"epoch": 2, "val/mAP": 20.0})
-    assert not search.report("a", {"epoch": 4, "val/mAP": 40.0})
-    search.on_trial_complete("a")
+    search.on_trial_complete("a", error=True)
+    assert not search.ended
+    assert search.suggest("b") == begun, "it goes on before anything else is drawn"
+    assert not search.report("b", {"epoch": 2, "val/mAP": 20.0})
+    assert not search.report("b", {"epoch": 4, "val/mAP": 40.0})
+    search.on_trial_complete("b")
     (trial,) = search.studies.search.trials
     assert trial.state == TrialState.COMPLETE
     assert trial.value == 40.0
     assert trial.user_attrs["curve"] == [[2, [20.0]], [4, [40.0]]]
     assert trial.user_attrs["deaths"] == 1
+    assert search.suggest("c") == Searcher.FINISHED
+
+
+def test_a_run_whose_machines_are_lost_goes_on_elsewhere_however_few_retries_there_are(tmp_path):
+    sweep = SweepConfig(trials=1, noise_share=0, race_share=0, retries=0)
+    search = make_search(tmp_path, sweep)
+    for lost in range(10):
+        assert search.suggest(f"{lost}")["name"] == "trial-0000"
+        search.fail(f"{lost}", "killed: its machine was lost", machine_lost=True)
+        search.on_trial_complete(f"{lost}", error=True)
+    assert search.suggest("last")["name"] == "trial-0000"
+    search.fail("last", "killed: its machine 10.0.0.3 was lost", machine_lost=True)
+    search.on_trial_complete("last", error=True)
+    (trial,) = search.studies.search.trials
+    assert trial.state == TrialState.FAIL, "eleven machines in a row: it is taken for the cause"
+    assert trial.user_attrs["error"] == "killed: its machine 10.0.0.3 was lost"
+    assert "deaths" not in trial.user_attrs
 
 
 def test_the_target_ends_the_search_and_leaves_the_race(tmp_path):
@@ -304,3 +327,22 @@ def test_a_death_says_whether_it_was_memory():
     assert how_it_died(text).startswith("out of memory: ray.exceptions.OutOfMemoryError")
     assert how_it_died("The actor died: RayActorError").startswith("killed: ")
     assert how_it_died(None) == "killed: its process ended"
+
+
+def test_a_lost_machine_is_told_from_a_process_that_died():
+    context = ActorDiedErrorContext(
+        actor_id=bytes(16),
+        node_ip_address="10.0.0.3",
+        error_message="The actor died because its node has died. Node Id: 5c205c",
+    )
+    lost = ActorDiedError(context)
+    assert is_lost_machine(lost)
+    assert how_it_died(lost) == "killed: its machine 10.0.0.3 was lost"
+    context.error_message = "The actor is dead because its worker process has died."
+    died = ActorDiedError(context)
+    assert not is_lost_machine(died)
+    assert how_it_died(died).startswith("killed: ")
+    context.node_death_info.reason = NodeDeathInfo.AUTOSCALER_DRAIN_PREEMPTED
+    assert is_lost_machine(ActorDiedError(context)), "a spot machine that was taken away"
+    assert not is_lost_machine(None)
+    assert not is_lost_machine("RayActorError: its node has died")
