@@ -1,4 +1,4 @@
-"""What a sweep outlives on machines that share nothing."""
+"""What a sweep outlives on machines that share nothing: machines and heads that are lost."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ import pytest
 
 from tests.cluster.cluster import ACTIVATE, Cluster, job
 from tests.cluster.machines import RUNS
-from tests.deploy.conftest import wait_for
+from tests.deploy.conftest import end_tree, wait_for
 
 pytestmark = [
     pytest.mark.ray,
@@ -25,18 +25,26 @@ TRIALS = 8
 ENDED = ("COMPLETE", "PRUNED")
 
 
-def test_a_sweep_outlives_a_machine_and_uses_the_one_that_joins(cluster: Cluster, recipe):
-    """Eight trials: none is lost or doubled, and no second driver gets in meanwhile."""
-    name = "drill"
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_sweep_outlives_a_machine_and_then_its_head(cluster: Cluster, recipe, workers):
+    """A machine of trials is lost and another joins; then the head is lost, and a new one goes on.
+
+    Meanwhile no second driver gets in. No trial and no value is lost or doubled.
+    """
+    name = f"drill-{workers}"
     settings = {
         "run__name": name,
         "recipe": recipe,
         "optim__epochs": "12",
+        "scaling__num_workers": f"{workers}",
         "sweep__pruner": "none",
         "sweep__trials": f"{TRIALS}",
+        "sweep__lease_s": "10",
         "space": "tune_spaces/quick.py",
     }
-    cluster.wait_for_nodes(*cluster.workers)
+    alive = set(cluster.workers)
+    lost, joins = max(alive), max(alive) + 1
+    cluster.wait_for_nodes(*alive)
     first = cluster.submitting(job("sweep", **settings))
 
     def said() -> str:
@@ -48,13 +56,24 @@ def test_a_sweep_outlives_a_machine_and_uses_the_one_that_joins(cluster: Cluster
 
     wait_for("two trials", lambda: ended(2), 600, said)
     second = cluster.services.machine.start(f"{ACTIVATE}{job('sweep', **settings)}")
-    cluster.kill_worker(3)
-    cluster.add_worker(4)
-    assert states(cluster, name)["ended"] < TRIALS - 1, "a machine was lost in the middle"
+    cluster.kill_worker(lost)
+    cluster.add_worker(joins)
+    before = states(cluster, name)["ended"]
+    assert before < TRIALS - 2, "a machine was lost in the middle"
     assert second.wait(300) == 2, cluster.services.machine.said(second)
     refusal = f"sweep {name} in s3://data/checkpoints/{name} is being driven by m1"
     assert refusal in cluster.services.machine.said(second)
-    assert first.wait(600) == 0, said()
+
+    wait_for("a trial after the loss", lambda: ended(before + 1), 600, said)
+    assert states(cluster, name)["ended"] < TRIALS, "the head was lost in the middle"
+    cluster.head.kill()
+    end_tree(first.pid)
+    cluster.start_head()
+    for worker in cluster.workers.values():
+        worker.run(f"{ACTIVATE}ray stop --force", 100)
+    cluster.wait_for_nodes(*cluster.workers)
+    resumed = cluster.submit(job("sweep resume").replace("resume search", f"resume {name}"))
+    assert resumed.returncode == 0, resumed.stdout[-5000:]
     assert_whole(cluster, name)
 
 

@@ -1,5 +1,7 @@
 """What is refused before anything starts, where machines share nothing."""
 
+import re
+
 import pytest
 
 from tests.cluster.cluster import Cluster, job
@@ -47,3 +49,34 @@ def test_a_store_that_one_machine_cannot_write_is_refused_and_the_machine_is_nam
     ) in done.stdout
     assert "read-only for these credentials" in done.stdout
     assert_nothing_began(cluster, name)
+
+
+def test_a_machine_whose_clock_is_an_hour_ahead_is_named(cluster, recipe):
+    ahead = cluster.add_worker(6, ahead_s=3600)
+    try:
+        cluster.wait_for_nodes(*cluster.workers)
+        line = job("sweep", run__name="ahead", recipe=recipe, space="tune_spaces/quick.py")
+        done = cluster.submit(line)
+    finally:
+        cluster.kill_worker(6)
+    assert done.returncode == 1, done.stdout
+    assert ahead.address in done.stdout
+    assert re.search(r"its clock is 3[56]\d\d s ahead of the driver's", done.stdout), done.stdout
+    assert_nothing_began(cluster, "ahead")
+
+
+def test_a_machine_with_another_torch_is_named(cluster, recipe):
+    other = cluster.add_worker(6, PYTHONPATH="/srv/other")
+    metadata = other.path("/srv/other/torch-2.14.0.dist-info/METADATA")
+    metadata.parent.mkdir(parents=True)
+    metadata.write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.14.0\n")
+    try:
+        cluster.wait_for_nodes(*cluster.workers)
+        line = job("sweep", run__name="other", recipe=recipe, space="tune_spaces/quick.py")
+        done = cluster.submit(line)
+    finally:
+        cluster.kill_worker(6)
+    assert done.returncode == 1, done.stdout
+    assert other.address in done.stdout
+    assert "torch is 2.14.0, the driver has " in done.stdout
+    assert_nothing_began(cluster, "other")
