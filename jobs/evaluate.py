@@ -78,10 +78,6 @@ def main(argv: Sequence[str]) -> int:
     job = parse(EvaluateJob, argv)
     if (job.checkpoint is None) == (job.model is None):
         raise ValueError("give one of --checkpoint and --model, what is to be assessed")
-    if job.missing and job.features != "plain":
-        raise ValueError(
-            f"--missing ranks plain features, but got --features {job.features}; leave one out"
-        )
     with tempfile.TemporaryDirectory(prefix="next-model-") as parent:
         return _assess(job, job.checkpoint or _fetch(job, Path(parent)))
 
@@ -111,7 +107,7 @@ def _assess(job: EvaluateJob, checkpoint: Path) -> int:
         return 0
     place = checkpoint.parent if job.checkpoint else job.storage_path
     out = job.out or place / f"assessment-{job.split}"
-    how: dict[str, Any] = {"split": job.split, "settings": settings}
+    how: dict[str, Any] = {"split": job.split, "settings": settings, "features": job.features}
     if job.missing:
         matrix = _missing(job, config, checkpoint, manifest, **how)
         picture = draw_missing(out, matrix, job.split)
@@ -120,7 +116,7 @@ def _assess(job: EvaluateJob, checkpoint: Path) -> int:
         if not job.json:
             print(f"picture  {picture}")
         return 0
-    found = _scores(job, config, checkpoint, manifest, out, **how, features=job.features)
+    found = _scores(job, config, checkpoint, manifest, out, **how)
     if job.json:
         print(json.dumps({"metrics": found.metrics, "pictures": [str(p) for p in found.pictures]}))
         return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from next.evaluation.distances import Layout
 from next.evaluation.metrics import RetrievalMetrics, check_rule, retrieval_metrics
 from next.evaluation.protocol import Pair, embed_pair, layout_of
 from next.evaluation.share import ALONE, Share
+from next.evaluation.whitening import Whitening
 from next.model.network import NEXT
 
 MOST_MODALITIES, MOST_SAMPLES = 3, 5000
@@ -111,6 +112,7 @@ def missing_matrix(
     config: RunConfig,
     device: torch.device | str,
     share: Share = ALONE,
+    whitening: Whitening | None = None,
 ) -> MissingMatrix:
     """Embed query and gallery with every set of modalities, once each, and rank every pair of sets.
 
@@ -127,6 +129,7 @@ def missing_matrix(
         config: settings.
         device: where the model is.
         share: which of the ranks this process is.
+        whitening: as there.
 
     Raises:
         ValueError: there is one modality only, or no query has a match with some set.
@@ -142,8 +145,10 @@ def missing_matrix(
         for size in range(len(names), 0, -1)
         for subset in itertools.combinations(names, size)
     )
-    sides = [_Side(model, query, gallery, subset, config, device, share) for subset in subsets]
-    layout = layout_of(model, config)
+    how: dict[str, Any] = {"config": config, "device": device, "share": share}
+    how["whitening"] = whitening
+    sides = [_Side(model, query, gallery, subset, **how) for subset in subsets]
+    layout = layout_of(model, config, whitening)
     cases = tuple(
         tuple(
             _rank(of_query, of_gallery, query, gallery, rule, layout, share, device)
@@ -163,9 +168,7 @@ class _Side:
         query: SampleSet,
         gallery: SampleSet,
         subset: tuple[str, ...],
-        config: RunConfig,
-        device: torch.device | str,
-        share: Share,
+        **how: Any,
     ) -> None:
         self.subset = subset
         mask = np.array([name in subset for name in gallery.modalities])
@@ -178,9 +181,7 @@ class _Side:
             )
         narrowed = _only(gallery, self.gallery_rows, mask)
         narrowed_query = narrowed if query is gallery else _only(query, self.query_rows, mask)
-        self.pair: Pair = embed_pair(
-            model, narrowed_query, narrowed, config=config, device=device, share=share
-        )
+        self.pair: Pair = embed_pair(model, narrowed_query, narrowed, **how)
 
 
 def _only(samples: SampleSet, rows: np.ndarray, mask: np.ndarray) -> SampleSet:

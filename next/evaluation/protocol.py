@@ -97,14 +97,10 @@ def evaluate(
             f"query and gallery must hold samples, but got {len(query)} and {len(gallery)}"
         )
     check_rule(rule, query.labels, gallery.labels)
-    pair = embed_pair(model, query, gallery, config=config, device=device, share=share)
-    layout = layout_of(model, config)
-    if whitening is not None:
-        pair = pair._replace(
-            query=replace(pair.query, features=whitening.apply(pair.query.features)),
-            gallery=replace(pair.gallery, features=whitening.apply(pair.gallery.features)),
-        )
-        layout = whitening.layout_after if layout is not None else None
+    pair = embed_pair(
+        model, query, gallery, config=config, device=device, share=share, whitening=whitening
+    )
+    layout = layout_of(model, config, whitening)
     metrics = retrieval_metrics(
         pair.query.features,
         pair.gallery.features,
@@ -120,10 +116,12 @@ def evaluate(
     return Evaluation(metrics, *pair, layout)
 
 
-def layout_of(model: NEXT, config: RunConfig) -> Layout | None:
-    """How the model's features are to be compared; None: as a whole."""
+def layout_of(model: NEXT, config: RunConfig, whitening: Whitening | None = None) -> Layout | None:
+    """How the model's features, whitened or not, are to be compared; None: as a whole."""
     if not config.evaluation.common_slices:
         return None
+    if whitening is not None:
+        return whitening.layout_after
     return Layout(len(model.embedded), model.modalities)
 
 
@@ -135,6 +133,7 @@ def embed_pair(
     config: RunConfig,
     device: torch.device | str,
     share: Share = ALONE,
+    whitening: Whitening | None = None,
 ) -> Pair:
     """Embed query and gallery, each distinct sample once; arguments as :func:`evaluate`.
 
@@ -144,6 +143,8 @@ def embed_pair(
     others = np.flatnonzero(~_seen_alike(query, gallery, own))
     sides = [gallery, query.select(others)] if len(others) else [gallery]
     everything = embed_all(model, sides, config=config, device=device, share=share)
+    if whitening is not None:
+        everything = replace(everything, features=whitening.apply(everything.features))
     places = own.copy()
     places[others] = len(gallery) + np.arange(len(others))
     of_query = everything.take(_as_slice(places))

@@ -120,23 +120,10 @@ def assess(
             ``val`` is asked for on data that the run was not trained on.
     """
     network, config, (query, gallery, rule) = _open(checkpoint, manifest, device, split, settings)
-    whitening = None
-    if features != "plain":
-        text = text_of(checkpoint)
-        whitening = fitted(network, config, manifest, features, device, share, text)
-    found = evaluate(
-        network,
-        query,
-        gallery,
-        rule=rule,
-        config=config,
-        device=device,
-        share=share,
-        whitening=whitening,
-    )
-    matrix = None
-    if missing:
-        matrix = _matrix_if_cheap(network, query, gallery, rule, config, device, share)
+    how: dict[str, Any] = {"rule": rule, "config": config, "device": device, "share": share}
+    how["whitening"] = _whitening(features, checkpoint, network, config, manifest, device, share)
+    found = evaluate(network, query, gallery, **how)
+    matrix = _matrix_if_cheap(network, query, gallery, **how) if missing else None
     queries = read_queries(found, query, gallery)
     pictures = []
     if not share.rank:
@@ -192,14 +179,22 @@ def fitted(
     return fit_whitening(found.features, layout, kind)
 
 
-def _matrix_if_cheap(
+def _whitening(
+    features: Features,
+    checkpoint: Path,
     network: NEXT,
-    query: SampleSet,
-    gallery: SampleSet,
-    rule: str,
     config: RunConfig,
+    manifest: Manifest,
     device: torch.device,
     share: Share,
+) -> Whitening | None:
+    if features == "plain":
+        return None
+    return fitted(network, config, manifest, features, device, share, text_of(checkpoint))
+
+
+def _matrix_if_cheap(
+    network: NEXT, query: SampleSet, gallery: SampleSet, **how: Any
 ) -> MissingMatrix | None:
     costly = too_costly(query, gallery)
     if costly:
@@ -208,9 +203,7 @@ def _matrix_if_cheap(
     if len(gallery.modalities) < 2:
         return None
     try:
-        return missing_matrix(
-            network, query, gallery, rule=rule, config=config, device=device, share=share
-        )
+        return missing_matrix(network, query, gallery, **how)
     except ValueError as error:
         _log.warning("the scores with modalities missing are left out: %s", error)
         return None
@@ -223,12 +216,21 @@ def assess_missing(
     device: torch.device,
     split: Literal["test", "val"] = "test",
     settings: Mapping[str, Any] | None = None,
+    features: Features = "plain",
     share: Share = ALONE,
 ) -> MissingMatrix:
     """Rank a split with every set of modalities; arguments and errors as :func:`assess`."""
     network, config, (query, gallery, rule) = _open(checkpoint, manifest, device, split, settings)
+    whitening = _whitening(features, checkpoint, network, config, manifest, device, share)
     return missing_matrix(
-        network, query, gallery, rule=rule, config=config, device=device, share=share
+        network,
+        query,
+        gallery,
+        rule=rule,
+        config=config,
+        device=device,
+        share=share,
+        whitening=whitening,
     )
 
 

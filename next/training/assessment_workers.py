@@ -75,9 +75,10 @@ def missing_on_workers(
     *,
     split: Literal["test", "val"] = "test",
     settings: Mapping[str, Any] | None = None,
+    features: Features = "plain",
 ) -> MissingMatrix:
     """:func:`next.training.assessment.assess_missing` on workers; as :func:`assess_on_workers`."""
-    arguments = {"split": split, "settings": settings}
+    arguments = {"split": split, "settings": settings, "features": features}
     return _on_workers(config, checkpoint, manifest, assess_missing, arguments)
 
 

@@ -86,13 +86,15 @@ def test_features_are_centred_or_whitened_on_request(job, flags, capsys, monkeyp
     """Fitted on train samples: none of those that are searched."""
     monkeypatch.setattr("next.training.assessment.draw_evaluation", lambda *args, **given: [])
     one = [flag for flag in flags if flag != "--missing"]
-    scores = []
+    scores, matrices = [], []
     for kind in ("plain", "centred", "whitened"):
         assert job.main([*one, "--json", "--features", kind]) == 0
         scores.append(json.loads(capsys.readouterr().out)["metrics"]["test/mAP"])
+        assert job.main([*flags, "--json", "--features", kind]) == 0
+        matrices.append(json.loads(capsys.readouterr().out))
     assert len(set(scores)) == 3
-    with pytest.raises(ValueError, match="--missing ranks plain features, but got --features cen"):
-        job.main([*flags, "--features", "centred"])
+    assert [matrix["full"]["mAP"] for matrix in matrices] == scores
+    assert len({matrix["missing"]["rn"]["mAP"] for matrix in matrices}) == 3
 
 
 def test_a_matrix_that_is_too_costly_is_left_out_and_the_log_says_how_to_ask(
