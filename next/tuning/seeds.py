@@ -14,7 +14,7 @@ from scipy.special import ndtri, stdtrit  # type: ignore[import-untyped]
 from next.evaluation.blocks import Estimate, SharedSeeds, judged
 from next.evaluation.noise import PairedDifference, paired_bootstrap, pooled_spread
 from next.tuning.features import read_features
-from next.tuning.results import Setting, Trial, fit_seeds
+from next.tuning.results import Setting, Trial, first_way, fit_seeds
 from next.tuning.search import DEFAULT, Repeat
 from next.tuning.settings import FEATURES
 from next.tuning.space import METRIC
@@ -73,6 +73,20 @@ class Floor(NamedTuple):
             return 1.0
         held = (total - sum(n**2 for n in everywhere.values()) / total) / (total - 1)
         return max(0.0, 1 - held * here.total() / sum(n**2 for n in here.values()))
+
+    def best_run(self, setting: Setting, objectives: Mapping[str, str]) -> Trial:
+        """The run of a setting whose checkpoint is worth most, as far as its score tells.
+
+        On one fold all runs are measured on the same queries, so it is the best score. Another fold
+        has other identities, easier or harder ones, so there a run is measured by how far it lies
+        above what its seed, with its fold, gives to all settings.
+        """
+        runs = [run for run in setting.finished if run.seed in self.fit.seeds]
+        if len({run.fold for run in runs}) < 2:
+            return setting.best_run
+        sign = 1.0 if first_way(objectives) == "max" else -1.0
+        given = dict(zip(self.fit.seeds, self.fit.effects.tolist(), strict=True))
+        return max(runs, key=lambda run: run.rank - sign * given[run.seed])
 
     def level(self, setting: Setting) -> float | None:
         """A setting's score at the average seed; of one that did not finish, what it reached."""

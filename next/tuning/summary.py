@@ -17,7 +17,7 @@ from rich.table import Table
 from next.evaluation.noise import Basis, pooled_spread, score_basis
 from next.training.assessment import Assessment
 from next.tuning.folder import Standing
-from next.tuning.results import Setting, plain, write_json
+from next.tuning.results import Setting, Trial, plain, write_json
 from next.tuning.search import DEFAULT
 from next.tuning.seeds import (
     Floor,
@@ -153,21 +153,22 @@ def summarise(settings: Sequence[Setting], objectives: Mapping[str, str]) -> Sum
         beats = verdict.separated and verdict.difference.difference > 0
         if verdict.theirs == DEFAULT and known and not beats:
             (winner,) = (setting for setting in scored if setting.name == DEFAULT)
+    run = floor.best_run(winner, objectives)
     return Summary(
         first_metric(objectives),
         tuple(objectives)[1:],
         winner.name,
         best.name,
-        winner.best_run.name,
+        run.name,
         floor.level(winner),
         floor,
         verdicts,
-        _basis(winner),
+        _basis(run),
     )
 
 
-def _basis(setting: Setting) -> Basis | None:
-    kept = kept_queries([setting.best_run])
+def _basis(run: Trial) -> Basis | None:
+    kept = kept_queries([run])
     return None if kept is None else score_basis(kept[0][0], kept[1])
 
 
