@@ -15,7 +15,7 @@ import tyro
 from next.cli import REQUIRED, Settings, parse, run_defaults, run_job
 from next.config import RunConfig, override
 from next.tuning.settings import SweepConfig
-from next.tuning.space import check_space, load_space
+from next.tuning.space import load_space
 
 if TYPE_CHECKING:
     from next.tuning.sweep import SweepResult
@@ -35,7 +35,11 @@ _Name = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
 
 @dataclass(frozen=True)
 class StartJob:
-    """Search a space of settings; the best trial meets the test split once, at the end."""
+    """Search a space of settings; the best trial meets the test split once, at the end.
+
+    With --sweep.task pretraining the trials train towers on captions, as jobs/pretrain.py does, and
+    the best trial's weights become a file.
+    """
 
     space: Path
     """File with suggest(trial), such as tune_spaces/experts.py."""
@@ -127,14 +131,14 @@ def _start(argv: Sequence[str]) -> int:
     job = parse(StartJob, argv, default=default)
     config = override(job.config, {"data.uri": job.data})
     space = load_space(job.space)
-    from next.tuning.sweep import prepare_sweep, run_sweep
+    from next.tuning.sweep import checked_space, prepare_sweep, run_sweep
 
     if job.dry_run:
         manifest, config = prepare_sweep(config, job.sweep)
         plan = {
             "data_digest": manifest.digest,
             "space": space.name,
-            "varied": check_space(space, config),
+            "varied": list(checked_space(space, config, job.sweep)),
             "objectives": dict(space.objectives),
             "trials": job.sweep.trials,
             "of_them": {

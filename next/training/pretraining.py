@@ -34,7 +34,7 @@ from next.training.report import FolderReporter
 from next.training.store import CheckpointStore
 from next.training.tower_weights import Pretrained, mark_of, refuse_other, write_weights
 
-_ALONE: dict[str, object] = {
+ONLY: dict[str, object] = {
     "scaling.num_workers": 1,
     "data.placement": "replicated",
     "selection.split": "val",
@@ -43,6 +43,10 @@ _ALONE: dict[str, object] = {
     "optim.cuda_graph": False,
 }
 """What this training does not offer, and the only value that it takes."""
+
+
+REPORTED = ("val/mAP", "val/rank1", "train/loss")
+"""What is reported after each evaluation and can be optimised, as by a sweep."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ def pretrain(config: RunConfig, out: Path | None = None) -> Pretrained:
         Interrupted: the run was asked to stop; it wrote a checkpoint.
         NonFiniteLossError: naming the steps.
     """
-    manifest, config = _checked(config)
+    manifest, config = check_pretraining(config)
     configure_torch(config)
     mark = mark_of(config, manifest.digest)
     if out is not None:
@@ -129,7 +133,7 @@ def plan_pretraining(config: RunConfig) -> PretrainingPlan:
     Raises:
         ValueError: as :func:`pretrain`.
     """
-    manifest, config = _checked(config)
+    manifest, config = check_pretraining(config)
     configure_torch(config)
     pairs = prepare_pairs(config)
     train = pairs.data.train
@@ -161,10 +165,14 @@ def plan_pretraining(config: RunConfig) -> PretrainingPlan:
     )
 
 
-def _checked(config: RunConfig) -> tuple[Manifest, RunConfig]:
-    """Data and resolved settings, refused before anything is written."""
-    values = {name: _value(config, name) for name in _ALONE}
-    for name, only in _ALONE.items():
+def check_pretraining(config: RunConfig) -> tuple[Manifest, RunConfig]:
+    """Open the data and resolve the settings; nothing is written.
+
+    Raises:
+        ValueError: settings or data do not fit.
+    """
+    values = {name: _value(config, name) for name in ONLY}
+    for name, only in ONLY.items():
         if values[name] != only:
             raise ValueError(f"{name} must be {only} in pretraining, but got {values[name]}")
     if config.data.uri is None:

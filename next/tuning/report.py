@@ -26,14 +26,20 @@ from next.tuning.summary import (
     write_summary,
 )
 
-_HOW_IT_WAS_MEASURED = """
+_SCORES = {
+    "training": """
 Scores are percent on identities held out of the train split, ± half of their 95 % interval; the
-test split is measured once, for the winner's best run, with its interval over queries. A seed moves
-all settings together, so they are compared on the same seeds (score = setting + seed + residual, by
-least squares) and given at the average seed. A verdict adds the variance over queries (bootstrapped
-by identity) and allows for the number of settings that it was picked from. The run that a setting
-was chosen by is the lucky one of many: it is left out once two other seeds are there, and settings
-without these stand below those that have them."""
+test split is measured once, for the winner's best run, with its interval over queries.""",
+    "pretraining": """
+Scores are percent on images of identities held out of the train split that look for captions of
+their identity, ± half of their 95 % interval; the test split is not measured.""",
+}
+_HOW_THEY_ARE_COMPARED = """
+A seed moves all settings together, so they are compared on the same seeds (score = setting + seed +
+residual, by least squares) and given at the average seed. A verdict adds the variance over queries
+(bootstrapped by identity) and allows for the number of settings that it was picked from. The run
+that a setting was chosen by is the lucky one of many: it is left out once two other seeds are
+there, and settings without these stand below those that have them."""
 
 
 def report_sweep(folder: Path, assessment: Assessment | None = None) -> list[Path]:
@@ -131,7 +137,8 @@ def _lead(found: Standing, summary: Summary, test: OnTest) -> str:
         verdicts += f"<p>{text(rests_on)}.</p>"
     if summary.advice():
         verdicts += f'<p class="verdict no">{text(summary.advice())}</p>'
-    return facts(pairs) + verdicts + f'<p class="note">{_HOW_IT_WAS_MEASURED}</p>'
+    how = _SCORES[found.sweep.task] + _HOW_THEY_ARE_COMPARED
+    return facts(pairs) + verdicts + f'<p class="note">{how}</p>'
 
 
 def _leaderboard(found: Standing, summary: Summary) -> str:

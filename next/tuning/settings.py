@@ -13,10 +13,16 @@ RECORD = "sweep.toml"
 FEATURES, AXES = "features.npz", "axes.json"
 """Files in a trial's folder: what its best epoch gave each held-out sample, and its free axes."""
 
+Task = Literal["training", "pretraining"]
+"""What the trials of a sweep do."""
+
 
 class SweepConfig(Section):
     """How a space is searched."""
 
+    task: Task = "training"
+    """What a trial does: train the network, or its towers on images and captions as
+    jobs/pretrain.py does. Of pretraining, the best weights are what a sweep ends with."""
     trials: int = Field(default=20, ge=1)
     """Trials in all, with those that repeat a setting over seeds."""
     hours: float | None = Field(default=None, gt=0)

@@ -25,20 +25,24 @@ from next.data.shards import Manifest, open_manifest
 from next.evaluation.queries import measurable
 from next.storage import open_folder, require_own_disk
 from next.tracking.run import (
+    Run,
     open_run,
     read_status,
     replay,
     view_command,
 )
+from next.training.alignment import prepare_pairs
 from next.training.assessment import Assessment
 from next.training.checkpoint import read_config
 from next.training.cluster import check_cluster, on_cluster
 from next.training.inputs import resolve, training_data
 from next.training.launch import read_history, run_tags, tracking_address
 from next.training.placement import assess_in_place
+from next.training.pretraining import ONLY, REPORTED, check_pretraining
 from next.training.record import record_assessment, record_inputs
 from next.training.registration import register_best, write_card
 from next.training.store import persist, store_address
+from next.training.tower_weights import mark_of, write_weights
 from next.tuning.comparison import comparison_link, record_pictures, set_up_comparison
 from next.tuning.folder import driving, new_folder, read_record, write_record
 from next.tuning.home import Home, mirror
@@ -59,7 +63,14 @@ from next.tuning.tuner import run_trials
 
 _log = logging.getLogger(__name__)
 
-__all__ = ["SweepConfig", "SweepResult", "prepare_sweep", "resume_sweep", "run_sweep"]
+__all__ = [
+    "SweepConfig",
+    "SweepResult",
+    "checked_space",
+    "prepare_sweep",
+    "resume_sweep",
+    "run_sweep",
+]
 
 Say = Callable[[str], None]
 
@@ -76,9 +87,12 @@ class SweepResult(NamedTuple):
     """The same by setting, best first."""
     summary: Summary
     """Noise floor, verdicts, and the choice of the winner."""
-    assessment: Assessment
-    """Test scores of the winner's best checkpoint, and the pictures."""
+    assessment: Assessment | None
+    """Test scores of the winner's best checkpoint, and the pictures; None: of pretraining, whose
+    towers rank nothing by themselves."""
     checkpoint: Path
+    weights: Path | None
+    """Of pretraining: the winner's, for ``model.backbone.pretrained``."""
     compare: str | None
     """Address of MLflow's comparison of the trials."""
     serve: str | None
@@ -86,11 +100,17 @@ class SweepResult(NamedTuple):
 
     def lines(self) -> list[str]:
         """Leaderboard, verdicts, test scores, pictures, how to compare; for the terminal."""
-        scores = on_test(self.assessment)
-        end = [
-            f"on the test split, once: {self.summary.winner}  {scores}",
-            scores.rests_on(),
-            *(f"picture     {path}" for path in self.assessment.pictures),
+        end = []
+        if self.assessment is not None:
+            scores = on_test(self.assessment)
+            end = [
+                f"on the test split, once: {self.summary.winner}  {scores}",
+                scores.rests_on(),
+                *(f"picture     {path}" for path in self.assessment.pictures),
+            ]
+        if self.weights is not None:
+            end.append(f"use it      --model.backbone.pretrained {self.weights}")
+        end += [
             f"checkpoint  {self.checkpoint}",
             f"report      {self.folder / 'report.html'}",
         ]
@@ -145,14 +165,15 @@ def run_sweep(
         RuntimeError: every trial failed.
     """
     manifest, base = prepare_sweep(base, sweep)
-    description = describe_space(space, base)
+    description = checked_space(space, base, sweep)
     folder = new_folder(base, space)
     with _driving(folder, store_address(base, folder.name), sweep.lease_s) as record:
         write_record(folder, space, sweep, description)
         studies = create_studies(folder / FILE, folder.name, space.objectives, sweep)
         say(f"sweep {folder.name}: {sweep.trials} trials over {', '.join(description)}")
-        for name, found in measurable(base, manifest).told.items():
-            say(f"measured on {name}: {found}")
+        if sweep.task == "training":
+            for name, found in measurable(base, manifest).told.items():
+                say(f"measured on {name}: {found}")
         return _drive(
             _Sweep(folder, base, space, list(description), sweep, studies, manifest, say, record)
         )
@@ -249,7 +270,7 @@ def _known(
     manifest, base = prepare_sweep(base, sweep)
     path = space or (Path(record["path"]) if Path(record["path"]).is_file() else None)
     chosen = load_space(path or folder / "space.py")._replace(name=record["space"])
-    description = describe_space(chosen, base)
+    description = checked_space(chosen, base, sweep)
     changed = space_difference(record["description"], description)
     if dict(chosen.objectives) != record["objectives"]:
         changed.append(f"objectives: {record['objectives']} -> {dict(chosen.objectives)}")
@@ -312,11 +333,38 @@ def prepare_sweep(base: RunConfig, sweep: SweepConfig) -> tuple[Manifest, RunCon
             f"one of them out"
         )
     require_own_disk(base.run.storage_path, "run.storage_path", "the study of a sweep")
-    manifest = open_manifest(base.data.uri)
-    base = resolve(base, manifest)
+    if sweep.task == "pretraining":
+        manifest, base = check_pretraining(base)
+    else:
+        manifest = open_manifest(base.data.uri)
+        base = resolve(base, manifest)
     if on_cluster() or ray.is_initialized():
         check_cluster(base)
     return manifest, base
+
+
+def checked_space(space: Space, base: RunConfig, sweep: SweepConfig) -> dict[str, str]:
+    """What a space varies, as :func:`next.tuning.space.describe_space`, of the sweep's task.
+
+    Raises:
+        ValueError: as there, or pretraining does not have what the space varies or asks for.
+    """
+    varied = describe_space(space, base)
+    if sweep.task == "training":
+        return varied
+    fixed = sorted(set(varied) & set(ONLY))
+    if fixed:
+        raise ValueError(
+            f"space {space.name!r} varies {', '.join(fixed)}, which pretraining does not offer; "
+            f"leave it out"
+        )
+    strange = sorted(set(space.objectives) - set(REPORTED))
+    if strange:
+        raise ValueError(
+            f"{space.path}: OBJECTIVES names {', '.join(strange)}, which pretraining does not "
+            f"report; choose from {', '.join(REPORTED)}"
+        )
+    return varied
 
 
 def _fork(old: Path, name: str, known: _Known, say: Say) -> SweepResult:
@@ -392,7 +440,10 @@ def _drive(it: _Sweep) -> SweepResult:
         set_up_comparison(parent, folder.name, it.manifest.benchmark.name, it.space, it.varied)
         if not on_cluster():  # there, the first trial on a node does it for the others
             progress.enter("opening the decoded cache and the text bank, once for all trials")
-            training_data(base, it.manifest)
+            if it.sweep.task == "pretraining":
+                prepare_pairs(base)
+            else:
+                training_data(base, it.manifest)
         tracked = {"uri": uri, "experiment": experiment, "parent": parent.key}
         run_trials(
             base,
@@ -408,58 +459,103 @@ def _drive(it: _Sweep) -> SweepResult:
         if not any(setting.score is not None for setting in settings):
             raise RuntimeError(_all_failed(trials, metric))
         summary = summarise(settings, it.objectives)
-        drawn = [setting.best_run for setting in settings[: it.sweep.pictures]]
-        progress.enter(f"drawing the best {len(drawn)} settings on the held-out identities")
-        record_pictures(
-            [
-                (run.name, best)
-                for run in drawn
-                if not run.inherited and (best := Home(Path(run.folder), base).best())
-            ],
-            folder,
-            it.manifest,
-            base,
-            tracked,
-        )
-        progress.enter("assessing the best trial on the test split, drawing the report")
         winner = next(trial for trial in trials if trial.name == summary.run)
-        checkpoint = _keep_best(winner, folder, base)
-        history = read_history(Path(winner.folder))
-        home = Home(Path(winner.folder), base)
-        assessment = assess_in_place(
-            base,
-            home.best() or checkpoint,
-            home.checkpoints,
-            it.manifest,
-            folder,
-            history=history,
-        )
-        overview = draw_overview(folder / "figures", trials, it.objectives)
-        if overview is not None:
-            assessment = assessment._replace(pictures=[*assessment.pictures, overview])
-        parent.log_metrics({metric: float(summary.score or 0.0)}, step=0)
-        record_assessment(parent, assessment, step=0)
-        parent.set_tags({"next.best_trial": winner.name, "next.checkpoint_uri": str(checkpoint)})
-        for path in report_sweep(folder, assessment):
-            parent.log_artifact(path)
-        score = float(summary.score or 0.0)
-        floor = summary.floor
-        write_card(
-            folder,
-            read_config(checkpoint),
-            it.manifest,
-            assessment,
-            score,
-            seed_spread=(floor.spread, floor.freedom) if floor.freedom else None,
-        )
+        if it.sweep.task == "pretraining":
+            ending = _end_pretraining(it, parent, winner, summary, progress)
+        else:
+            _draw_the_best(it, settings, tracked, progress)
+            ending = _assess(it, parent, trials, winner, summary, progress)
         compare = comparison_link(parent)
         parent.close()
         _store_the_end(it)
-        register_best(folder, base, uri)
+        if ending.assessment is not None:
+            register_best(folder, base, uri)
     serve = None if base.tracking.uri else view_command(folder.parent / "mlflow")
-    return SweepResult(
-        folder, it.varied, trials, settings, summary, assessment, checkpoint, compare, serve
+    return SweepResult(folder, it.varied, trials, settings, summary, *ending, compare, serve)
+
+
+class _Ending(NamedTuple):
+    """Of :class:`SweepResult`."""
+
+    assessment: Assessment | None
+    checkpoint: Path
+    weights: Path | None
+
+
+def _draw_the_best(
+    it: _Sweep, settings: list[Setting], tracked: dict[str, str | None], progress: Progress
+) -> None:
+    """Pictures of the best settings, in their trials' runs."""
+    drawn = [setting.best_run for setting in settings[: it.sweep.pictures]]
+    progress.enter(f"drawing the best {len(drawn)} settings on the held-out identities")
+    record_pictures(
+        [
+            (run.name, best)
+            for run in drawn
+            if not run.inherited and (best := Home(Path(run.folder), it.base).best())
+        ],
+        it.folder,
+        it.manifest,
+        it.base,
+        tracked,
     )
+
+
+def _assess(
+    it: _Sweep,
+    parent: Run,
+    trials: list[Trial],
+    winner: Trial,
+    summary: Summary,
+    progress: Progress,
+) -> _Ending:
+    """The winner on the test split, once, and the report."""
+    base, folder = it.base, it.folder
+    progress.enter("assessing the best trial on the test split, drawing the report")
+    checkpoint = _keep_best(winner, folder, base)
+    home = Home(Path(winner.folder), base)
+    assessment = assess_in_place(
+        base,
+        home.best() or checkpoint,
+        home.checkpoints,
+        it.manifest,
+        folder,
+        history=read_history(Path(winner.folder)),
+    )
+    overview = draw_overview(folder / "figures", trials, it.objectives)
+    if overview is not None:
+        assessment = assessment._replace(pictures=[*assessment.pictures, overview])
+    score, floor = float(summary.score or 0.0), summary.floor
+    parent.log_metrics({summary.metric: score}, step=0)
+    record_assessment(parent, assessment, step=0)
+    parent.set_tags({"next.best_trial": winner.name, "next.checkpoint_uri": str(checkpoint)})
+    for path in report_sweep(folder, assessment):
+        parent.log_artifact(path)
+    write_card(
+        folder,
+        read_config(checkpoint),
+        it.manifest,
+        assessment,
+        score,
+        seed_spread=(floor.spread, floor.freedom) if floor.freedom else None,
+    )
+    return _Ending(assessment, checkpoint, None)
+
+
+def _end_pretraining(
+    it: _Sweep, parent: Run, winner: Trial, summary: Summary, progress: Progress
+) -> _Ending:
+    """The winner's weights as a file, and the report."""
+    progress.enter("writing the best trial's weights, drawing the report")
+    checkpoint = _keep_best(winner, it.folder, it.base)
+    config, out = read_config(checkpoint), it.folder / "weights.safetensors"
+    mark = mark_of(config, it.manifest.digest)
+    made = write_weights(checkpoint, config, it.manifest, Path(winner.folder), out, mark)
+    parent.log_metrics({summary.metric: float(summary.score or 0.0)}, step=0)
+    parent.set_tags({"next.best_trial": winner.name, "next.checkpoint_uri": str(checkpoint)})
+    for path in (made.card, *report_sweep(it.folder)):
+        parent.log_artifact(path)
+    return _Ending(None, checkpoint, out)
 
 
 def _new_search(it: _Sweep, places: Places) -> Search:

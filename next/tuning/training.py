@@ -24,6 +24,7 @@ from next.storage import open_folder, write_whole
 from next.tracking.provenance import git_tags
 from next.tracking.run import Run, open_run
 from next.tracking.views import SWEEP
+from next.training.alignment import align, prepare_pairs
 from next.training.checkpoint import read_progress
 from next.training.inputs import for_fold, training_data
 from next.training.loop import Worker, train
@@ -35,7 +36,7 @@ from next.tuning import workers
 from next.tuning.axes import measure_axes
 from next.tuning.forkserver import Report
 from next.tuning.home import ERROR, Home
-from next.tuning.settings import AXES, FEATURES, RECORD
+from next.tuning.settings import AXES, FEATURES, RECORD, Task
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ def train_trial(
     tracked: dict[str, str | None],
     free_axes: bool,
     report: Report,
+    task: Task = "training",
 ) -> bool:
     """Train one trial to its end; True if Tune ended it, which it does within a report.
 
@@ -67,6 +69,7 @@ def train_trial(
         tracked: MLflow's address, the experiment and the parent run.
         free_axes: measure the best checkpoint with what only matters at evaluation.
         report: tells Tune of an evaluation; raises ``SystemExit`` where Tune ends the trial.
+        task: what it trains: the network, or its towers on images and captions.
     """
     config = override(from_toml(base), settings)
     own = Path(folder) / "trials" / name
@@ -94,7 +97,7 @@ def train_trial(
                 verb="read",
             )
         with _alone_in(own):  # a folder that was set aside took its lock along
-            return _until_tune_ends_it(config, home, record, free_axes, report)
+            return _until_tune_ends_it(config, home, record, free_axes, report, task)
     except Exception as error:
         if isinstance(error, OSError) and _store_fails(home, error):
             return _report({"interrupted": f"{name}: {error}"}, report)
@@ -180,7 +183,12 @@ def _report(ending: dict[str, str], report: Report) -> bool:
 
 
 def _until_tune_ends_it(
-    config: RunConfig, home: Home, record: dict[str, Any], free_axes: bool, report: Report
+    config: RunConfig,
+    home: Home,
+    record: dict[str, Any],
+    free_axes: bool,
+    report: Report,
+    task: Task,
 ) -> bool:
     """Train and measure; True if Tune ended the trial, which it does within a report."""
     manifest = open_manifest(str(config.data.uri))
@@ -193,6 +201,8 @@ def _until_tune_ends_it(
         run.log_text(to_toml(config), "config.toml")
         run.set_tags(git_tags() | data_tags(config, manifest))
         record_data(run, manifest)
+        if task == "pretraining":
+            return _align_here(config, home, run, report)
         ended = here and _train_here(config, manifest, home, run, report, seen)
     if not here:  # the journal is written beside Ray Train's controller, on this node
         ended = workers.train_trial(config, manifest, home, record, report)
@@ -257,17 +267,8 @@ def _train_here(
     here, because its traceback would hold network, optimizer and batches for the process's life.
     """
     where = device(config)
-    if where.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-
-    reporter = FolderReporter(
-        home.checkpoints,
-        lambda metrics: report(metrics | _memory(where)),
-        checkpoint=config.checkpoint,
-        publish=run.publish,
-    )
     try:
-        with reporter:
+        with _reporter(config, home, run, report) as reporter:
             train(
                 config,
                 training_data(config, manifest),
@@ -279,6 +280,33 @@ def _train_here(
     except SystemExit:
         return True
     return False
+
+
+def _align_here(config: RunConfig, home: Home, run: Run, report: Report) -> bool:
+    """Pretrain the towers; True if Tune ended the trial, as :func:`_train_here`."""
+    try:
+        with _reporter(config, home, run, report) as reporter:
+            align(
+                config,
+                prepare_pairs(config),
+                reporter,
+                lambda metrics, step: run.log_metrics(metrics, step=step),
+            )
+    except SystemExit:
+        return True
+    return False
+
+
+def _reporter(config: RunConfig, home: Home, run: Run, report: Report) -> FolderReporter:
+    where = device(config)
+    if where.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    return FolderReporter(
+        home.checkpoints,
+        lambda metrics: report(metrics | _memory(where)),
+        checkpoint=config.checkpoint,
+        publish=run.publish,
+    )
 
 
 def _memory(where: torch.device) -> dict[str, float]:

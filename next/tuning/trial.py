@@ -21,12 +21,12 @@ _forked: Forked | None = None
 
 
 def run_trial(
-    task: dict[str, Any], *, server: str, versions: dict[str, str], **shared: Any
+    drawn: dict[str, Any], *, server: str, versions: dict[str, str], **shared: Any
 ) -> None:
     """Train one trial to its end, or until Tune ends it.
 
     Args:
-        task: ``name`` and ``settings`` of the trial, as :class:`next.tuning.search.Search` gave it.
+        drawn: ``name`` and ``settings`` of the trial, from :class:`next.tuning.search.Search`.
         server: key of the server that processes are forked from; empty: the trial is of several
             workers, which Ray Train starts from here.
         versions: what the driver's node has installed.
@@ -40,7 +40,7 @@ def run_trial(
     # Read when this actor is used again; Ray's default would cut off a trial that is being stopped.
     os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "30")
     require_versions(versions)
-    arguments = {"name": task["name"], "settings": task["settings"]} | shared
+    arguments = {"name": drawn["name"], "settings": drawn["settings"]} | shared
     if server:
         ended = _in_a_forked_process(arguments, server)
     else:

@@ -64,6 +64,7 @@ def run_trials(
             folder=str(folder),
             tracked=tracked,
             free_axes=sweep.free_axes,
+            task=sweep.task,
             server=server,
             versions=own_facts().versions,
         )
