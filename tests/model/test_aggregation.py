@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from next.config import AggregationConfig
-from next.model.aggregation import Aggregation
+from next.model.aggregation import Aggregated, Aggregation
 
 B, M, T, D, HEADS = 2, 3, 5, 8, 2
 PRESENT = torch.tensor([[True, True, True], [False, True, False]])
@@ -33,10 +33,10 @@ def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
     return normed * norm.weight + norm.bias
 
 
-def naive(mgfa: Aggregation, cls: Tensor, experts: Tensor, present: Tensor) -> Tensor:
+def naive(mgfa: Aggregation, cls: Tensor, experts: Tensor, present: Tensor) -> Aggregated:
     """Cross-attention in loops over samples, modalities, heads and tokens."""
     size = D // HEADS
-    rows = []
+    rows, attention = [], torch.zeros(B, T, dtype=torch.float64)
     for b in range(B):
         pairs = [mgfa.key_value(layer_norm(experts[b, t], mgfa.norm_expert)) for t in range(T)]
         for m in range(M):
@@ -50,23 +50,22 @@ def naive(mgfa: Aggregation, cls: Tensor, experts: Tensor, present: Tensor) -> T
                 scores = torch.stack([query[part] @ pair[:D][part] for pair in pairs])
                 weights = torch.exp(scores / size**0.5)
                 weights = weights / weights.sum()
+                attention[b] += weights.detach() / (HEADS * int(present[b].sum()))
                 heads.append(
                     sum(w * pair[D:][part] for w, pair in zip(weights, pairs, strict=True))
                 )
             x = cls[b, m] + mgfa.out(torch.cat(heads))
             rows.append(x + mgfa.mlp_out(F.gelu(mgfa.mlp_in(layer_norm(x, mgfa.norm_mlp)))))
-    return torch.stack(rows).reshape(B, M * D)
+    return Aggregated(torch.stack(rows).reshape(B, M * D), attention)
 
 
 @pytest.mark.parametrize("present", [torch.ones_like(PRESENT), PRESENT], ids=["all", "some absent"])
 def test_equals_the_naive_loops_in_value_and_gradient(present, agree):
     mgfa, (cls, experts) = module(), inputs()
-    agree(
-        mgfa(cls, experts, present).feature,
-        naive(mgfa, cls, experts, present),
-        [cls, experts, *mgfa.parameters()],
-        1e-9,
-    )
+    found, expected = mgfa(cls, experts, present), naive(mgfa, cls, experts, present)
+    agree(found.feature, expected.feature, [cls, experts, *mgfa.parameters()], 1e-9)
+    torch.testing.assert_close(found.attention, expected.attention)
+    torch.testing.assert_close(found.attention.sum(1), torch.ones(B, dtype=torch.float64))
 
 
 def test_gradients_pass_the_numeric_check():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from next.config import override
+from next.config import RunConfig, override
 from next.data.shards import open_manifest
 from next.tracking.journal import Artifact, read_records
 from next.tracking.run import open_run
@@ -25,3 +25,25 @@ def test_what_the_checkout_has_beyond_its_commit_is_kept_and_sent_on_request_alo
     records = (entry.record for entry in read_records(folder))
     named = [one.path for one in records if isinstance(one, Artifact)]
     assert named == ["artifacts/config.toml"] + ["artifacts/git/diff.txt"] * sent
+
+
+def test_a_runs_columns_are_its_seed_and_what_differs_from_the_cards_recipe(tiny_config):
+    """Not where it runs, nor what the data say of themselves."""
+    manifest = open_manifest(str(tiny_config.data.uri))
+    where = {"data.uri": tiny_config.data.uri, "data.cache": tiny_config.data.cache}
+    where |= {"run.name": "mine", "tracking.enabled": False}
+    by_recipe = override(RunConfig(), manifest.benchmark.recipe | where)
+
+    def columns(**changes: object) -> dict:
+        dotted = {name.replace("__", "."): value for name, value in changes.items()}
+        return record.own_settings(
+            resolve(override(by_recipe, dotted), manifest), manifest.benchmark
+        )
+
+    assert by_recipe.optim.lr != RunConfig().optim.lr, "the card has a recipe"
+    assert columns() == {"seed": 0}
+    assert columns(seed=3, optim__lr=1e-4, data__modalities=("NI", "TI")) == {
+        "seed": 3,
+        "optim.lr": 1e-4,
+        "data.modalities": ("NI", "TI"),
+    }
