@@ -7,8 +7,9 @@ A folder holds SPLIT_MODALITY.json as RGBNT201's public captions do; ``--drawn E
 writes captions of the procedural benchmark (``Difficulty.caption_errors``, ``caption_habit``)
 without drawing its pictures. Attributes are read back by the schema of persons. One line each:
 samples, captions with an unreliable word by modality (percent), samples in which modalities give an
-attribute of the identity different values (percent, mean over attributes), and the mAP of captions
-alone on the test split under the camera rule, beside that of a random order.
+attribute of the identity different values (percent, mean over attributes; and at least one of
+them), and the mAP of captions alone on the test split under the camera rule, beside that of a
+random order.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -52,18 +54,32 @@ def read_folder(folder: Path) -> Texts:
     return found
 
 
-def disagreements(texts: Texts, reader: MentionReader) -> float:
-    """Percent of samples whose modalities give an attribute different values; mean over these."""
+class Disagreements(NamedTuple):
+    """Samples whose modalities give an attribute different values, percent."""
+
+    one: float
+    """A given attribute: mean over attributes."""
+    any: float
+    """At least one of the attributes."""
+
+
+def disagreements(texts: Texts, reader: MentionReader) -> Disagreements:
+    """How often the modalities of a sample contradict each other."""
     compared, apart = dict.fromkeys(IDENTITY, 0), dict.fromkeys(IDENTITY, 0)
+    samples = contradicted = 0
     for of_modality in texts.values():
         for item in set.intersection(*(set(one) for one in of_modality.values())):
             read = [reader.values(one[item]) for one in of_modality.values()]
+            before = sum(apart.values())
             for attribute in IDENTITY:
                 given = [values[attribute] for values in read if attribute in values]
                 if len(given) > 1:
                     compared[attribute] += 1
                     apart[attribute] += not set.intersection(*given)
-    return float(np.mean([100 * apart[name] / max(1, compared[name]) for name in IDENTITY]))
+            samples += 1
+            contradicted += sum(apart.values()) > before
+    each = [100 * apart[name] / max(1, compared[name]) for name in IDENTITY]
+    return Disagreements(float(np.mean(each)), 100 * contradicted / max(1, samples))
 
 
 def alone(of_modality: Mapping[str, Mapping[str, str]], reader: MentionReader) -> tuple[float, ...]:
@@ -110,8 +126,9 @@ def line(name: str, texts: Texts) -> str:
         unknown.append(f"{100 * float(share):.1f}")
     samples = sum(len(next(iter(split.values()))) for split in texts.values())
     found, chance = alone(texts["test"], reader)
+    apart = disagreements(texts, reader)
     return (
-        f"| {name} | {samples} | {' / '.join(unknown)} | {disagreements(texts, reader):.1f} | "
+        f"| {name} | {samples} | {' / '.join(unknown)} | {apart.one:.1f} | {apart.any:.1f} | "
         f"{found:.1f} | {chance:.1f} |"
     )
 
@@ -121,8 +138,10 @@ if __name__ == "__main__":
     parser.add_argument("folders", nargs="*", type=Path)
     parser.add_argument("--drawn", nargs=2, type=float, action="append", default=[])
     given = parser.parse_args()
-    print("| captions | samples | unreliable RGB / NI / TI | contradict | alone | random |")
-    print("|---|---|---|---|---|---|")
+    print(
+        "| captions | samples | unreliable RGB / NI / TI | contradict, one | any | alone | random |"
+    )
+    print("|---|---|---|---|---|---|---|")
     for folder in given.folders:
         print(line(folder.name, read_folder(folder)), flush=True)
     for errors, habit in given.drawn:
