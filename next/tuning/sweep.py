@@ -336,7 +336,7 @@ def prepare_sweep(base: RunConfig, sweep: SweepConfig) -> tuple[Manifest, RunCon
     if sweep.task == "pretraining":
         manifest, base = check_pretraining(base)
     else:
-        manifest = open_manifest(base.data.uri)
+        manifest = open_manifest(str(base.data.uri))
         base = resolve(base, manifest)
     if on_cluster() or ray.is_initialized():
         check_cluster(base)
@@ -553,7 +553,7 @@ def _end_pretraining(
     made = write_weights(checkpoint, config, it.manifest, Path(winner.folder), out, mark)
     parent.log_metrics({summary.metric: float(summary.score or 0.0)}, step=0)
     parent.set_tags({"next.best_trial": winner.name, "next.checkpoint_uri": str(checkpoint)})
-    for path in (made.card, *report_sweep(it.folder)):
+    for path in (Path(made.card), *report_sweep(it.folder)):
         parent.log_artifact(path)
     return _Ending(None, checkpoint, out)
 
