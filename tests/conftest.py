@@ -59,15 +59,15 @@ _FIRST_DRILLS = ("training/test_faults", "tuning/test_workers")
 """They take as long as all other tests that start Ray, without the last one."""
 _LAST_DRILL = "tuning/test_kills"
 """Who is done with the others takes it. More than one would all go to the same process."""
-_OTHERS, _LAST = 3, 4
+_CLUSTER, _OTHERS, _LAST = 0, 3, 4
 
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own hook
 def pytest_collection_modifyitems(items) -> None:
-    """Keep the tests that start Ray in two processes, which begin with them.
+    """Keep the tests that start Ray in three processes, which begin with them.
 
-    They wait more than they compute, so a third process has the cores for the others. The three end
-    at about the same time. More processes with Ray would wait for each other.
+    They wait more than they compute. Each process takes of the other tests when it is through with
+    its own, so the three end at about the same time.
     """
     place = {item: _place(item) for item in items}
     for item, group in place.items():
@@ -87,7 +87,7 @@ def _place(item) -> int:
     if module == _LAST_DRILL:
         return _LAST
     if item.path.parent.name == "cluster":
-        return 1
+        return _CLUSTER
     return 1 if module in _FIRST_DRILLS else 2
 
 

@@ -20,8 +20,7 @@ pytestmark = [
     pytest.mark.ray,
     pytest.mark.slow,
     pytest.mark.network,
-    pytest.mark.cluster,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1500),
 ]
 EPOCHS = 40
 

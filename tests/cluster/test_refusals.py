@@ -10,8 +10,7 @@ pytestmark = [
     pytest.mark.ray,
     pytest.mark.slow,
     pytest.mark.network,
-    pytest.mark.cluster,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1500),
 ]
 
 

@@ -124,9 +124,7 @@ def test_source_and_interpreter_are_the_submitted_ones_and_a_bad_run_is_a_failed
     assert "error: run.storage_path must be an absolute path" in done.stdout
 
 
-def test_a_stopped_job_is_finished_by_the_same_command_and_the_other_jobs_follow(
-    head: Head, tiny_config, demo_raw, tmp_path
-):
+def test_a_stopped_job_is_finished_by_the_same_command(head: Head, tiny_config, demo_raw, tmp_path):
     longer = override(tiny_config, {"optim.epochs": 12})
     undisturbed = launch(longer)
     recipe = tmp_path / "longer.toml"
@@ -145,12 +143,7 @@ def test_a_stopped_job_is_finished_by_the_same_command_and_the_other_jobs_follow
     assert "STOPPED" in head.ray("job", "status", name).stdout.upper()
     assert not (folder / "result.json").exists(), "it was stopped before its end"
 
-    evaluate = f"python jobs/evaluate.py --checkpoint {folder}/checkpoints/best --data {shards}"
-    sweep = (
-        f"python jobs/sweep.py --space tune_spaces/quick.py {settings} --trials 1 --run.name search"
-        f" --optim.epochs 1 --scaling.cpus_per_worker 0.5"
-    )
-    done = head.submit("sh", "-c", f"{train} && {evaluate} && {sweep}", timeout=800)
+    done = head.submit("sh", "-c", train, timeout=800)
     assert done.returncode == 0, done.stdout[-4000:]
     assert "continuing run" in done.stdout
     weights = [
@@ -162,5 +155,3 @@ def test_a_stopped_job_is_finished_by_the_same_command_and_the_other_jobs_follow
         torch.testing.assert_close(weights[1][key], value, rtol=0, atol=0)
     scores = json.loads((folder / "result.json").read_text())["test"]
     assert scores == undisturbed.assessment.metrics
-    assert f"test/mAP {scores['test/mAP']:.1f}" in done.stdout, "evaluate finds the same"
-    assert len(json.loads((runs / "search" / "sweep.json").read_text())["trials"]) == 1
