@@ -29,14 +29,14 @@ HEAD, SERVICES = 1, 9
 _QUICK = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "1000",
-    "RAY_health_check_failure_threshold": "3",
+    "RAY_health_check_timeout_ms": "2500",
+    "RAY_health_check_failure_threshold": "4",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "15",
     "RAY_memory_monitor_refresh_ms": "0",
     "RAY_worker_niceness": "0",
     "RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": "80000000",
 }
-"""Ray gives a silent node up after some five seconds instead of thirty, and a lost head after
+"""Ray gives a silent node up after some ten seconds instead of thirty, and a lost head after
 fifteen instead of sixty. It kills nothing because of the memory that other tests take on this
 machine, lets no other test go before its workers, and keeps few objects."""
 _CLOCK = Path(__file__).with_name("clock.c")
