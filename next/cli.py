@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import inspect
 import io
 import logging
@@ -296,6 +297,10 @@ def run_job(main: Callable[[Sequence[str]], int]) -> None:
     logging.getLogger("next").setLevel(logging.INFO)
     try:
         code = main(sys.argv[1:])
+    except UnicodeError as error:
+        sys.stderr.write(f"error: {_unreadable(error)}\n")
+        logging.getLogger(__name__).debug("%s", traceback.format_exc())
+        code = USER_ERROR
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         logging.getLogger(__name__).debug("%s", traceback.format_exc())
@@ -308,6 +313,18 @@ def run_job(main: Callable[[Sequence[str]], int]) -> None:
         code = FAILURE
     sys.stdout.flush()
     sys.exit(code)
+
+
+def _unreadable(error: UnicodeError) -> str:
+    """What an error of encoding is about: a name or a text, which Python's message leaves out."""
+    about = getattr(error, "object", b"")
+    encoding = sys.getfilesystemencoding()
+    if codecs.lookup(encoding).name != "utf-8":
+        return (
+            f"{ascii(about)[:300]}: {error}; names of files are {encoding} in this locale: "
+            f"export PYTHONUTF8=1, or LC_ALL=C.UTF-8"
+        )
+    return f"{ascii(about)[:300]}: {error}; rename the file, or write it as UTF-8"
 
 
 def _underscored(word: str) -> str:

@@ -35,6 +35,7 @@ from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import parse_qsl, urlencode, urlsplit
@@ -60,6 +61,12 @@ _NETWORK = frozenset(
     ("nfs", "nfs4", "cifs", "smb3", "smbfs", "ceph", "glusterfs", "lustre", "gpfs", "beegfs", "afs")
 )
 """Beside all of FUSE, by which buckets and other machines are mounted."""
+_FULL = {
+    errno.EFBIG: "it is larger than a file may be here; raise the limit (ulimit -f), or write to "
+    "another file system",
+    errno.ENOSPC: "the disk is full; make room, or write elsewhere",
+    errno.EDQUOT: "the quota is used up; make room, or write elsewhere",
+}
 _REFUSED = ("ACCESS_DENIED", "SIGNATURE_DOES_NOT_MATCH", "INVALID_ACCESS_KEY_ID", "EXPIRED_TOKEN")
 """Arrow's names for what a server says to credentials, in the order of rising precision."""
 
@@ -121,7 +128,11 @@ class Folder:
                     f"{self._name(below)}: there is no such folder{self._neighbours(below)}"
                 ) from None
         prefix = len(root.rstrip("/")) + 1
-        return {info.path[prefix:]: info for info in sorted(found, key=_path_of) if info.is_file}
+        try:
+            files = sorted(((info.path, info) for info in found if info.is_file), key=itemgetter(0))
+        except UnicodeDecodeError:
+            raise self._misnamed(below) from None
+        return {path[prefix:]: info for path, info in files}
 
     def names(self, below: str = "") -> list[str]:
         """Files and folders directly in a folder, sorted; none if there is no such folder."""
@@ -130,7 +141,10 @@ class Folder:
                 found = self.filesystem.get_file_info(pa.fs.FileSelector(self._path(below)))
             except FileNotFoundError:  # with allow_not_found a missing bucket would be none, too
                 return []
-        return sorted(info.base_name for info in found)
+        try:
+            return sorted(info.base_name for info in found)
+        except UnicodeDecodeError:
+            raise self._misnamed(below) from None
 
     def size(self, path: str) -> int | None:
         """Bytes of a file; None: there is no such file."""
@@ -319,6 +333,17 @@ class Folder:
         if close:
             return f"; did you mean {' or '.join(close)}?"
         return f"; beside it are {', '.join(names[:10])}" if names else "; its parent has no files"
+
+    def _misnamed(self, below: str) -> ValueError:
+        """Says which local name is not UTF-8, so that nothing can be called by it."""
+        for folder, folders, files in os.walk(os.fsencode(self._path(below))):
+            for name in (*folders, *files):
+                try:
+                    name.decode("utf-8")
+                except UnicodeDecodeError:
+                    shown = os.path.join(folder, name).decode("utf-8", "backslashreplace")
+                    return ValueError(f"{shown}: the name is not UTF-8; rename it (convmv does)")
+        return ValueError(f"{self._name(below)}: a name in it is not UTF-8; rename it")
 
     @contextmanager
     def _errors(self, path: str, *, writing: bool = False) -> Iterator[None]:
@@ -556,8 +581,13 @@ def drafting(path: str | Path, *, over: bool = False) -> Iterator[Path]:
 @contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
     """A local file to write to; it appears at the end of the block, whole, or not at all."""
-    with drafting(path) as draft, draft.open("wb") as file:
-        yield file
+    try:
+        with drafting(path) as draft, draft.open("wb") as file:
+            yield file
+    except OSError as error:
+        if error.errno in _FULL and error.filename is None:  # the system names no file
+            raise OSError(error.errno, _FULL[error.errno], str(path)) from None
+        raise
 
 
 def write_whole(path: str | Path, content: bytes | str) -> Path:
@@ -604,8 +634,3 @@ def _sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-def _path_of(info: Any) -> str:
-    path: str = info.path
-    return path

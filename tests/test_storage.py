@@ -2,6 +2,7 @@ import errno
 import gc
 import os
 import pickle
+import re
 import socket
 import subprocess
 import sys
@@ -443,3 +444,34 @@ def test_an_endpoint_that_refuses_or_says_nothing_is_an_error_soon(s3, tmp_path,
         silent.listen()
         with pytest.raises(ConnectionError, match=r"cannot be reached .*(slow|Timeout)"):
             open_folder(s3).read("a")
+
+
+LIMITED = """
+import resource, signal, sys
+from next.storage import open_folder, write_whole
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    {call}
+except OSError as error:
+    sys.exit(f"{{type(error).__name__}}: {{error}}")
+"""
+
+
+@pytest.mark.parametrize(
+    "call",
+    ["write_whole(sys.argv[1], bytes(2000))", "open_folder(sys.argv[2]).write('one', bytes(2000))"],
+)
+def test_a_limit_on_the_size_of_files_names_the_file(tmp_path, call):
+    words = [sys.executable, "-c", LIMITED.format(call=call), tmp_path / "one", tmp_path]
+    told = subprocess.run(words, capture_output=True, text=True, encoding="utf-8", check=False)
+    assert told.returncode == 1
+    assert re.search(r"larger than a file may be here; raise the limit .*/one'?$", told.stderr)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("ask", ["walk", "names"])
+def test_a_local_name_that_is_not_utf_8_is_named(tmp_path, ask):
+    (tmp_path / "deep").mkdir()
+    Path(os.fsdecode(bytes(tmp_path / "deep") + b"/a\xff.txt")).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"/deep/a\\xff\.txt: the name is not UTF-8; rename it"):
+        getattr(open_folder(tmp_path), ask)(*(["deep"] if ask == "names" else []))

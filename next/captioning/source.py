@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 from next.data.benchmark import Benchmark
 from next.data.captions import split_sentences
-from next.data.images import ImageReader, OnBad
+from next.data.images import ImageReader, OnBad, undefined
 from next.data.ingest import ScanOptions, scan
 from next.data.layout import Loaded, Sample
 from next.data.manifest import Findings
+from next.data.pixels import Undefined, plain
 from next.data.shards import Manifest
 from next.data.writer import write_shards
 from next.storage import Folder, open_folder
@@ -74,18 +75,32 @@ class FolderSource:
         """The images of one sample.
 
         Raises:
-            ValueError: an image of tiles cannot be cut, and ``on_bad`` is fail.
+            ValueError: an image of tiles cannot be cut, and ``on_bad`` is fail; or one has more
+                than 8 bits a channel, and the card does not say what they mean.
         """
         if self.benchmark.storage.kind == "tiles":
             images = ImageReader(self.benchmark, self.folder, self.on_bad)(sample).images
         else:
-            # Not decoded here: an image that the endpoint cannot open is refused there.
+            named = zip(self.benchmark.modalities, sample.files, strict=True)
             images = tuple(
-                None if path is None else self.folder.read(path) for path in sample.files
+                None if path is None else self._shown(modality, path) for modality, path in named
             )
         for modality, image in zip(self.benchmark.modalities, images or (), strict=False):
             if image:
                 yield Picture(split, sample.sample_id, modality, image)
+
+    def _shown(self, modality: str, path: str) -> bytes:
+        """The image as shards would have it.
+
+        One that cannot be decoded is sent as it is: the endpoint refuses it, which ends no run.
+        """
+        data = self.folder.read(path)
+        try:
+            return plain(data, self.benchmark.depth.get(modality))
+        except Undefined as error:
+            raise ValueError(f"{self.folder.uri}/{path} {error}; {undefined(modality)}") from None
+        except Exception:  # decoders raise whatever their format's reader runs into
+            return data
 
     def item(self, split: str, sample: Sample, modality: int) -> str:
         """What the caption of an image is called, so that the card finds it."""

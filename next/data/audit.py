@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from next.data.images import image_problem
+from next.data.images import examine
 from next.data.shards import Manifest, ShardRow, shard_damage, shard_rows
 
 
@@ -25,6 +25,9 @@ class Audit:
     """Shards whose bytes have changed."""
     problems: tuple[str, ...]
     """What is wrong, one message each: changed bytes, images that do not decode."""
+    unprepared: int
+    """Images that decode, but not to what they show (turned, cut to 8 bits, transparent), as they
+    were prepared by an earlier version."""
     leaked: tuple[int, ...]
     """Identities that stand in train and in the gallery or the queries."""
     singletons: dict[str, int]
@@ -42,7 +45,8 @@ def audit(manifest: Manifest, progress: Callable[[int, int], None] | None = None
         OSError: a shard cannot be read.
     """
     stored = {split: manifest.splits[split] for split in manifest.benchmark.stored()}
-    total, done, images, damaged = sum(entry.rows for entry in stored.values()), 0, 0, 0
+    total, done = sum(entry.rows for entry in stored.values()), 0
+    images = damaged = unprepared = 0
     problems: list[str] = []
     pids: dict[str, Counter[int]] = {split: Counter() for split in stored}
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
@@ -57,6 +61,7 @@ def audit(manifest: Manifest, progress: Callable[[int, int], None] | None = None
             for row in pool.map(_look_at, shard_rows(data, manifest.benchmark.modalities)):
                 pids[split][row.pid] += 1
                 images += row.images
+                unprepared += row.unprepared
                 problems += [f"{split}, sample {row.sample}, {found}" for found in row.problems]
                 done += 1
                 if progress is not None:
@@ -67,6 +72,7 @@ def audit(manifest: Manifest, progress: Callable[[int, int], None] | None = None
         images=images,
         damaged=damaged,
         problems=tuple(problems),
+        unprepared=unprepared,
         leaked=tuple(sorted(test & pids["train"].keys())),
         singletons={
             split: sum(count == 1 for count in counted.values()) for split, counted in pids.items()
@@ -79,12 +85,11 @@ class _Looked(NamedTuple):
     pid: int
     images: int
     problems: list[str]
+    unprepared: int
 
 
 def _look_at(row: ShardRow) -> _Looked:
-    problems = [
-        f"{modality}: {problem}"
-        for modality, data in row.images.items()
-        if (problem := image_problem(data)) is not None
-    ]
-    return _Looked(row.sample_id, row.pid, len(row.images), problems)
+    looks = {modality: examine(data) for modality, data in row.images.items()}
+    problems = [f"{modality}: {look}" for modality, look in looks.items() if isinstance(look, str)]
+    unprepared = sum(not isinstance(look, str) and not look.plain for look in looks.values())
+    return _Looked(row.sample_id, row.pid, len(row.images), problems, unprepared)

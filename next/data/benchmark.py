@@ -10,6 +10,7 @@ import re
 import string
 import tomllib
 import typing
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
@@ -22,6 +23,9 @@ SPLITS = ("train", "gallery", "query")
 """Names of the splits of every benchmark."""
 GROUPS = ("pid", "camera", "scene")
 """Groups that a name's grammar may have."""
+MOST = {"pid": 2**63 - 1, "camera": 2**16 - 1, "scene": 2**31 - 1}
+"""The largest number of a group: identities are stored in 64 bits; the camera embedding, if there
+is one, has a row for each number up to the highest."""
 UNKNOWN = -1
 """Camera or scene of a sample whose name does not give one."""
 
@@ -35,6 +39,19 @@ class NameParts(NamedTuple):
     """Camera or view; -1: not given."""
     scene: int
     """Scene; -1: not given."""
+
+
+def require_number(group: str, text: str, name: str) -> None:
+    """Raise if the digits that a name gives for a group are more than can be counted with.
+
+    Raises:
+        ValueError: they are; the message names group and name.
+    """
+    if len(text) > 20 or int(text) > MOST[group]:
+        raise ValueError(
+            f"the {group} in {name!r} must be at most {MOST[group]}, but is {text[:40]}; mend "
+            f"grammar.pattern in the card, or number them anew"
+        )
 
 
 class Storage(Section):
@@ -65,6 +82,7 @@ class Grammar(Section):
     @field_validator("pattern")
     @classmethod
     def _compiles_with_known_groups(cls, pattern: str) -> str:
+        pattern = unicodedata.normalize("NFC", pattern)  # as the names that it is matched with
         try:
             groups = re.compile(pattern).groupindex
         except re.error as error:
@@ -85,7 +103,7 @@ class Grammar(Section):
         """The parts of a base name; None if the whole name does not match.
 
         Raises:
-            ValueError: a group matched something that is not a number.
+            ValueError: a group matched something that is not a number, or one that is too large.
         """
         match = re.fullmatch(self.pattern, name)
         if match is None:
@@ -97,6 +115,8 @@ class Grammar(Section):
                     f"grammar.pattern: the group {group} must match digits only, "
                     f"but matched {text!r} in {name!r}"
                 )
+            if group == "pid" or text != str(self.none.get(group)):  # type: ignore[call-overload]
+                require_number(group, text, name)
         return NameParts(
             int(parts["pid"]) if "pid" in parts else None,
             self._known("camera", parts),
@@ -235,6 +255,9 @@ class Benchmark(Section):
     """What file names say."""
     splits: Splits
     """Which folders are which split."""
+    depth: dict[str, tuple[float, float]] = Field(default_factory=dict)
+    """By modality, the values that become black and white in images of more than 8 bits a channel;
+    below and above is clipped. Without it such images are refused."""
     captions: Captions | None = None
     """Where captions lie; None: there are none."""
     counts: Counts = Counts()
@@ -299,6 +322,7 @@ class Benchmark(Section):
                     f"storage.folders.{modality}: no modality of that name; "
                     f"modalities are {', '.join(self.modalities)}"
                 )
+        self._check_depth()
         if self.storage.kind == "tiles" and self.storage.folders:
             raise ValueError("storage.folders has no meaning with storage.kind = tiles")
         if self.captions is not None:
@@ -310,9 +334,44 @@ class Benchmark(Section):
                     )
         return self
 
+    def _check_depth(self) -> None:
+        for modality, (low, high) in self.depth.items():
+            if modality not in self.modalities:
+                raise ValueError(
+                    f"depth.{modality}: no modality of that name; "
+                    f"modalities are {', '.join(self.modalities)}"
+                )
+            if low >= high:
+                raise ValueError(
+                    f"depth.{modality} must be two numbers, black and then white, "
+                    f"but got [{low:g}, {high:g}]"
+                )
+        ranges = set(self.depth.values())
+        if (
+            self.storage.kind == "tiles"
+            and self.depth
+            and (len(ranges) > 1 or len(self.depth) < len(self.modalities))
+        ):
+            raise ValueError(
+                "depth must be the same for every modality with storage.kind = tiles, "
+                "since one file holds them all"
+            )
+
     def folder(self, modality: str) -> str:
         """Name of the folder that holds a modality's images."""
         return self.storage.folders.get(modality, modality)
+
+    def published(self) -> list[str]:
+        """The published results, one line each, as they stand beside ours on the test split."""
+        width = max(map(len, self.anchors), default=0)
+        return [
+            f"published   {name:<{width}}  mAP {one.mAP:.1f}  rank-1 {one.rank1:.1f}"
+            for name, one in self.anchors.items()
+        ]
+
+    def anchors_json(self) -> dict[str, dict[str, float]]:
+        """The published results for JSON, by method."""
+        return {name: one.model_dump() for name, one in self.anchors.items()}
 
     def stored(self) -> list[str]:
         """The splits that have samples of their own."""

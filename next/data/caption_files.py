@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 
+from next.data.listing import as_stored, composed
 from next.data.wording import count, some
 from next.storage import Folder
 
@@ -27,7 +28,7 @@ class CaptionFiles:
         """
         if path not in self.texts:
             try:
-                data = self.folder.read(path)
+                data = self.folder.read(as_stored(self.folder, path))
             except FileNotFoundError as error:
                 raise FileNotFoundError(
                     f"{error}; put the caption files where the card says, or do without "
@@ -35,7 +36,7 @@ class CaptionFiles:
                 ) from None
             self.texts[path] = read_captions(f"{self.folder.uri}/{path}", data)
             self.takers[path] = {}
-        for name in names:
+        for name in map(composed, names):
             if name in self.texts[path]:
                 taker = self.takers[path].setdefault((split, name), sample)
                 if taker != sample:
@@ -89,10 +90,20 @@ def read_captions(where: str, data: bytes) -> dict[str, str]:
             if not isinstance(item, dict) or not isinstance(item.get(key), str):
                 shown = json.dumps(item, ensure_ascii=False)[:80]
                 raise ValueError(f'{where}: {rule}, but entry {position} has no "{key}": {shown}')
-        name = PurePosixPath(item["item"]).stem
+            if _lone_surrogate(item[key]):
+                raise ValueError(
+                    f"{where}: entry {position} has half of a surrogate pair in its {key!r}, which "
+                    f"is no character: {json.dumps(item[key])[:80]}; remove it"
+                )
+        name = composed(PurePosixPath(item["item"]).stem)
         if texts.setdefault(name, item["description"]) != item["description"]:
             raise ValueError(
                 f"{where}: entry {position} describes {item['item']} a second time and otherwise; "
                 f"remove one of the two"
             )
     return texts
+
+
+def _lone_surrogate(text: str) -> bool:
+    """Whether a text cannot be written, as JSON may name half of a character."""
+    return any("\ud800" <= mark <= "\udfff" for mark in text)

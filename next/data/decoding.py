@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 from next.data.shards import Manifest
 
@@ -36,7 +36,7 @@ warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
 @contextmanager
-def opened(encoded: bytes) -> Iterator[Image.Image]:
+def opened(encoded: bytes) -> Iterator[ImageFile.ImageFile]:
     """An encoded image whose size is known to be fit for decoding, and that is not decoded yet.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Encoded images on their way into shards: read, checked, cut."""
+"""Encoded images on their way into shards: read, checked, made plain, cut."""
 
 from __future__ import annotations
 
@@ -12,12 +12,18 @@ from next.data.benchmark import Benchmark
 from next.data.decoding import opened
 from next.data.layout import Loaded, Sample
 from next.data.manifest import Skipped
+from next.data.pixels import Look, Undefined, look_at, plain
 from next.storage import Folder
 
 OnBad = Literal["fail", "skip"]
 """What becomes of a file that cannot be used: an error, or it is left out and listed."""
-EIGHT_BIT = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
-"""Pillow's modes that turn into RGB without loss of what is seen."""
+KNOWN_MODES = frozenset(
+    (
+        *("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB"),
+        *("HSV", "I", "I;16", "I;16L", "I;16B", "I;16N", "F"),
+    )
+)
+"""Pillow's modes of which :func:`next.data.pixels.plain` knows what they show."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +49,12 @@ class ImageReader:
             return self._read_tiles(str(sample.files[0]))
         images: list[bytes | None] = []
         skipped = []
-        for path in sample.files:
-            data = None if path is None else self.source.read(path)
-            problem = None if data is None else image_problem(data)
-            if path is not None and problem is not None:
-                skipped.append(self._refuse(path, problem))
-                data = None
+        for modality, path in zip(self.benchmark.modalities, sample.files, strict=True):
+            data = None
+            if path is not None:
+                data, problem = self._plain(self.source.read(path), modality)
+                if problem is not None:
+                    skipped.append(self._refuse(path, problem))
             images.append(data)
         incomplete = skipped and self.benchmark.storage.missing == "error"
         if incomplete or not any(images):
@@ -56,14 +62,27 @@ class ImageReader:
         return Loaded(tuple(images), tuple(skipped))
 
     def _read_tiles(self, path: str) -> Loaded:
-        data = self.source.read(path)
-        problem = image_problem(data)
-        if problem is None:
+        data, problem = self._plain(self.source.read(path), self.benchmark.modalities[0])
+        if data is not None:
             tiles = _cut(data, len(self.benchmark.modalities))
             if tiles is not None:
                 return Loaded(tiles)
             problem = f"cannot be cut in {len(self.benchmark.modalities)} tiles of equal width"
-        return Loaded(None, (self._refuse(path, problem),))
+        return Loaded(None, (self._refuse(path, str(problem)),))
+
+    def _plain(self, data: bytes, modality: str) -> tuple[bytes | None, str | None]:
+        """The image as it is stored, or why it cannot be used."""
+        look = examine(data)
+        if isinstance(look, str):
+            return None, look
+        if look.plain:
+            return data, None
+        try:
+            return plain(data, self.benchmark.depth.get(modality)), None
+        except Undefined as error:
+            return None, f"{error}; {undefined(modality)}"
+        except ValueError as error:
+            return None, str(error)
 
     def _refuse(self, path: str, problem: str) -> Skipped:
         if self.on_bad == "fail":
@@ -74,25 +93,32 @@ class ImageReader:
         return Skipped(file=path, reason=problem)
 
 
-def image_problem(data: bytes) -> str | None:
-    """Why an encoded image cannot be used; None if every pixel of it decodes to 8 bits."""
+def undefined(modality: str) -> str:
+    """What to do about an image of which the card would have to say what its values mean."""
+    return (
+        f"say in the card which values are black and white: depth.{modality} = [LOW, HIGH], the "
+        f"same for all images (docs/cards.md)"
+    )
+
+
+def examine(data: bytes) -> str | Look:
+    """Decode every pixel of an encoded image: why it cannot be used, or what it looks like."""
     if not data:
         return "is empty (0 bytes)"
     try:
         with opened(data) as image:
             image.verify()
         with opened(data) as image:
-            mode = image.mode
-            image.load()
+            mode, look = image.mode, look_at(data, image)
     except Image.UnidentifiedImageError:
         return "is no image that Pillow can open"
     except MemoryError:
         raise
     except Exception as error:  # decoders raise whatever their format's reader runs into
         return f"cannot be decoded ({error})"
-    if mode not in EIGHT_BIT:
-        return f"has pixels of Pillow's mode {mode}, but 8 bits a channel are needed; convert it"
-    return None
+    if mode not in KNOWN_MODES:
+        return f"has pixels of Pillow's mode {mode}, which is not read; convert it"
+    return look
 
 
 def _cut(data: bytes, count: int) -> tuple[bytes, ...] | None:

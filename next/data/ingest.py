@@ -7,15 +7,19 @@ an error that names the file, or is left out and listed (``on_bad = skip``); not
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from next.data.benchmark import SPLITS, Benchmark
 from next.data.caption_files import CaptionFiles
 from next.data.captions import split_sentences
 from next.data.images import ImageReader, OnBad
+from next.data.labels import Labels
 from next.data.layout import Sample
 from next.data.listing import Listed, list_split
 from next.data.manifest import Findings, Skipped, SplitCounts, SplitEntry
@@ -26,6 +30,9 @@ from next.storage import open_folder
 
 _log = logging.getLogger(__name__)
 
+POLICY = "plain"
+"""Names how images are made plain (:mod:`next.data.pixels`), so that shards of a call that was
+killed are only taken over where it did so, too."""
 REMOTE_THREADS = 32
 """Threads that read from an object store: they mostly wait."""
 
@@ -38,6 +45,16 @@ class Scan(NamedTuple):
     findings: Findings
     """What was noticed."""
 
+    def labels(self) -> dict[str, Labels]:
+        """Labels of each stored split, as shards would have them."""
+        return {
+            split: Labels(
+                np.array([one.sample_id for one in some]),
+                *(np.array(column, dtype=np.int64) for column in zip(*_numbers(some), strict=True)),
+            )
+            for split, some in self.samples.items()
+        }
+
     def counts(self, benchmark: Benchmark) -> dict[str, SplitEntry]:
         """Counts of each split, as the manifest will have them if every image can be read."""
         entries = {}
@@ -48,6 +65,10 @@ class Scan(NamedTuple):
             shared = split.same_as is not None
             entries[name] = SplitEntry(same_as=split.same_as) if shared else counts.entry()
         return entries
+
+
+def _numbers(samples: list[Sample]) -> Iterator[tuple[int, int, int]]:
+    return ((one.pid, one.camera, one.scene) for one in samples)
 
 
 @dataclass(frozen=True)
@@ -81,7 +102,10 @@ def scan(benchmark: Benchmark, source: str | Path, options: ScanOptions | None =
     options = options or ScanOptions()
     folder = open_folder(source)
     bad: list[Skipped] = []
-    listings = {split: list_split(benchmark, folder, split, bad) for split in benchmark.stored()}
+    ignored: Counter[str] = Counter()
+    listings = {
+        split: list_split(benchmark, folder, split, bad, ignored) for split in benchmark.stored()
+    }
     if bad and options.on_bad == "fail":
         raise ValueError(
             f"{count(len(bad), 'file')} in {folder.uri} {'do' if len(bad) > 1 else 'does'} not "
@@ -112,6 +136,7 @@ def scan(benchmark: Benchmark, source: str | Path, options: ScanOptions | None =
     }
     findings = Findings(
         skipped=tuple(sorted(bad, key=lambda item: item.file)),
+        ignored=dict(sorted(ignored.items())),
         leaked_identities=tuple(leaked),
         leaked_dropped=bool(leaked) and options.drop_leaked,
         other_labels=sum(one.other_label for listing in listings.values() for one in listing),
@@ -147,7 +172,8 @@ def prepare(
     options = options or ScanOptions()
     found = scan(benchmark, source, options)
     folder = open_folder(source)
-    reading = (folder.uri, benchmark.storage.kind, benchmark.storage.missing, options.on_bad)
+    storage, depth = benchmark.storage, sorted(benchmark.depth.items())
+    reading = (folder.uri, storage.kind, storage.missing, options.on_bad, POLICY, str(depth))
     return write_shards(
         destination,
         benchmark,
@@ -216,6 +242,9 @@ def _warn_of(findings: Findings, samples: dict[str, list[Sample]], benchmark: Be
     if findings.skipped:
         shown = some(f"{item.file} {item.reason}" for item in findings.skipped)
         _log.warning("left out %s: %s", count(len(findings.skipped), "file"), shown)
+    if findings.ignored:
+        kinds = ", ".join(f"{number} of {kind}" for kind, number in findings.ignored.items())
+        _log.info("passed over %s: %s", count(sum(findings.ignored.values()), "file"), kinds)
     if findings.other_labels:
         _log.warning(
             "%s another identity than the folder's, which is taken",

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import unicodedata
+from collections import Counter, defaultdict
 from fnmatch import fnmatch
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from next.config import near_matches
-from next.data.benchmark import Benchmark, NameParts
+from next.data.benchmark import Benchmark, NameParts, require_number
 from next.data.manifest import Skipped
 from next.data.wording import SHOWN, count, some
 from next.storage import Folder
+
+JUNK_FOLDERS = frozenset((".ipynb_checkpoints", "@eadir", "__macosx"))
+"""Folders that tools leave beside images, in small letters; nothing in them is a sample."""
+JUNK_FILES = frozenset(("thumbs.db", "desktop.ini", ".ds_store"))
+"""Files of that kind."""
 
 
 class Listed(NamedTuple):
     """A sample as its files' names give it."""
 
     stem: str
-    """File name without extension."""
+    """File name without extension, in Unicode's composed form (NFC)."""
     label: str
     """Name of the identity's folder, or empty."""
     pid: int
@@ -42,8 +48,20 @@ class _File(NamedTuple):
     parts: NameParts
 
 
+def composed(name: str) -> str:
+    """A name in Unicode's composed form (NFC), in which names are compared.
+
+    File systems and archives of macOS give them decomposed: to the eye they are the same.
+    """
+    return unicodedata.normalize("NFC", name)
+
+
 def list_split(
-    benchmark: Benchmark, folder: Folder, split: str, bad: list[Skipped]
+    benchmark: Benchmark,
+    folder: Folder,
+    split: str,
+    bad: list[Skipped],
+    ignored: Counter[str] | None = None,
 ) -> list[Listed]:
     """Samples of a split, sorted by name.
 
@@ -52,24 +70,27 @@ def list_split(
         folder: what the card's paths start from.
         split: a split that has a path.
         bad: what does not fit the card is added here.
+        ignored: files that are passed over (junk of tools, ``storage.ignore``) are counted here.
 
     Raises:
         FileNotFoundError: a folder is missing; names its neighbours.
-        ValueError: no file of a modality fits the card, or two files claim one sample.
+        ValueError: no file of a modality fits the card, two files claim one sample, or a name is
+            not UTF-8.
     """
-    root = str(dict(benchmark.splits.items())[split].path)
-    files = _matching(benchmark, folder, root, bad)
+    root = as_stored(folder, str(dict(benchmark.splits.items())[split].path))
+    files = _matching(benchmark, folder, root, bad, Counter() if ignored is None else ignored)
     tiles = benchmark.storage.kind == "tiles"
     by_name: dict[tuple[str, str], dict[int, _File]] = defaultdict(dict)
     for file in files:
-        stem = PurePosixPath(file.path).stem
+        stem = composed(PurePosixPath(file.path).stem)
         modalities = range(len(benchmark.modalities)) if tiles else (file.modality,)
         for modality in modalities:
             other = by_name[file.label, stem].setdefault(modality, file)
             if other is not file:
                 raise ValueError(
-                    f"{folder.uri}: {other.path} and {file.path} both claim the sample {stem}; "
-                    f"remove one of them"
+                    f"{folder.uri}: {other.path} and {file.path} both claim the sample {stem}"
+                    + _alike(other.path, file.path)
+                    + "; remove one of them"
                 )
     listing = []
     for (label, stem), found in sorted(by_name.items()):
@@ -86,6 +107,24 @@ def list_split(
         else:
             listing.append(one)
     return listing
+
+
+def as_stored(folder: Folder, path: str) -> str:
+    """The path by which a folder or file is called on disk, where only the Unicode form differs."""
+    if path.isascii():
+        return path
+    found = ""
+    for part in path.split("/"):
+        names = folder.names(found)
+        alike = [name for name in names if composed(name) == composed(part)]
+        chosen = part if part in names or not alike else alike[0]
+        found = f"{found}/{chosen}" if found else chosen
+    return found
+
+
+def _alike(one: str, other: str) -> str:
+    same = one != other and composed(one) == composed(other)
+    return " (their names differ only in the Unicode form of a letter)" if same else ""
 
 
 def _listed(benchmark: Benchmark, label: str, stem: str, found: dict[int, _File]) -> Listed:
@@ -108,15 +147,35 @@ def _listed(benchmark: Benchmark, label: str, stem: str, found: dict[int, _File]
     )
 
 
-def _matching(benchmark: Benchmark, folder: Folder, root: str, bad: list[Skipped]) -> list[_File]:
+def _junk(path: str) -> str | None:
+    """What kind of tool's left-over a file is, in small letters; None: it is none."""
+    *folders, name = path.lower().split("/")
+    within = next((part for part in folders if part in JUNK_FOLDERS), None)
+    return within or (name if name in JUNK_FILES else None)
+
+
+def _matching(
+    benchmark: Benchmark, folder: Folder, root: str, bad: list[Skipped], ignored: Counter[str]
+) -> list[_File]:
     """The files of a split whose names match, in sorted order; each modality has some."""
     found: list[_File] = []
     refused: dict[int, list[str]] = defaultdict(list)
     for path, info in folder.infos(root).items():
-        place = _place(benchmark, PurePosixPath(path))
-        if place is None or _ignored(benchmark, place.name):
+        if (junk := _junk(path)) is not None:
+            ignored[junk] += 1
             continue
-        parts = benchmark.grammar.read(place.name)
+        place = _place(benchmark, PurePosixPath(path))
+        if place is None:
+            continue
+        if (glob := _ignoring(benchmark, place.name)) is not None:
+            ignored[glob] += 1
+            continue
+        try:
+            parts = benchmark.grammar.read(composed(place.name))
+            if place.label.isdecimal():
+                require_number("pid", place.label, path)
+        except ValueError as error:
+            raise ValueError(f"{folder.uri}/{root}/{path}: {error}") from None
         if parts is None or (place.label and not place.label.isdecimal()):
             refused[place.modality].append(f"{root}/{path}")
         else:
@@ -163,8 +222,10 @@ class _Place(NamedTuple):
     matches no grammar."""
 
 
-def _ignored(benchmark: Benchmark, name: str) -> bool:
-    return any(fnmatch(PurePosixPath(name).name, glob) for glob in benchmark.storage.ignore)
+def _ignoring(benchmark: Benchmark, name: str) -> str | None:
+    """The card's pattern by which a file is passed over; None: it is not."""
+    globs = (glob for glob in benchmark.storage.ignore if fnmatch(PurePosixPath(name).name, glob))
+    return next(globs, None)
 
 
 def _modality_folder(benchmark: Benchmark, root: str, modality: str) -> str:
@@ -178,10 +239,10 @@ def _place(benchmark: Benchmark, path: PurePosixPath) -> _Place | None:
     if benchmark.storage.kind == "tiles":
         return _Place("", 0, str(path))
     label, rest = ("", parts) if benchmark.storage.kind == "folders" else (parts[0], parts[1:])
-    folders = [benchmark.folder(modality) for modality in benchmark.modalities]
-    if len(rest) < 2 or rest[0] not in folders:
+    folders = [composed(benchmark.folder(modality)) for modality in benchmark.modalities]
+    if len(rest) < 2 or composed(rest[0]) not in folders:
         return None
-    return _Place(label, folders.index(rest[0]), "/".join(rest[1:]))
+    return _Place(label, folders.index(composed(rest[0])), "/".join(rest[1:]))
 
 
 def _no_modality(benchmark: Benchmark, folder: Folder, root: str, modality: str) -> str:

@@ -34,6 +34,9 @@ class Findings(Section):
 
     skipped: tuple[Skipped, ...] = ()
     """Files that were left out, sorted."""
+    ignored: dict[str, int] = Field(default_factory=dict)
+    """Files that were passed over, by kind: what tools leave (``.ds_store``, ``@eadir``), and the
+    patterns of the card's ``storage.ignore``."""
     leaked_identities: tuple[int, ...] = ()
     """Identities that stand in train and in the gallery or the queries."""
     leaked_dropped: bool = False

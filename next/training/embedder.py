@@ -23,6 +23,7 @@ from next.data.captions import CaptionSampler, CaptionTable, TextBank, bank_text
 from next.data.decoding import decode
 from next.data.labels import Labels
 from next.data.loader import SampleSet, evaluation_batches
+from next.data.pixels import Undefined, plain
 from next.evaluation.distances import distance_matrix
 from next.evaluation.embed import embed
 from next.evaluation.protocol import layout_of
@@ -121,8 +122,14 @@ class Embedder:
         for row, modality in zip(*np.nonzero(present), strict=True):
             encoded = (images[modality] or [])[row]
             try:
-                pixels[row, modality] = decode(bytes(encoded), size, self._config.data.test_resize)
-            except ValueError as error:
+                shown = plain(bytes(encoded))
+                pixels[row, modality] = decode(shown, size, self._config.data.test_resize)
+            except Undefined as error:
+                raise ValueError(
+                    f"row {row}, column image_{self.modalities[modality]}: the image {error}; "
+                    f"scale it to 8 bits as the card of its training data does (depth)"
+                ) from None
+            except (OSError, ValueError) as error:
                 raise ValueError(
                     f"row {row}, column image_{self.modalities[modality]}: {error}"
                 ) from None

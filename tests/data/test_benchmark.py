@@ -211,3 +211,11 @@ def test_a_group_that_matches_no_number_is_refused(edited):
     card = load_card(edited(r"(?P<pid>\d{6})", r"(?P<pid>\w{6})"))
     with pytest.raises(ValueError, match=r"the group pid must match digits only, .*'abcdef'"):
         card.grammar.read("abcdef_cam1_1_12.jpg")
+
+
+def test_published_results_are_told_line_by_line():
+    lines = load_card(ROOT / "datasets" / "rgbnt201.toml").published()
+    assert lines[0] == "published   DeMo (AAAI25)              mAP 79.0  rank-1 82.3"
+    assert lines[2] == "published   NEXT (v4)                  mAP 82.4  rank-1 86.6"
+    assert load_card(ROOT / "datasets" / "rgbnt201.toml").anchors_json()["NEXT (v4)"]["mAP"] == 82.4
+    assert load_card(ROOT / "datasets" / "demo.toml").published() == []

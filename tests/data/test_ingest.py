@@ -1,5 +1,6 @@
 import json
 import logging
+import os
 import re
 import shutil
 from collections import defaultdict
@@ -220,6 +221,117 @@ def test_a_caption_file_that_is_not_json_is_named(source, make_card):
         scan(make_card(), source.root)
 
 
+def test_what_tools_leave_is_passed_over_and_counted(source, make_card, caplog):
+    for name in (
+        "train_171/RGB/.ipynb_checkpoints/000003_cam1_0_00.jpg",
+        "train_171/RGB/@eaDir/000003_cam1_0_00.jpg@SynoEAStream",
+        "train_171/@eaDir/RGB/000003_cam1_0_00.jpg",
+        "train_171/__MACOSX/RGB/._000003_cam1_0_00.jpg",
+        "train_171/NI/thumbs.db",
+        "test/NI/THUMBS.DB",
+        "test/TI/Desktop.ini",
+        "test/TI/.DS_Store",
+        "test/TI/._000258_cam1_0_00.jpg",
+    ):
+        (source.root / name).parent.mkdir(parents=True, exist_ok=True)
+        (source.root / name).write_bytes(b"junk")
+    caplog.set_level(logging.INFO)
+    found = scan(make_card(), source.root)
+    assert {split: len(samples) for split, samples in found.samples.items()} == {
+        "train": 12,
+        "gallery": 4,
+    }
+    assert found.findings.ignored == {
+        ".*": 1, ".ds_store": 1, ".ipynb_checkpoints": 1, "@eadir": 2, "__macosx": 1,
+        "desktop.ini": 1, "thumbs.db": 2,
+    }  # fmt: skip
+    assert "passed over 9 files: 1 of .*, 1 of .ds_store" in caplog.text
+    assert prepare(make_card(), source.root, source.root.parent / "out").file.findings.ignored
+
+
+def test_junk_of_an_identity_folder_is_no_identity(identity_folders, wmveid863):
+    junk = identity_folders / "train" / "@eaDir" / "vis" / "0001_v1_n0_s003_000.jpg"
+    junk.parent.mkdir(parents=True)
+    junk.write_bytes(b"junk")
+    assert len(scan(wmveid863, identity_folders).samples["train"]) == 2
+
+
+COMPOSED, DECOMPOSED = "\u00e9", "e\u0301"
+"""One letter in Unicode's two forms; macOS writes the second."""
+ACCENTED = {"pattern": r"(?P<pid>\d{6})_cam(?P<camera>\d)_\d_\d{2}_\u00e9?\.jpg"}
+
+
+@pytest.fixture
+def accented(source):
+    """The source with an accent in each name, composed in RGB and captions, else decomposed."""
+    for split in ("train_171", "test"):
+        for modality, accent in (("RGB", COMPOSED), ("NI", DECOMPOSED), ("TI", DECOMPOSED)):
+            for path in (source.root / split / modality).iterdir():
+                path.rename(path.with_stem(f"{path.stem}_{accent}"))
+    for split in ("train", "test"):
+        for modality in ("RGB", "NI", "TI"):
+            source.edit_captions(
+                split,
+                modality,
+                lambda items: [
+                    item | {"item": item["item"].replace(".jpg", f"_{COMPOSED}.jpg")}
+                    for item in items
+                ],
+            )
+    return source
+
+
+@pytest.mark.parametrize("form", [COMPOSED, DECOMPOSED])
+def test_one_name_in_two_unicode_forms_is_one_sample(accented, make_card, form):
+    card = make_card(grammar={"pattern": ACCENTED["pattern"].replace(COMPOSED, form)})
+    samples = scan(card, accented.root).samples["train"]
+    assert len(samples) == 12
+    for one in samples:
+        assert one.sample_id.endswith(f"_{COMPOSED}")
+        assert all(one.files)
+        assert all(one.sentences)
+
+
+def test_two_files_whose_names_differ_in_form_alone_are_refused(accented, make_card):
+    accented.add(f"000003_cam1_0_00_{DECOMPOSED}.jpg", "RGB")
+    message = r"both claim the sample 000003_.* differ only in the Unicode form of a letter"
+    with pytest.raises(ValueError, match=message):
+        scan(make_card(grammar=ACCENTED), accented.root)
+
+
+def test_folders_are_found_in_either_unicode_form(source, make_card):
+    (source.root / "train_171").rename(source.root / f"train_{DECOMPOSED}")
+    (source.root / "test" / "NI").rename(source.root / "test" / f"NI_{DECOMPOSED}")
+    (source.root / f"train_{DECOMPOSED}" / "NI").rename(
+        source.root / f"train_{DECOMPOSED}" / f"NI_{COMPOSED}"
+    )
+    card = make_card(
+        splits={
+            "train": {"path": f"train_{COMPOSED}"},
+            "gallery": {"path": "test"},
+            "query": {"same_as": "gallery"},
+        },
+        storage={"kind": "folders", "missing": "error", "folders": {"NI": f"NI_{COMPOSED}"}},
+    )
+    assert len(scan(card, source.root).samples["train"]) == 12
+
+
+def test_a_name_that_is_not_utf_8_is_named(source, make_card):
+    name = bytes(source.root / "train_171" / "RGB") + b"/000003_cam1_0_\xff.jpg"
+    Path(os.fsdecode(name)).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"RGB/000003_cam1_0_\\xff\.jpg: the name is not UTF-8"):
+        scan(make_card(), source.root)
+
+
+def test_half_a_character_in_a_caption_is_named(source, make_card):
+    source.captions("train", "NI").write_text(
+        '[{"item": "000003_cam1_0_00.jpg", "description": "An adult \\ud83d walks."}]'
+    )
+    message = r"train_NI\.json: entry 1 has half of a surrogate pair in its 'description'"
+    with pytest.raises(ValueError, match=message):
+        scan(make_card(), source.root)
+
+
 @pytest.fixture
 def identity_folders(tmp_path, make_jpeg):
     """WMVeID863's layout: one malformed label, one missing modality, one unknown scene."""
@@ -392,3 +504,39 @@ def test_progress_counts_every_sample(source, make_card):
 @pytest.fixture(autouse=True)
 def _log(caplog):
     caplog.set_level(logging.INFO)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("12345678901234567890_c1.jpg", r"the pid in .* must be at most 9223372036854775807"),
+        ("000003_c12345678901234.jpg", r"the camera in .* must be at most 65535, but is 1234567"),
+        ("000003_c1_s99999999999.jpg", r"the scene in .* must be at most 2147483647"),
+        (f"{'7' * 200}_c1.jpg", r"but is 7{40}; mend grammar\.pattern in the card, or number"),
+    ],
+)
+def test_a_number_that_is_too_large_is_refused_by_the_file_that_has_it(
+    source, make_card, name, message
+):
+    pattern = r"(?P<pid>\d+)_c(am)?(?P<camera>\d+)(_s(?P<scene>\d+))?(_\d_\d{2})?\.jpg"
+    card = make_card(grammar={"pattern": pattern})
+    assert scan(card, source.root)
+    source.add(name)
+    with pytest.raises(ValueError, match=rf"RGB/{name}: {message}"):
+        scan(card, source.root)
+
+
+def test_a_number_that_means_unknown_may_be_of_any_size(source, make_card):
+    pattern = r"(?P<pid>\d+)_c(am)?(?P<camera>\d+)(_\d_\d{2})?\.jpg"
+    card = make_card(grammar={"pattern": pattern, "none": {"camera": 999999}})
+    for modality in ("RGB", "NI", "TI"):
+        source.add("000003_c999999.jpg", modality)
+    samples = by_name(scan(card, source.root).samples["train"])
+    assert samples["000003_c999999"].camera == -1
+
+
+def test_an_identity_folder_of_twenty_digits_is_refused(identity_folders, wmveid863):
+    label = "12345678901234567890"
+    (identity_folders / "train" / "0001").rename(identity_folders / "train" / label)
+    with pytest.raises(ValueError, match=rf"train/{label}/.*: the pid in .* must be at most 92"):
+        scan(wmveid863, identity_folders)
