@@ -34,7 +34,7 @@ from next.captioning.output import CaptionResult, caption_path, write_captions
 from next.captioning.quality import QualityReport, guess_schema, measure, read_caption_files
 from next.captioning.run import CaptionConfig, Captioner, Plan
 from next.captioning.source import FolderSource, ShardSource, Source
-from next.cli import REQUIRED, USER_ERROR, ProgressLine, parse, run_job
+from next.cli import FAILURE, REQUIRED, USER_ERROR, ProgressLine, parse, run_job
 from next.config import near_matches
 from next.data.benchmark import Benchmark, load_card
 from next.data.images import OnBad
@@ -172,6 +172,10 @@ def run(argv: Sequence[str]) -> int:
                 "give it\n          [captions] with a line for each split, such as "
                 f"{_caption_lines(source.benchmark)}; or use --shards"
             )
+    failure = result.failure()
+    if failure is not None:
+        sys.stderr.write(f"error: {failure}\n")
+        return FAILURE
     return 0
 
 
@@ -273,6 +277,8 @@ def show_result(result: CaptionResult) -> None:
     print(f"images    {totals.images}, of which {result.captions} have a caption")
     for reason, count in result.without.items():
         print(f"          {count} without: {reason}")
+    for reason, count in result.reasons.most_common(5):
+        print(f"          {count} {reason}")
     print(f"asked     {totals.calls} ({statuses or 'nothing'}), {totals.known} known before")
     print(f"          {spent}; {totals.seconds:.1f} s, {rate:.1f}/s")
     if totals.left:

@@ -8,11 +8,13 @@ import email.utils
 import io
 import json
 import logging
+import math
 import random
 import re
 import time
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
+import aiohttp
 import httpx2
 import openai
 from PIL import Image
@@ -22,6 +24,7 @@ from next.captioning.ledger import Status
 from next.captioning.models import ModelConfig
 from next.captioning.parsing import parse_answer
 from next.captioning.prompt import Prompt, answer_schema
+from next.captioning.spending import Spending
 from next.config import near_matches
 
 _log = logging.getLogger(__name__)
@@ -29,6 +32,10 @@ _log = logging.getLogger(__name__)
 Structured = Literal["json_schema", "json_object", "none"]
 """How the form of the answer is demanded: by a JSON schema, as any JSON, or in words alone."""
 
+LARGEST_REPLY = 2**23
+"""Bytes of a reply that are read; the text of an answer is a thousandth of it."""
+MOST_TOKENS = 10**8
+"""Of one request; what claims more is no count."""
 LONGEST_WAIT_S = 120.0
 """Most seconds before one retry, whatever the endpoint asks for."""
 _PROBE_TRIES = 3
@@ -40,6 +47,11 @@ _REFUSAL = re.compile(
     r"\b(?:assist|help|comply|describe|identify|analy[sz]e|provide)\b",
     re.IGNORECASE,
 )
+_LONGEST_REFUSAL = 2000
+"""Characters in which a refusal is looked for: the pattern's time grows as their square."""
+_NEVER_SENT = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
+"""Troubles before a request has reached the endpoint, so that nothing can have been paid. The
+layers above call a line that was cut while it waited the same."""
 _OVERLOADED = (408, 409, 425, 429)
 _REFUSING = (400, 403, 413, 415, 422, 451)
 """What an endpoint says to an image that it will not look at."""
@@ -57,6 +69,45 @@ class Outcome(NamedTuple):
     tokens_in: int = 0
     tokens_out: int = 0
     requests: int = 0
+    lost: Spending = Spending()
+    """What requests may have cost that were sent and brought nothing."""
+
+
+class Meter(Protocol):
+    """Holds back what each request may cost before it is sent."""
+
+    async def hold(self) -> Spending | None:
+        """Set aside what the next request may cost; None: the budget does not allow it."""
+
+    async def settle(self, held: Spending, cost: Spending) -> None:
+        """Replace what was set aside by what the request did cost."""
+
+    def learn(self, tokens_in: int, tokens_out: int) -> None:
+        """Hear what a request took."""
+
+
+class Unlimited:
+    """A meter without a budget; a lost request counts as what the model is expected to take."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        self._expected = model.cost(model.expected_tokens_in, model.expected_tokens_out)
+
+    async def hold(self) -> Spending | None:
+        return self._expected
+
+    async def settle(self, held: Spending, cost: Spending) -> None:
+        pass
+
+    def learn(self, tokens_in: int, tokens_out: int) -> None:
+        pass
+
+
+class _Sent(NamedTuple):
+    """What came of sending a question until it was answered."""
+
+    reply: dict[str, Any] | Outcome
+    requests: int
+    lost: Spending
 
 
 class Endpoint:
@@ -127,52 +178,74 @@ class Endpoint:
                     ) from None
             await asyncio.sleep(self._jittered(attempt))
 
-    async def ask(self, subject: bytes, prompt: Prompt) -> Outcome:
+    async def ask(self, subject: bytes, prompt: Prompt, meter: Meter | None = None) -> Outcome:
         """Ask about an image (or a text); every trouble of the line or answer is an outcome.
+
+        Args:
+            subject: the encoded image, or the text in UTF-8.
+            prompt: what is asked.
+            meter: is asked before every request, re-asks and retries too; None: no budget.
 
         Raises:
             PermissionError: the key is no longer taken, or the quota is used up.
             ValueError: the model is gone.
         """
+        meter = meter or Unlimited(self.model)
         so_far = Outcome("failed")
         for reask in range(self.model.reasks + 1):
-            reply, sent = await self._send_until_answered(subject, prompt, reask > 0)
-            so_far = so_far._replace(requests=so_far.requests + sent)
+            reply, sent, lost = await self._send_until_answered(subject, prompt, reask > 0, meter)
+            so_far = so_far._replace(requests=so_far.requests + sent, lost=so_far.lost + lost)
             if isinstance(reply, Outcome):  # a re-ask that fails leaves the first answer's status
-                return so_far if reask else reply._replace(requests=sent)
-            used = reply.get("usage") or {}
-            tokens_in = _count(used.get("prompt_tokens"), self.model.expected_tokens_in)
-            tokens_out = _count(used.get("completion_tokens"), self.model.expected_tokens_out)
-            status, answer, reason = _judge(reply, prompt)
-            so_far = Outcome(
-                status,
-                answer,
-                self._clean(reason) if reason else "",
-                so_far.tokens_in + tokens_in,
-                so_far.tokens_out + tokens_out,
-                so_far.requests,
+                return so_far if reask else reply._replace(requests=sent, lost=lost)
+            tokens_in, tokens_out = self._tokens(reply)
+            judged = _judge(reply, prompt)
+            so_far = so_far._replace(
+                status=judged.status,
+                answer=_writable(judged.answer),
+                reason=self._clean(judged.reason) if judged.reason else "",
+                tokens_in=so_far.tokens_in + tokens_in,
+                tokens_out=so_far.tokens_out + tokens_out,
             )
-            if status != "garbled":
+            if not judged.again:
                 break
         return so_far
 
+    def _tokens(self, reply: dict[str, Any]) -> tuple[int, int]:
+        """Tokens of prompt and answer, as told; where they are not, as expected."""
+        used = reply.get("usage")
+        used = used if isinstance(used, dict) else {}
+        return (
+            _count(used.get("prompt_tokens"), self.model.expected_tokens_in),
+            _count(used.get("completion_tokens"), self.model.expected_tokens_out),
+        )
+
     async def _send_until_answered(
-        self, subject: bytes, prompt: Prompt, again: bool
-    ) -> tuple[dict[str, Any] | Outcome, int]:
-        reason = ""
+        self, subject: bytes, prompt: Prompt, again: bool, meter: Meter
+    ) -> _Sent:
+        reason, lost = "", Spending()
         for attempt in range(1, self.model.retries + 2):
-            await self._gate.enter()
+            held = await meter.hold()
+            if held is None:
+                told = f"the budget is spent; before: {reason}" if reason else "the budget is spent"
+                return _Sent(Outcome("failed", reason=told), attempt - 1, lost)
+            cost = held  # until it is known that the endpoint did not work for it
             try:
+                await self._gate.enter()
                 reply = await self._post(self._body(subject, prompt, again))
                 if isinstance(reply, dict) and reply.get("choices"):
-                    self._gate.used(reply)
-                    return reply, attempt
-                reason = f"not a chat completion: {str(reply)[:100]}"
+                    tokens = self._tokens(reply)
+                    cost = self.model.cost(*tokens)
+                    meter.learn(*tokens)
+                    self._gate.used(sum(tokens))
+                    return _Sent(reply, attempt, lost)
+                lost += cost
+                reason = self._clean(f"not a chat completion: {str(reply)[:100]}")
             except openai.APIStatusError as error:
+                cost = Spending()
                 self._raise_if_hopeless(error)
                 reason = self._clean(error)
                 if error.status_code in _REFUSING:
-                    return Outcome("refused", reason=reason), attempt
+                    return _Sent(Outcome("refused", reason=reason), attempt, lost)
                 if error.status_code not in _OVERLOADED and error.status_code < 500:
                     raise ValueError(
                         f"{self.model.base_url}: {self.model.name} can no longer be asked "
@@ -180,11 +253,17 @@ class Endpoint:
                     ) from None
                 if error.status_code == 429 or "retry-after" in error.response.headers:
                     self._gate.pause(_retry_after(error) or self._jittered(attempt))
-            except (openai.APIError, httpx2.HTTPError, json.JSONDecodeError) as error:
-                reason = self._clean(error.__cause__ or error)
+            except (openai.APIError, httpx2.HTTPError, ValueError, RecursionError) as error:
+                causes = _causes(error)
+                if any(isinstance(cause, _NEVER_SENT) for cause in causes):
+                    cost = Spending()
+                lost += cost
+                reason = self._clean(causes[min(1, len(causes) - 1)])
+            finally:
+                await meter.settle(held, cost)
             if attempt <= self.model.retries:
                 await asyncio.sleep(self._jittered(attempt))
-        return Outcome("failed", reason=reason), self.model.retries + 1
+        return _Sent(Outcome("failed", reason=reason), self.model.retries + 1, lost)
 
     async def _post(self, body: bytes) -> Any:
         """Send a body to the chat completions, and decode what comes back.
@@ -205,11 +284,13 @@ class Endpoint:
             )
         )
         if response.is_success:
+            if len(response.content) > LARGEST_REPLY:
+                raise ValueError(f"a reply of {len(response.content):,} bytes, which is not read")
             return json.loads(response.content)
         try:
-            problem = json.loads(response.content)
-        except ValueError:
-            problem = response.text
+            problem = json.loads(response.content[:LARGEST_REPLY])
+        except (ValueError, RecursionError):
+            problem = response.text[:1000]
         raise openai.APIStatusError(
             f"Error code: {response.status_code} - {problem}",
             response=response,
@@ -316,7 +397,7 @@ class Endpoint:
         return f"; it serves {', '.join(close)}" if close else ""
 
     def _check_sight(self, reply: Any) -> None:
-        _, answer, _ = _judge(reply, _PROBE) if isinstance(reply, dict) else ("", "", "")
+        answer = _judge(reply, _PROBE).answer if isinstance(reply, dict) else ""
         reading = parse_answer(answer, _PROBE.attributes).readings.get("colour")
         if reading is None or reading.value != "red":
             _log.warning(
@@ -346,7 +427,7 @@ class Endpoint:
 
     def _clean(self, message: object) -> str:
         """A message without the key, in one short line."""
-        text = " ".join(str(message).split()) or type(message).__name__
+        text = _writable(" ".join(str(message)[:10_000].split())) or type(message).__name__
         if self._key:
             text = text.replace(self._key, "***")
         return re.sub(r"\b(sk-|Bearer )[\w*-]{4,}", r"\1***", text)[:300]
@@ -370,11 +451,9 @@ class _Gate:
         while (wait := max(turn, self._paused) - time.monotonic()) > 0:
             await asyncio.sleep(wait)
 
-    def used(self, reply: dict[str, Any]) -> None:
+    def used(self, tokens: int) -> None:
         """Learn what a call takes."""
-        used = (reply.get("usage") or {}).get("total_tokens")
-        if isinstance(used, int):
-            self._tokens += 0.1 * (used - self._tokens)
+        self._tokens += 0.1 * (tokens - self._tokens)
 
     def pause(self, seconds: float) -> None:
         """Nobody enters before so many seconds have passed."""
@@ -394,30 +473,74 @@ _KINDS = {
 }  # fmt: skip
 
 
-def _judge(reply: dict[str, Any], prompt: Prompt) -> tuple[Status, str, str]:
-    """Status, answer and reason of a chat completion."""
-    choice = reply["choices"][0] if isinstance(reply.get("choices"), list) else {}
-    message = choice.get("message") or {}
-    answer = message.get("content")
-    if isinstance(answer, list):
-        answer = "".join(str(part.get("text", "")) for part in answer if isinstance(part, dict))
-    answer = answer if isinstance(answer, str) else ""
+class _Judged(NamedTuple):
+    """What a chat completion says."""
+
+    status: Status
+    answer: str
+    reason: str = ""
+    again: bool = False
+    """Whether the model may do better if it is asked once more: it wrote to its end, and what it
+    wrote could not be read."""
+
+
+def _judge(reply: dict[str, Any], prompt: Prompt) -> _Judged:
+    """Status, answer and reason of what came as a chat completion, whatever it is; never raises.
+
+    Servers that part thoughts from answers give the whole as ``reasoning_content`` where the
+    model does not end its thought, and no content.
+    """
+    choices = reply.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    message = choice.get("message") if isinstance(choice, dict) else None
+    if not isinstance(choice, dict) or not isinstance(message, dict):
+        return _Judged("garbled", "", f"no message in the completion: {str(choices)[:100]}")
+    content = _text(message.get("content"))
+    answer = content or _text(message.get("reasoning_content"))
+    cut = choice.get("finish_reason") == "length"
     if message.get("refusal"):
-        return "refused", answer, str(message["refusal"])
+        return _Judged("refused", answer, str(message["refusal"])[:300])
     if choice.get("finish_reason") == "content_filter":
-        return "refused", answer, "content filter"
+        return _Judged("refused", answer, "content filter")
     if prompt.of == "text":
-        return ("answered", answer, "") if answer.strip() else ("garbled", answer, "no text")
+        told = bool(content.strip())
+        return _Judged("answered", content) if told else _Judged("garbled", answer, "no text")
     parsed = parse_answer(answer, prompt.attributes)
     if parsed.usable(prompt.attributes):
-        return "answered", answer, ""
-    if not parsed.readings and "{" not in answer and _REFUSAL.search(answer):
-        return "refused", answer, answer[:200]
-    return "garbled", answer, "; ".join(parsed.problems[:4])
+        return _Judged("answered", answer)
+    if not parsed.readings and "{" not in answer and _REFUSAL.search(answer[:_LONGEST_REFUSAL]):
+        return _Judged("refused", answer, answer[:200])
+    problems = ["cut at its longest (max_tokens)"] if cut else []
+    problems += ["no text"] if not answer.strip() else []
+    reason = "; ".join([*problems, *parsed.problems[:4]])
+    return _Judged("garbled", answer, reason, again=bool(content.strip()) and not cut)
+
+
+def _text(content: Any) -> str:
+    """The text of a message's content, which may come in parts; empty where there is none."""
+    if isinstance(content, list):
+        texts = [part.get("text") for part in content if isinstance(part, dict)]
+        return "".join(text for text in texts if isinstance(text, str))
+    return content if isinstance(content, str) else ""
+
+
+def _writable(text: str) -> str:
+    """A text that can be written: half a character, which JSON may name, is a question mark."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """An error and what it was raised from, the outermost first."""
+    found = [error]
+    while found[-1].__cause__ is not None:
+        found.append(found[-1].__cause__)
+    return found
 
 
 def _count(given: Any, otherwise: int) -> int:
-    return given if isinstance(given, int) and given >= 0 else otherwise
+    if isinstance(given, bool) or not isinstance(given, int) or not 0 <= given <= MOST_TOKENS:
+        return otherwise
+    return given
 
 
 def _red_picture() -> bytes:
@@ -441,10 +564,10 @@ def _retry_after(error: openai.APIStatusError) -> float | None:
     if given is None:
         return None
     try:
-        return max(float(given), 0.0)
+        seconds = float(given)
     except ValueError:
         try:
-            when = email.utils.parsedate_to_datetime(given)
-        except ValueError:
+            seconds = email.utils.parsedate_to_datetime(given).timestamp() - time.time()
+        except (ValueError, TypeError, OverflowError):
             return None
-        return max(when.timestamp() - time.time(), 0.0)
+    return None if math.isnan(seconds) else max(seconds, 0.0)

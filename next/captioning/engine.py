@@ -65,7 +65,13 @@ class Totals:
             self.calls += 1
             self.requests += row.requests
             self.statuses[row.status] = self.statuses.get(row.status, 0) + 1
-            self.spent += Spending(row.tokens_in + row.tokens_out, row.money)
+            self.spent += spent_on(row)
+
+
+def spent_on(row: Row) -> Spending:
+    """What a question has cost, with what was lost on the way."""
+    tokens = row.tokens_in + row.tokens_out + row.lost_tokens
+    return Spending(tokens, row.money + row.lost_money)
 
 
 class AsyncPurse(Protocol):
@@ -246,9 +252,7 @@ class _Asker:
         self._endpoint = endpoint
         self._queue = queue
         self._lost = 0
-        model = endpoint.model
-        self._most_in, self._most_out = model.expected_tokens_in, model.expected_tokens_out
-        self._experience = False
+        self._meter = _Meter(endpoint.model, run.purse) if run.purse is not None else None
 
     async def work(self) -> None:
         """Take questions until there are none."""
@@ -257,21 +261,13 @@ class _Asker:
         await self._queue.put(None)  # for the next worker
 
     async def _ask(self, task: _Task) -> Row | None:
-        reserved = await self._reserve()
-        if reserved is None:
-            self._run.left += 1
-            return None
         model = self._endpoint.model
         picture = task.image.picture
         prompt = self._run.questions.prompts[picture.modality]
-        cost = Spending()
-        try:
-            outcome = await self._endpoint.ask(picture.image, prompt)
-            cost = model.cost(outcome.tokens_in, outcome.tokens_out)
-        finally:
-            if self._run.purse is not None:
-                await self._run.purse.settle(reserved, cost)
-        self._learn(outcome.tokens_in, outcome.tokens_out)
+        outcome = await self._endpoint.ask(picture.image, prompt, self._meter)
+        if not outcome.requests:  # the budget did not even allow the first
+            self._run.left += 1
+            return None
         row = Row(
             image=task.image.hash,
             prompt=prompt.hash,
@@ -282,8 +278,10 @@ class _Asker:
             reason=outcome.reason,
             tokens_in=outcome.tokens_in,
             tokens_out=outcome.tokens_out,
-            money=cost.money,
+            money=model.cost(outcome.tokens_in, outcome.tokens_out).money,
             requests=outcome.requests,
+            lost_tokens=outcome.lost.tokens,
+            lost_money=outcome.lost.money,
         )
         self._lost = self._lost + 1 if outcome.status == "failed" else 0
         if self._lost >= LOST_CALLS:
@@ -295,27 +293,54 @@ class _Asker:
             )
         return row
 
-    async def _reserve(self) -> Spending | None:
-        """What the next call may cost, set aside; None: the budget is spent."""
-        if self._run.purse is None:
-            return Spending()
+
+class _Meter:
+    """What requests to one model may cost, held back in a purse.
+
+    A prompt may take what the costliest took so far, an answer as many tokens as the model may
+    give. Until the first request has told what a prompt takes, no other is sent.
+    """
+
+    def __init__(self, model: ModelConfig, purse: AsyncPurse) -> None:
+        self._model = model
+        self._purse = purse
+        self._most_in = model.expected_tokens_in
+        self._most_out = model.max_tokens or model.expected_tokens_out
+        self._known = False
+        self._scout = asyncio.Semaphore(1)
+
+    async def hold(self) -> Spending | None:
+        """Set aside what the next request may cost; None: the budget is spent."""
+        if not self._known:
+            await self._scout.acquire()
+            if self._known:
+                self._scout.release()
         while True:
-            may_cost = self._endpoint.model.cost(self._most_in, self._most_out)
-            grant = await self._run.purse.reserve(may_cost.tokens, may_cost.money)
+            may_cost = self._model.cost(self._most_in, self._most_out)
+            grant = await self._purse.reserve(may_cost.tokens, may_cost.money)
             if grant == "granted":
                 return may_cost
             if grant == "spent":
+                self._release()
                 return None
             await asyncio.sleep(_WAIT_S)
 
-    def _learn(self, tokens_in: int, tokens_out: int) -> None:
-        """The costliest call so far is what the next one may cost."""
-        if not tokens_in + tokens_out:
-            return
-        if not self._experience:
-            self._most_in, self._most_out, self._experience = tokens_in, tokens_out, True
+    async def settle(self, held: Spending, cost: Spending) -> None:
+        """Replace what was set aside by what the request did cost."""
+        await self._purse.settle(held, cost)
+        self._release()
+
+    def learn(self, tokens_in: int, tokens_out: int) -> None:
+        """The costliest request so far is what the next one may cost."""
+        if not self._known:
+            self._most_in, self._known = tokens_in, True
         self._most_in = max(self._most_in, tokens_in)
         self._most_out = max(self._most_out, tokens_out)
+
+    def _release(self) -> None:
+        """Let the others go once the first has come back."""
+        if self._scout.locked():
+            self._scout.release()
 
 
 def hashed(pictures: Iterable[Picture]) -> Iterator[tuple[Picture, str]]:

@@ -49,6 +49,10 @@ class Row(NamedTuple):
     money: float
     requests: int
     """Times that the question was sent, retries included."""
+    lost_tokens: int = 0
+    """What requests may have taken that were sent and brought nothing, such as time-outs."""
+    lost_money: float = 0.0
+    """Their price."""
 
     @property
     def key(self) -> bytes:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from next.captioning.engine import Asked, Questions, Totals, hashed, run_here
+from next.captioning.engine import Asked, Questions, Totals, hashed, run_here, spent_on
 from next.captioning.labels import AttributeLabels, Image, Score, judge, score
 from next.captioning.ledger import Ledger
 from next.captioning.merge import Belief, Calibration, calibrate, facts
 from next.captioning.rewriting import RewriteCheck, rewriting_prompt
 from next.captioning.run import Captioner, Heard
 from next.captioning.source import Picture, Source, Texts
-from next.captioning.spending import Spending
 from next.captioning.template import CaptionWriter
 from next.data.benchmark import Benchmark
 from next.storage import replacing, write_whole
@@ -37,6 +37,10 @@ class CaptionResult:
     """Images with a caption."""
     without: Counter[str] = field(default_factory=Counter)
     """Images without, by the reason."""
+    unanswered_images: int = 0
+    """Images that were asked about and of which no model gave an answer that can be read."""
+    reasons: Counter[str] = field(default_factory=Counter)
+    """What was said of them, numbers aside: endpoints tell each image's own."""
     sources: Counter[str] = field(default_factory=Counter)
     """Attributes that were written, by where the belief comes from."""
     left_out: int = 0
@@ -53,6 +57,21 @@ class CaptionResult:
     """What was written."""
     settings: dict[str, Any] = field(default_factory=dict)
     """What decided the captions beside images and answers; holds no key."""
+
+    def failure(self) -> str | None:
+        """Why a run counts as failed, with the counts of reasons; None: it does not.
+
+        It does where more than ``most_failed`` of the images that were asked about have no answer.
+        """
+        most = self.settings["most_failed"]
+        asked = self.totals.images - self.without["not asked"]
+        if not asked or self.unanswered_images <= most * asked:
+            return None
+        told = "; ".join(f"{number} {reason}" for reason, number in self.reasons.most_common(5))
+        return (
+            f"{self.unanswered_images} of {asked} images have no answer, which is more than "
+            f"{most:.0%} (--most-failed): {told}"
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -160,6 +179,9 @@ class _Book(Mapping[Image, str]):
             if value not in schema.by_name[name].values:
                 self._free.setdefault(name, set()).add(value)
         sentences = self._writer.sentences(said)
+        if heard.why:
+            result.unanswered_images += 1
+            result.reasons[f"{heard.reason}: {re.sub('[0-9]+', 'N', heard.why)}"] += 1
         if not sentences:
             result.without[heard.reason or "nothing sure enough"] += 1
             return None
@@ -178,8 +200,7 @@ class _Book(Mapping[Image, str]):
         def report(asked: Asked) -> None:
             hashes[asked.sample] = asked.image
             for row in asked.rows:
-                spent = Spending(row.tokens_in + row.tokens_out, row.money)
-                self._result.totals.spent += spent
+                self._result.totals.spent += spent_on(row)
 
         pictures = (Picture("", one, TEXT, one.encode()) for one in self._numbers)
         if self._captioner.config.ask:

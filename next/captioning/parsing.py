@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import json
-import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -15,11 +15,16 @@ UNSTATED = 0.5
 """Confidence of a reading that comes without one."""
 LEAST_SHARE = 0.5
 """Share of the asked attributes that an answer must give to be of use."""
+LONGEST_ANSWER = 2**17
+"""Characters of an answer that are read; a longer one is no answer to what was asked."""
+MOST_PARTS = 100
+"""Parts in brackets that are tried."""
+LONGEST_VALUE = 200
+"""Characters of a value with its confidence; the longest of a vocabulary has a fifth of it."""
 
 _WORDS = {"high": 0.9, "medium": 0.6, "moderate": 0.6, "low": 0.3, "certain": 1.0, "none": 0.0}
 _THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL | re.IGNORECASE)
 _TRAILING_COMMA = re.compile(r",\s*([}\]])")
-_VALUE_AND_CONFIDENCE = re.compile(r"(.*?)\s*\(?(?:confidence\s*[:=]?\s*)?(\d*\.?\d+\s*%?)\)?")
 _KEYS_OF_NAME = ("name", "attribute", "key")
 _CLOSING = {"{": "}", "[": "]"}
 
@@ -38,13 +43,15 @@ class Parsed(NamedTuple):
 
 
 def parse_answer(text: str, attributes: Sequence[Attribute]) -> Parsed:
-    """Read an answer; never raises.
+    """Read an answer, in a time that grows with its length and no faster; never raises.
 
     Beside the JSON that was asked for, this takes: text, fences or thoughts around it, single
     quotes, trailing commas, a cut end, one object in another, a list of objects, plain values with
     ``..._confidence`` beside them, percent and words for confidences, and values in other spelling.
     It does not take values that are in no vocabulary, such as the prompt's own list of choices.
     """
+    if len(text) > LONGEST_ANSWER:
+        return Parsed({}, (f"longer than {LONGEST_ANSWER} characters",))
     exact = _exact(text, attributes)
     if exact is not None:
         return exact
@@ -94,7 +101,7 @@ def _load(text: str, problems: list[str]) -> Any:
     except (ValueError, RecursionError):
         pass
     problems.append("not JSON as asked")
-    for part in _bracketed(_THOUGHT.sub("", text)):
+    for part in itertools.islice(_bracketed(_THOUGHT.sub("", text)), MOST_PARTS):
         for attempt in (part, _TRAILING_COMMA.sub(r"\1", part)):
             for load in (json.loads, _python_literal):
                 try:
@@ -111,7 +118,7 @@ def _bracketed(text: str) -> Iterator[str]:
     stack: list[str] = []
     start = 0
     quote = ""
-    whole: tuple[int, str] | None = None
+    whole: tuple[int, int] | None = None  # where it could be closed, and how many are open there
     position = 0
     while position < len(text):
         mark = text[position]
@@ -131,12 +138,12 @@ def _bracketed(text: str) -> Iterator[str]:
             if not stack:
                 yield text[start : position + 1]
             else:
-                whole = position + 1, "".join(reversed(stack))
+                whole = position + 1, len(stack)
         elif stack and mark == ",":
-            whole = position, "".join(reversed(stack))
+            whole = position, len(stack)
         position += 1
     if stack and whole is not None and whole[0] > start:
-        yield text[start : whole[0]] + whole[1]
+        yield text[start : whole[0]] + "".join(reversed(stack[: whole[1]]))
 
 
 def _python_literal(text: str) -> Any:
@@ -179,15 +186,16 @@ def _reading(attribute: Attribute, answer: Any, beside: Any, problems: list[str]
     elif isinstance(answer, list) and len(answer) == 2:
         answer, beside = answer
     elif isinstance(answer, str) and beside is None:
-        match = _VALUE_AND_CONFIDENCE.fullmatch(answer.strip())
-        if match and match[1]:
-            answer, beside = match[1], match[2]
+        answer, beside = _without_confidence(answer)
     if isinstance(answer, bool):
         answer = "yes" if answer else "no"
     if answer is None:
         answer = NOT_VISIBLE
     if not isinstance(answer, str):
         problems.append(f"{attribute.name}: the value is a {type(answer).__name__}")
+        return None
+    if len(answer) > LONGEST_VALUE:
+        problems.append(f"{attribute.name}: {answer[:60]!r}... is too long to be a value of it")
         return None
     if attribute.other and answer.strip().lower() == OTHER and isinstance(free, str):
         answer = free
@@ -202,6 +210,33 @@ def _reading(attribute: Attribute, answer: Any, beside: Any, problems: list[str]
     return Reading(value, confidence)
 
 
+def _without_confidence(answer: str) -> tuple[str, str | None]:
+    """``blue (confidence: 0.9)`` as ``blue`` and ``0.9``; None: it ends with no number.
+
+    Read from its end by hand: a pattern that may begin anywhere takes a time that grows with the
+    cube of the number of digits.
+    """
+    text = answer.strip()
+    if len(text) > LONGEST_VALUE:
+        return answer, None
+    body = text.removesuffix(")")
+    percent = "%" if body.endswith("%") else ""
+    body = body.removesuffix("%").rstrip()
+    value = body.rstrip("0123456789")
+    digits = body[len(value) :]
+    if not digits:
+        return answer, None
+    if value.endswith("."):
+        whole = value[:-1].rstrip("0123456789")
+        value, digits = whole, body[len(whole) :]
+    words = value.rstrip()
+    before = words.removesuffix(":").removesuffix("=").rstrip()
+    if before.endswith("confidence"):
+        words = before.removesuffix("confidence")
+    value = words.removesuffix("(").rstrip()
+    return (value, digits + percent) if value else (answer, None)
+
+
 def _confidence(given: Any) -> float | None:
     """In [0, 1]; numbers from 1 up to 100 are percent."""
     percent = False
@@ -214,11 +249,11 @@ def _confidence(given: Any) -> float | None:
             given = float(word.removesuffix("%"))
         except ValueError:
             return None
-    if isinstance(given, bool) or not isinstance(given, int | float) or not math.isfinite(given):
-        return None
+    if isinstance(given, bool) or not isinstance(given, int | float) or not 0 <= given <= 100:
+        return None  # compared before anything else, as an integer may be too large for a float
     if percent or 1 < given <= 100:
         given /= 100
-    return float(given) if 0 <= given <= 1 else None
+    return float(given)
 
 
 def _plain(name: str) -> str:

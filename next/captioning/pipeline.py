@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import threading
+import uuid
 import warnings
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,11 +29,11 @@ from ray.exceptions import RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from next.captioning.endpoint import Endpoint
-from next.captioning.engine import Asked, AsyncPurse, Questions, ask_all, first_cause, first_open
+from next.captioning.engine import Asked, Questions, ask_all, first_cause, first_open
 from next.captioning.ledger import LedgerPart, LedgerTail, Row
 from next.captioning.models import ModelConfig
 from next.captioning.source import FolderSource, Picture, ShardSource, Source
-from next.captioning.spending import BudgetConfig, Grant, Purse, Spending
+from next.captioning.spending import LEASE_S, BudgetConfig, Grant, Purse, Spending
 from next.data.layout import Sample
 
 _T = TypeVar("_T")
@@ -82,7 +83,7 @@ def run_on_ray(
     started = _start_ray(workers)
     purse = None
     if budget.tokens is not None or budget.money is not None:
-        purse = ray.remote(num_cpus=0)(Purse).remote(budget)
+        purse = ray.remote(num_cpus=0)(Purse).remote(budget, lease_s=LEASE_S)
     folder = str(Path(ledger).resolve())
     known = tuple(sorted(Path(ledger).glob("*.jsonl")))
     here = ray.get_runtime_context().get_node_id()
@@ -147,17 +148,24 @@ class _Job(NamedTuple):
 
 
 class _FarPurse:
-    """The purse that all workers share."""
+    """The purse that all workers share; it knows each by a name, and hears of it now and then."""
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
+        self._name = uuid.uuid4().hex
 
     async def reserve(self, tokens: int, money: float) -> Grant:
-        grant: Grant = await self._actor.reserve.remote(tokens, money)
+        grant: Grant = await self._actor.reserve.remote(tokens, money, self._name)
         return grant
 
     async def settle(self, reserved: Spending, cost: Spending) -> None:
-        await self._actor.settle.remote(reserved, cost)
+        await self._actor.settle.remote(reserved, cost, self._name)
+
+    async def say_alive(self) -> None:
+        """Say so for as long as this process lives; without it a reservation falls."""
+        while True:
+            await self._actor.hear.remote(self._name)
+            await asyncio.sleep(LEASE_S / 5)
 
 
 class _Keeper:
@@ -222,11 +230,13 @@ class _Worker:
         self._read = read
         self._questions = Questions(job.prompts, job.models, job.finished)
         self._heard = 0
-        self._purse: AsyncPurse | None = _FarPurse(job.purse) if job.purse is not None else None
+        self._purse = _FarPurse(job.purse) if job.purse is not None else None
         self._endpoints: list[Endpoint] = []
         self._keeper: _Keeper | _FarKeeper | None = None
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        if self._purse is not None:
+            asyncio.run_coroutine_threadsafe(self._purse.say_alive(), self._loop)
 
     def __call__(self, batch: _Columns) -> dict[str, list[str]]:
         """Ask about a batch; one JSON text for each image, or one for an error."""

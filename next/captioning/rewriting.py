@@ -16,6 +16,8 @@ _USER = (
     "Rewrite this sentence in natural English. Keep every fact, add none, and do not leave any "
     "out. Answer with one sentence and nothing else."
 )
+LONGEST = 4
+"""How many times as long as the original a sentence may be; longer ones are not read."""
 _WORD = re.compile(r"[a-z0-9][\w'-]*")
 _NEGATIONS = frozenset(
     ("no", "not", "without", "never", "neither", "nor", "nothing", "lacks", "lacking", "missing",
@@ -60,6 +62,8 @@ class RewriteCheck:
 
     def problem(self, original: str, rewritten: str) -> str | None:
         """Why a sentence cannot take the original's place; None if it can."""
+        if len(rewritten) > LONGEST * max(len(original), 40):
+            return f"is more than {LONGEST} times as long"
         if len(split_sentences(rewritten)) != 1 or rewritten[-1:] not in (".", "!"):
             return "is not one sentence with its closing mark"
         if not is_reliable(rewritten):

@@ -39,6 +39,9 @@ class CaptionConfig(Section):
     So thresholds can be moved later."""
     again: tuple[Again, ...] = ()
     """Ask again what an earlier run has recorded as refused or garbled."""
+    most_failed: float = Field(default=0.5, ge=0, le=1)
+    """Share of the images that may be left without any answer (refused, garbled, failed); with more
+    the job ends with code 1, after it has written what there is."""
     workers: int = Field(default=1, ge=1)
     """Processes that ask: 1, this one; more, actors of Ray Data, wherever the cluster has room.
     Concurrency and limits of a model are shared out among them."""
@@ -163,13 +166,16 @@ class Captioner:
         for image, image_hash in images.items():
             attributes = questions.prompts[image[2]].attributes
             by_model: dict[str, dict[str, Reading]] = {}
-            reasons = []
+            silent: list[tuple[str, str]] = []
             for model in self.models:
                 row = ledger.get(questions.key(image_hash, image[2], model))
                 if row is not None and row.status == "answered":
                     by_model[model.name] = parse_answer(row.answer, attributes).readings
-                reasons.append(row.status if row is not None else "not asked")
-            yield image, Heard(image_hash, by_model, "" if by_model else reasons[0])
+                elif row is not None:
+                    silent.append((row.status, row.reason or "no reason was given"))
+            # A model that was asked says more than one that was not.
+            reason, why = ("", "") if by_model else [*silent, ("not asked", "")][0]
+            yield image, Heard(image_hash, by_model, reason, why)
 
     def believe(
         self, heard: Iterable[tuple[Image, Heard]], calibration: Calibration | None = None
@@ -221,7 +227,9 @@ class Heard(NamedTuple):
     by_model: dict[str, dict[str, Reading]]
     """Of the models that answered."""
     reason: str
-    """Why there is none."""
+    """Why there is none: the status of the first model that was asked."""
+    why: str = ""
+    """What that model or its endpoint said."""
 
 
 def _mean_tokens(ledger: Ledger, models: Iterable[ModelConfig]) -> dict[str, tuple[float, float]]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import time
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from pydantic import field_validator
@@ -9,6 +12,8 @@ from pydantic import field_validator
 from next.config import Section
 
 Grant = Literal["granted", "wait", "spent"]
+LEASE_S = 30.0
+"""Seconds after which who holds a reservation and says nothing is taken for dead."""
 
 
 class Spending(NamedTuple):
@@ -45,33 +50,68 @@ class BudgetConfig(Section):
 
 
 class Purse:
-    """Holds the budget; every call reserves what it may cost before it is made.
+    """Holds the budget; every request reserves the most that it may cost before it is sent.
 
-    A reservation that does not fit while other calls are under way waits for what those leave; so
-    the limit is kept without leaving much of it unused.
+    A reservation that does not fit while other requests are under way waits for what those leave;
+    so the limit is kept without leaving much of it unused. A reservation has an owner. One that
+    has not been heard of for a while is taken for dead: what it held counts as spent, since its
+    requests may have been answered, and nobody waits for it any more.
+
+    Args:
+        budget: the limits.
+        spent: of them, beforehand.
+        lease_s: seconds after which an owner who says nothing is taken for dead.
+        clock: seconds.
     """
 
-    def __init__(self, budget: BudgetConfig, spent: Spending | None = None) -> None:
+    def __init__(
+        self,
+        budget: BudgetConfig,
+        spent: Spending | None = None,
+        lease_s: float = LEASE_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.budget = budget
         self.spent = spent or Spending()
-        self._held = Spending()
-        self._calls = 0
+        self._lease_s = lease_s
+        self._clock = clock
+        self._held: dict[str, list[Spending]] = {}
+        self._fallen: dict[str, list[Spending]] = {}
+        self._heard: dict[str, float] = {}
 
-    def reserve(self, tokens: int, money: float) -> Grant:
+    def reserve(self, tokens: int, money: float, owner: str = "") -> Grant:
         """Set aside what a call may cost; ``spent``: it fits no more, and nothing is under way."""
-        sum_tokens = self.spent.tokens + self._held.tokens + tokens
-        sum_money = self.spent.money + self._held.money + money
-        if _fits(sum_tokens, self.budget.tokens) and _fits(sum_money, self.budget.money):
-            self._held += Spending(tokens, money)
-            self._calls += 1
+        self.hear(owner)
+        self._drop_dead()
+        held = sum(itertools.chain(*self._held.values()), Spending(tokens, money))
+        if _fits(self.spent.tokens + held.tokens, self.budget.tokens) and _fits(
+            self.spent.money + held.money, self.budget.money
+        ):
+            self._held.setdefault(owner, []).append(Spending(tokens, money))
             return "granted"
-        return "wait" if self._calls else "spent"
+        return "wait" if any(self._held.values()) else "spent"
 
-    def settle(self, reserved: Spending, cost: Spending) -> None:
+    def settle(self, reserved: Spending, cost: Spending, owner: str = "") -> None:
         """Replace a reservation by what the call did cost."""
-        self._held += Spending(-reserved.tokens, -reserved.money)
-        self._calls -= 1
-        self.spent += cost
+        self.hear(owner)
+        reserved = Spending(*reserved)
+        if reserved in self._held.get(owner, ()):
+            self._held[owner].remove(reserved)
+            self.spent += Spending(*cost)
+        elif reserved in self._fallen.get(owner, ()):  # it was only slow, and has been counted
+            self._fallen[owner].remove(reserved)
+            self.spent += Spending(cost[0] - reserved.tokens, cost[1] - reserved.money)
+
+    def hear(self, owner: str = "") -> None:
+        """An owner lives."""
+        self._heard[owner] = self._clock()
+
+    def _drop_dead(self) -> None:
+        now = self._clock()
+        for owner in [one for one in self._held if now - self._heard[one] > self._lease_s]:
+            held = self._held.pop(owner)
+            self._fallen.setdefault(owner, []).extend(held)
+            self.spent = sum(held, self.spent)
 
 
 def _fits(amount: float, limit: float | None) -> bool:

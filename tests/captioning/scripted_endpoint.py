@@ -72,6 +72,7 @@ PERSONAS = {
     "scripted-other": Persona(error=0.07, blind_error=0.2, unseen=0.1, sure_right=(0.6, 0.95)),
 }
 ERRORS = {
+    "400": "This model's maximum context length is 2048 tokens, but your messages took 5123",
     "402": "Insufficient credits",
     "403": "Your input was flagged by moderation",
     "404": "The model has been unloaded",
@@ -104,6 +105,8 @@ class Script:
     """sha256 of images that are refused with status 400."""
     declined: frozenset[str] = frozenset()
     """sha256 of images that the models decline to describe."""
+    reply: bytes | None = None
+    """Sent in place of every answer about a known image, as it is."""
     prompt_tokens: int = 900
     completion_tokens: int = 300
 
@@ -281,7 +284,7 @@ class ScriptedEndpoint:
             return await self._send(
                 writer, 200, self._completion(model, None, refusal="I can't help with that image.")
             )
-        data = self._answer(model, persona, digest, request, trouble)
+        data = self.script.reply or self._answer(model, persona, digest, request, trouble)
         self.stats.answers[name] += 1
         if trouble == "cut_within":
             writer.write(head_of(200, len(data)) + data[: len(data) // 2])

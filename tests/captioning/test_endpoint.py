@@ -1,13 +1,14 @@
 import asyncio
 import hashlib
 import itertools
+import json
 import logging
 import socket
 import time
 
 import pytest
 
-from next.captioning.endpoint import Endpoint, data_url
+from next.captioning.endpoint import LARGEST_REPLY, Endpoint, data_url
 from next.captioning.models import ModelConfig
 from next.captioning.parsing import parse_answer
 from next.captioning.prompt import prompt_for
@@ -218,3 +219,126 @@ def test_an_image_is_sent_as_what_it_is():
     assert data_url(b"\xff\xd8\xff").startswith("data:image/jpeg;base64,")
     assert data_url(b"\x89PNG\r\n").startswith("data:image/png;base64,")
     assert data_url(b"RIFF\0\0\0\0WEBPVP8").startswith("data:image/webp;base64,")
+
+
+def completion(message, finish="stop", **fields):
+    """The bytes of a chat completion with one choice."""
+    choice = {"index": 0, "finish_reason": finish, "message": message}
+    return json.dumps({"choices": [choice]} | fields).encode()
+
+
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        (b'{"choices": ["x"]}', "no message in the completion"),
+        (b'{"choices": "x"}', "no message in the completion"),
+        (b'{"choices": {"a": 1}}', "no message in the completion"),
+        (b'{"choices": [null]}', "no message in the completion"),
+        (b'{"choices": [{"message": "x"}]}', "no message in the completion"),
+        (b'{"choices": [[1, 2]], "usage": 7}', "no message in the completion"),
+        (completion({"content": None}), "no text; no JSON object"),
+        (completion({"content": {"a": 1}}), "no text; no JSON object"),
+        (completion({"content": [1, "x", {"text": None}]}), "no JSON object"),
+        (completion({"content": None, "reasoning_content": "Hmm."}, "length"), "cut at its long"),
+        (completion({"content": '{"gender": {"val'}, "length"), "cut at its longest"),
+    ],
+)
+def test_a_malformed_completion_is_an_outcome_and_paid_once(
+    demo_raw, person, pictures, reply, reason
+):
+    with scripted(demo_raw, Script(reply=reply)) as server:
+        (outcome,) = ask(model(server.url), person, pictures[:1])
+    assert (outcome.status, outcome.requests) == ("garbled", 1)
+    assert reason in outcome.reason
+    assert outcome.tokens_in == 1500  # as expected, since nobody told
+
+
+def whole(person, picture):
+    prompt = prompt_for(person, person.spectrum(picture.modality))
+    return json.dumps(
+        {one.name: {"value": one.values[0], "confidence": 1} for one in prompt.attributes}
+    )
+
+
+def test_an_answer_among_the_thoughts_counts(demo_raw, person, pictures):
+    message = {"content": None, "reasoning_content": f"So it is {whole(person, pictures[0])}"}
+    with scripted(demo_raw, Script(reply=completion(message))) as server:
+        (outcome,) = ask(model(server.url), person, pictures[:1])
+    assert (outcome.status, outcome.requests) == ("answered", 1)
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [[1], "many", 7, None, {"prompt_tokens": "x"}, {"prompt_tokens": True}, {"prompt_tokens": -1},
+     {"prompt_tokens": 1e9, "completion_tokens": 10**12}],
+)  # fmt: skip
+def test_tokens_that_are_none_count_as_expected(demo_raw, person, pictures, usage):
+    reply = completion({"content": whole(person, pictures[0])}, usage=usage)
+    with scripted(demo_raw, Script(reply=reply)) as server:
+        (outcome,) = ask(model(server.url, tokens_per_minute=1e9), person, pictures[:1])
+    assert (outcome.status, outcome.requests) == ("answered", 1)
+    assert (outcome.tokens_in, outcome.tokens_out) == (1500, 600)
+
+
+@pytest.mark.parametrize("reply", [b"[" * 100_000, b"\xff\xfe{", b"not JSON", b'{"choices": []}'])
+def test_what_is_no_completion_is_asked_for_again_and_may_have_cost(
+    demo_raw, person, pictures, reply
+):
+    with scripted(demo_raw, Script(reply=reply)) as server:
+        (outcome,) = ask(model(server.url, retries=2), person, pictures[:1])
+    assert (outcome.status, outcome.requests) == ("failed", 3)
+    assert outcome.lost.tokens == 3 * 2100
+
+
+def test_a_reply_of_no_measure_is_not_read(demo_raw, person, pictures):
+    """But for the first, which the maintained client reads itself, and which is garbled."""
+    reply = completion({"content": "x" * LARGEST_REPLY})
+
+    async def run(config):
+        async with Endpoint(config) as endpoint:
+            prompt = prompt_for(person, person.spectrum(pictures[0].modality))
+            return [await endpoint.ask(one.image, prompt) for one in pictures[:2]]
+
+    with scripted(demo_raw, Script(reply=reply)) as server:
+        first, second = asyncio.run(run(model(server.url, retries=0, reasks=0)))
+    assert (first.status, first.reason) == ("garbled", f"longer than {2**17} characters")
+    assert second.status == "failed"
+    assert "bytes, which is not read" in second.reason
+
+
+def test_half_a_character_of_an_answer_can_be_written(demo_raw, person, pictures):
+    spoilt = whole(person, pictures[0])[:-1] + ', "note": "\ud83d"}'
+    with scripted(demo_raw, Script(reply=completion({"content": spoilt}))) as server:
+        (outcome,) = ask(model(server.url), person, pictures[:1])
+    assert outcome.status == "answered"
+    assert '"note": "?"' in outcome.answer.encode().decode()
+
+
+@pytest.mark.parametrize(
+    ("trouble", "lost"), [("slow", 3), ("cut_before", 3), ("cut_within", 3), ("500", 0), ("429", 0)]
+)
+def test_what_was_sent_and_brought_nothing_counts_as_expected(
+    demo_raw, person, pictures, trouble, lost
+):
+    with scripted(demo_raw, Script(always=trouble, retry_after="0")) as server:
+        config = model(server.url, retries=2, timeout_s=0.5 if trouble == "slow" else 5)
+        (outcome,) = ask(config, person, pictures[:1])
+    assert (outcome.status, outcome.requests) == ("failed", 3)
+    assert outcome.lost.tokens == lost * 2100
+    assert (outcome.tokens_in, outcome.tokens_out) == (0, 0)
+
+
+def test_an_endpoint_that_was_never_reached_cost_nothing(person, pictures):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    (outcome,) = ask(model(url, retries=1), person, pictures[:1])
+    assert (outcome.status, outcome.requests, outcome.lost.tokens) == ("failed", 2, 0)
+
+
+@pytest.mark.parametrize("wait", ["nan", "never", "-5", "Wed, 21 Oct 2015 07:28:00 GMT"])
+def test_a_wait_that_is_none_holds_nobody_back(demo_raw, person, pictures, wait):
+    with scripted(demo_raw, Script(trouble={"429": 0.4}, retry_after=wait)) as server:
+        outcomes = ask(model(server.url, retries=12), person, pictures)
+        assert server.stats.troubles["429"] > 0
+    assert {one.status for one in outcomes} == {"answered"}

@@ -1,5 +1,6 @@
 import hashlib
 import itertools
+import json
 from collections import Counter
 
 import pytest
@@ -158,7 +159,13 @@ def test_a_run_is_given_up_when_the_endpoint_goes_away(demo_raw, pictures, ask):
     assert totals.calls == 120
 
 
-@pytest.mark.parametrize("budget", [{"tokens": 20 * 1200}, {"money": 20 * 1200 * 1e-6}])
+MOST = 900 + 1500
+"""Tokens that a request may take: a prompt as seen, an answer as long as may be."""
+
+
+@pytest.mark.parametrize(
+    "budget", [{"tokens": 19 * 1200 + MOST}, {"money": (19 * 1200 + MOST) * 1e-6}]
+)
 def test_a_budget_ends_a_run_cleanly_and_is_not_overspent(demo_raw, pictures, ask, budget):
     prices = {"price_in": 1.0, "price_out": 1.0}
     with scripted(demo_raw, Script(latency=0.01)) as server:
@@ -186,3 +193,49 @@ def test_what_is_read_ahead_is_bounded(demo_raw, pictures, ask):
         ask(server.url, reading(), concurrency=1, retries=0, timeout_s=0.02, backoff_s=0.001)
     # LOST_CALLS were taken; the queue holds two a call, and one chunk is read beside it.
     assert len(read) <= LOST_CALLS + 1 + 2 + 2 * READ_AHEAD
+
+
+@pytest.mark.parametrize("trouble", ["wrong_schema", "copied_prompt"])
+def test_asking_again_is_held_to_the_budget_too(demo_raw, pictures, ask, trouble):
+    budget = BudgetConfig(tokens=19 * 1200 + MOST)
+    with scripted(demo_raw, Script(always=trouble, latency=0.01)) as server:
+        totals, _ = ask(server.url, pictures, budget=budget)
+        sent = sum(server.stats.answers.values())
+    assert sent == 20
+    assert totals.spent.tokens == sent * 1200 <= budget.tokens
+    assert totals.left > 100
+
+
+@pytest.mark.parametrize("trouble", ["slow", "cut_before", "cut_within"])
+def test_requests_that_brought_nothing_are_held_to_the_budget_too(demo_raw, pictures, ask, trouble):
+    """Each may have been answered after all, and be billed."""
+    budget = BudgetConfig(tokens=10 * (1500 + 1500))
+    with scripted(demo_raw, Script(always=trouble, slow=3)) as server:
+        totals, _ = ask(
+            server.url, pictures[:40], budget=budget, timeout_s=0.5, retries=2, concurrency=4
+        )
+        assert server.stats.troubles[trouble] <= 10
+    assert totals.spent.tokens <= budget.tokens
+    assert totals.statuses.keys() == {"failed"}
+
+
+def test_until_a_prompt_has_told_what_it_takes_no_other_is_sent(demo_raw, pictures, ask):
+    """A guess that is far too low is paid for once, and not by every call under way."""
+    budget = BudgetConfig(tokens=19_000)
+    script = Script(latency=0.05, prompt_tokens=9000)
+    with scripted(demo_raw, script) as server:
+        totals, _ = ask(server.url, pictures, budget=budget, concurrency=16)
+    assert totals.spent.tokens == 9300
+    assert totals.calls == 1
+
+
+def test_rows_of_before_are_read_as_having_lost_nothing(demo_raw, pictures, ask, tmp_path):
+    with scripted(demo_raw) as server:
+        ask(server.url, pictures[:2])
+    (part,) = (tmp_path / "ledger").glob("*.jsonl")
+    rows = [json.loads(line) for line in part.read_text(encoding="utf-8").splitlines()]
+    for row in rows:
+        del row["lost_tokens"], row["lost_money"]
+    part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with Ledger(tmp_path / "ledger", look=True) as ledger:
+        assert [row.lost_tokens for row in ledger.rows()] == [0, 0]

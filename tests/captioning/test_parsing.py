@@ -1,11 +1,12 @@
 import json
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from next.captioning.attributes import NOT_VISIBLE, Attribute, Reading, load_schema
-from next.captioning.parsing import UNSTATED, parse_answer
+from next.captioning.parsing import LONGEST_ANSWER, UNSTATED, _without_confidence, parse_answer
 from next.captioning.prompt import prompt_for
 
 GENDER = Attribute(name="gender", question="", values=("male", "female"), aliases={"man": "male"})
@@ -133,3 +134,86 @@ def test_a_full_answer_of_a_schema_is_read_whole():
     assert {name: one.value for name, one in parsed.readings.items()} == {
         one.name: one.values[-1] for one in attributes
     }
+
+
+AS_A_PATTERN = re.compile(r"(.*?)\s*\(?(?:confidence\s*[:=]?\s*)?(\d*\.?\d+\s*%?)\)?")
+"""What a value with its confidence is; fit for short texts alone."""
+PIECES = (
+    "blue",
+    "t-shirt",
+    " ",
+    "(",
+    "confidence",
+    ":",
+    "=",
+    "0.9",
+    "90",
+    "%",
+    ")",
+    ".",
+    "7",
+    ", ",
+)
+
+
+@given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=6).map("".join))
+def test_a_value_is_parted_from_its_confidence_as_the_pattern_does(text):
+    match = AS_A_PATTERN.fullmatch(text.strip())
+    expected = (match[1], match[2].replace(" ", "")) if match and match[1] else (text, None)
+    if not expected[0].endswith("("):  # which the pattern leaves there after a blank
+        assert _without_confidence(text) == expected
+
+
+def hostile(size: int) -> list[str]:
+    """Texts on which patterns, nesting or numbers take long, in some way or other."""
+    digits, value = "7" * size, '{"gender": {"value": "%s", "confidence": 1}}'
+    return [
+        f'{{"gender": "{digits}"}}',
+        f'{{"gender": "a{digits}b"}}',
+        f'{{"gender": "{"7 " * (size // 2)}x"}}',
+        value % digits,
+        f'{{"gender": {{"value": "male", "confidence": "{digits}x"}}}}',
+        f'{{"gender": {{"value": "male", "confidence": {digits}}}}}',
+        f'{{"gender": ["male", {"9" * min(size, 4000)}]}}',
+        "[" * (size // 2) + "," * (size // 2),
+        "{" * size,
+        '{"a":' * (size // 5),
+        "{'a': " + "(" * size,
+        ", " * (size // 2) + "]",
+        "{" + ",   " * (size // 4) + "x}",
+        "<think>" * (size // 7),
+        "{}" * (size // 2),
+        "{,}" * (size // 3),
+    ]
+
+
+@pytest.mark.parametrize("kind", range(len(hostile(8))))
+def test_no_answer_takes_more_than_a_time_that_grows_with_its_length(kind):
+    """At a square of it, these would take minutes, and run into the time-out of every test."""
+    assert parse_answer(hostile(LONGEST_ANSWER - 100)[kind], BOTH).readings in (
+        {},
+        {"gender": Reading("male", UNSTATED)},
+    )
+
+
+@pytest.mark.parametrize("digits", [309, 800, 4000])
+def test_a_number_of_hundreds_of_digits_is_no_confidence(digits):
+    text = f'{{"gender": {{"value": "male", "confidence": {"9" * digits}}}}}'
+    assert parse_answer(text, (GENDER,)).readings == {"gender": Reading("male", UNSTATED)}
+    assert parse_answer(f'{{"gender": "{"9" * digits}"}}', (GENDER,)).readings == {}
+
+
+def test_an_answer_beyond_all_measure_is_not_read():
+    parsed = parse_answer(ASKED + " " * LONGEST_ANSWER, BOTH)
+    assert parsed == ({}, (f"longer than {LONGEST_ANSWER} characters",))
+
+
+def test_a_value_of_no_measure_is_none_but_the_others_are_read():
+    parsed = parse_answer(ASKED.replace('"male"', f'"male{"!" * 300}"'), BOTH)
+    assert parsed.readings == {"upper_garment": Reading("t-shirt", 0.7)}
+    assert "is too long to be a value of it" in parsed.problems[-1]
+
+
+def test_a_cut_answer_is_closed_by_what_is_open_where_it_was_whole():
+    text = '{"a": {"gender": {"value": "male", "confidence": 0.9}, "b": {"c": [1, {"d'
+    assert parse_answer(text, (GENDER,)).readings == {"gender": Reading("male", 0.9)}

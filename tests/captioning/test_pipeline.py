@@ -1,5 +1,6 @@
 """Ray Data with two workers; slow, as Ray takes its time to start."""
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -12,9 +13,10 @@ import ray
 from next.captioning.ledger import Ledger
 from next.captioning.models import ModelConfig
 from next.captioning.output import write_captions
+from next.captioning.pipeline import _FarPurse
 from next.captioning.run import CaptionConfig, Captioner
 from next.captioning.source import ShardSource
-from next.captioning.spending import BudgetConfig
+from next.captioning.spending import LEASE_S, BudgetConfig, Purse
 from next.data.shards import open_manifest
 from next.storage import open_folder
 from tests.captioning.conftest import ROOT
@@ -77,13 +79,39 @@ def test_many_processes_ask_what_one_would(
 
 @pytest.mark.usefixtures("cluster")
 def test_workers_share_one_budget(demo_raw, demo_source, person, tmp_path):
-    config = CaptionConfig(workers=2, budget=BudgetConfig(tokens=50 * 1200))
+    config = CaptionConfig(workers=2, budget=BudgetConfig(tokens=49 * 1200 + 2400))
     with scripted(demo_raw) as server, Ledger(tmp_path / "ledger") as ledger:
         totals, _ = Captioner(demo_source, person, models(server.url), config).ask(ledger)
         assert sum(server.stats.answers.values()) == 50
     assert totals.calls == 50
     assert totals.left == 346
     assert totals.known == 0
+
+
+@pytest.mark.usefixtures("cluster")
+def test_the_purse_hears_that_a_worker_lives_and_forgets_one_that_died():
+    """What it held counts as spent, and the other one goes on."""
+
+    class Holder:
+        def __init__(self, purse):
+            self._purse = _FarPurse(purse)
+
+        async def hold(self, tokens):
+            self._alive = asyncio.create_task(self._purse.say_alive())
+            return await self._purse.reserve(tokens, 0)
+
+    purse = ray.remote(num_cpus=0)(Purse).remote(BudgetConfig(tokens=100), lease_s=LEASE_S / 3)
+    dead, alive = (ray.remote(num_cpus=0)(Holder).remote(purse) for _ in range(2))
+    assert ray.get(dead.hold.remote(40)) == "granted"
+    time.sleep(LEASE_S / 2)
+    assert ray.get(purse.reserve.remote(70, 0, "other")) == "wait", "it lives, and says so"
+    ray.kill(dead)
+    deadline = time.monotonic() + 5 * LEASE_S
+    while (grant := ray.get(purse.reserve.remote(70, 0, "other"))) == "wait":
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert grant == "spent"
+    assert ray.get(alive.hold.remote(60)) == "granted"
 
 
 @pytest.mark.usefixtures("cluster")

@@ -1,6 +1,8 @@
+import hashlib
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -156,13 +158,47 @@ def test_only_some_models_can_be_asked(demo_raw, models, tmp_path, capsys):
 def test_a_spent_budget_is_told_and_the_next_run_goes_on(demo_raw, models, tmp_path, capsys):
     with scripted(demo_raw) as server:
         file = models(server.url, names=["scripted-large"], concurrency=4)
-        assert run(demo_raw, file, tmp_path / "out", "--budget.tokens", "120000") == 0
+        assert run(demo_raw, file, tmp_path / "out", "--budget.tokens", "121200") == 0
         shown = capsys.readouterr().out
         assert "asked     100 (100 answered), 0 known before" in shown
         assert "LEFT      296 questions, as the budget is spent; run again with more" in shown
         assert run(demo_raw, file, tmp_path / "out") == 0
         assert set(server.stats.answers.values()) == {1}
     assert "asked     296 (296 answered), 100 known before" in capsys.readouterr().out
+
+
+def test_a_run_of_which_most_images_were_refused_fails_and_says_why(
+    demo_raw, models, tmp_path, capsys
+):
+    with scripted(demo_raw, Script(always="400")) as server:
+        file = models(server.url, names=["scripted-large"], concurrency=8)
+        assert run(demo_raw, file, tmp_path / "out") == 1
+        shown = capsys.readouterr()
+        reason = "This model's maximum context length is N tokens, but your messages took N"
+        assert re.search(f"396 refused: .*{reason}", shown.out)
+        assert (
+            "error: 396 of 396 images have no answer, which is more than 50% (--most-" in shown.err
+        )
+        assert run(demo_raw, file, tmp_path / "out", "--no-ask", "--json") == 1, "known from before"
+        (told,) = json.loads(capsys.readouterr().out)["reasons"].items()
+        assert re.search(f"refused: .*{reason}", told[0])
+        assert told[1] == 396
+        assert run(demo_raw, file, tmp_path / "out", "--most-failed", "1") == 0
+        capsys.readouterr()
+
+
+def test_a_few_refused_images_fail_no_run_and_are_counted_by_reason(
+    demo_raw, models, tmp_path, capsys
+):
+    images = sorted((demo_raw / "train" / "RGB").iterdir())[:3]
+    refused = frozenset(hashlib.sha256(path.read_bytes()).hexdigest() for path in images)
+    with scripted(demo_raw, Script(refused=refused)) as server:
+        file = models(server.url, names=["scripted-large"], concurrency=8)
+        assert run(demo_raw, file, tmp_path / "out") == 0
+        shown = capsys.readouterr().out
+        assert re.search(r"3 refused: .*Image rejected by the content policy", shown)
+        assert run(demo_raw, file, tmp_path / "out", "--most-failed", "0.001") == 1
+    assert "3 of 396 images have no answer" in capsys.readouterr().err
 
 
 def test_what_a_user_gets_wrong_ends_with_one_line_and_code_2(demo_raw, models, tmp_path):
