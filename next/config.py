@@ -15,10 +15,23 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 Fraction = float
 """A number in [0, 1]; the field states the bounds."""
+MOST_SEED = 2**62
+"""Seeds are keys of 64 bits, and sweeps count on from theirs."""
+_Side = Annotated[int, Field(ge=1, le=2**13)]
+"""Pixels of a side of an image."""
+_Camera = Annotated[int, Field(ge=0, le=2**63)]
+_Workers = Annotated[int, Field(ge=1, le=2**16)]
 
 LEGACY: dict[str, Any] = {
     "model.backbone.unknown_camera": "all",
@@ -41,7 +54,11 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        validate_default=True,
+        allow_inf_nan=False,
     )
 
     @model_validator(mode="before")
@@ -68,11 +85,11 @@ class DataConfig(Section):
     ``s3://bucket/prefix`` (see :mod:`next.storage`)."""
     modalities: tuple[str, ...] | None = None
     """Modalities to use, by the card's names; None uses all of them, in the card's order."""
-    image_size: tuple[int, int] | None = None
+    image_size: tuple[_Side, _Side] | None = None
     """Input height and width in pixels; None takes the card's."""
     cache: str | None = None
     """Folder of decoded caches and text banks of this node; None: ``~/.cache/next-reid``."""
-    cache_limit: float | None = Field(default=None, gt=0)
+    cache_limit: float | None = Field(default=None, gt=0, le=1e9)
     """Gigabytes (10^9 bytes) that this folder may take; what was not used for longest and is not
     in use is removed to make room. None: no limit."""
     test_resize: Literal["bicubic", "bilinear"] = "bicubic"
@@ -85,18 +102,25 @@ class DataConfig(Section):
     drop_modality: Fraction = Field(default=0.0, ge=0, lt=1)
     """Probability that a modality of a train sample is treated as missing, drawn per (seed, epoch,
     sample); one modality at least stays."""
-    mean: float = 0.5
+    mean: float = Field(default=0.5, ge=-1e3, le=1e3)
     """Subtracted from pixel values in [0, 1], for every channel."""
-    std: float = Field(default=0.5, gt=0)
+    std: float = Field(default=0.5, gt=0, le=1e3)
     """Divides pixel values after the mean was subtracted."""
+
+    @field_validator("modalities")
+    @classmethod
+    def _names_differ(cls, modalities: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if modalities is not None and (not modalities or len(set(modalities)) < len(modalities)):
+            raise ValueError("must name each modality once, and one at least")
+        return modalities
 
 
 class BatchConfig(Section):
     """P x K sampling: identities times instances, over all workers together."""
 
-    identities: int = Field(default=8, ge=2)
+    identities: int = Field(default=8, ge=2, le=2**20)
     """P: distinct identities of one global batch (two at least, else there is no negative)."""
-    instances: int = Field(default=8, ge=2)
+    instances: int = Field(default=8, ge=2, le=2**20)
     """K: samples of each identity in one global batch (two at least, else no positive)."""
 
     @property
@@ -112,11 +136,11 @@ class AugmentConfig(Section):
     """Off: the decoded image is only normalised."""
     flip: Fraction = Field(default=0.5, ge=0, le=1)
     """Probability of a horizontal flip."""
-    pad: int = Field(default=10, ge=0)
+    pad: int = Field(default=10, ge=0, le=2**13)
     """Zero padding in pixels on each side before the random crop back to the input size."""
     erase: Fraction = Field(default=0.5, ge=0, le=1)
     """Probability of erasing one rectangle of each image."""
-    erase_area: tuple[float, float] = (0.02, 0.33)
+    erase_area: tuple[Fraction, Fraction] = (0.02, 0.33)
     """Least and largest share of the image that an erased rectangle covers."""
     shared_geometry: bool = True
     """Flip and crop alike in all modalities of a sample (the public codes draw each anew)."""
@@ -176,9 +200,9 @@ class BackboneConfig(Section):
     version 0.1)."""
     text_activation: Literal["auto", "gelu", "quick_gelu", "as_named"] = "auto"
     """As ``activation``, for the text tower of ``text_name``."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=MOST_SEED)
     """Seed of random weights (both towers); used only without ``pretrained``."""
-    camera_coefficient: float | None = Field(default=None, gt=0)
+    camera_coefficient: float | None = Field(default=None, gt=0, le=1e3)
     """Weight of the learned camera embedding (SIE) added to the class token; None: off."""
     unknown_camera: Literal["trained", "all"] = "trained"
     """What an unknown camera gets, the mean embedding of the cameras that train samples come from;
@@ -198,13 +222,13 @@ class SemanticConfig(Section):
 
     enabled: bool = True
     """Off: the branch is left out (ablation)."""
-    experts: int = Field(default=4, ge=1)
+    experts: int = Field(default=4, ge=1, le=2**10)
     """Number of experts E; each gives one token."""
-    tokens_per_expert: int | None = Field(default=None, ge=1)
+    tokens_per_expert: int | None = Field(default=None, ge=1, le=2**20)
     """Patches that an expert samples in each modality (the largest weights); None: all."""
-    expansion: float = Field(default=2.0, gt=0)
+    expansion: float = Field(default=2.0, gt=0, le=2**10)
     """Hidden width of an expert's MLP, in units of the token width."""
-    mixer_hidden: int = Field(default=8, ge=1)
+    mixer_hidden: int = Field(default=8, ge=1, le=2**16)
     """Hidden width of the mix of text scores along the modality axis."""
     text_skip: bool = True
     """A learned scale of the text scores, and the scores themselves beside their mix; off: the mix
@@ -216,18 +240,18 @@ class StructureConfig(Section):
 
     enabled: bool = True
     """Off: the branch is left out (ablation)."""
-    experts: int = Field(default=4, ge=1)
+    experts: int = Field(default=4, ge=1, le=2**10)
     """Number of experts E."""
-    slots: int = Field(default=2, ge=1)
+    slots: int = Field(default=2, ge=1, le=2**10)
     """Slots S of each expert; the branch gives E * S tokens."""
-    expansion: float = Field(default=2.0, gt=0)
+    expansion: float = Field(default=2.0, gt=0, le=2**10)
     """Hidden width of an expert's MLP, in units of the token width."""
 
 
 class RoutingConfig(Section):
     """What both kinds of experts share."""
 
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0, le=1e6)
     """Divides the scores before the routing softmax; small: sharp, large: even."""
     init: Literal["normal", "orthogonal"] = "normal"
     """orthogonal: the routers start so that different experts look along orthogonal directions of
@@ -237,9 +261,9 @@ class RoutingConfig(Section):
 class AggregationConfig(Section):
     """MGFA, the cross-attention of class tokens over expert tokens."""
 
-    heads: int = Field(default=4, ge=1)
+    heads: int = Field(default=4, ge=1, le=2**10)
     """Attention heads; must divide the token width."""
-    expansion: float = Field(default=2.0, gt=0)
+    expansion: float = Field(default=2.0, gt=0, le=2**10)
     """Hidden width of the MLP, in units of the token width."""
 
 
@@ -258,15 +282,15 @@ class ModelConfig(Section):
     """Multi-grained features aggregation."""
     supervise_cls: bool = False
     """A third branch that supervises the plain class tokens."""
-    modalities: int | None = Field(default=None, ge=1)
+    modalities: int | None = Field(default=None, ge=1, le=2**10)
     """Number of modalities M; None: from the data."""
-    image_size: tuple[int, int] | None = None
+    image_size: tuple[_Side, _Side] | None = None
     """Input height and width in pixels; None: from the data."""
-    identities: int | None = Field(default=None, ge=1)
+    identities: int | None = Field(default=None, ge=1, le=2**40)
     """Classes of the identity heads; None: from the data."""
-    cameras: int | None = Field(default=None, ge=1)
+    cameras: int | None = Field(default=None, ge=1, le=2**63)
     """Known cameras for the camera embedding; None: from the data."""
-    trained_cameras: tuple[int, ...] | None = None
+    trained_cameras: tuple[_Camera, ...] | None = None
     """Those that the train split has samples of; an unknown camera gets their mean embedding. None:
     from the data."""
 
@@ -274,13 +298,13 @@ class ModelConfig(Section):
 class LossConfig(Section):
     """Sum over branches of identity and triplet loss."""
 
-    identity_weight: float = Field(default=1.0, ge=0)
+    identity_weight: float = Field(default=1.0, ge=0, le=1e6)
     """Weight of the cross-entropy over train identities."""
-    triplet_weight: float = Field(default=1.0, ge=0)
+    triplet_weight: float = Field(default=1.0, ge=0, le=1e6)
     """Weight of the batch-hard triplet loss with soft margin."""
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
     """Label smoothing of the cross-entropy."""
-    diversity_weight: float = Field(default=0.0, ge=0)
+    diversity_weight: float = Field(default=0.0, ge=0, le=1e6)
     """Weight of the overlap of a branch's experts (``train/overlap_<branch>``), so that they look
     at different patches; 0: off."""
 
@@ -290,38 +314,38 @@ class OptimConfig(Section):
 
     name: Literal["adam", "adamw"] = "adam"
     """adam: weight decay joins the gradient (as the field does); adamw: decoupled."""
-    lr: float = Field(default=3.5e-4, gt=0)
+    lr: float = Field(default=3.5e-4, gt=0, le=1e3)
     """Peak learning rate of everything but the visual tower."""
-    tower_lr: float = Field(default=5e-6, gt=0)
+    tower_lr: float = Field(default=5e-6, gt=0, le=1e3)
     """Peak learning rate of the visual tower."""
-    weight_decay: float = Field(default=1e-4, ge=0)
+    weight_decay: float = Field(default=1e-4, ge=0, le=1e3)
     """Weight decay of what ``decay`` says."""
     decay: Literal["matrices", "all"] = "matrices"
     """matrices: no norms, biases and embeddings are decayed; all: every tensor, as the public codes
     do."""
-    bias_lr_factor: float = Field(default=1.0, gt=0)
+    bias_lr_factor: float = Field(default=1.0, gt=0, le=1e6)
     """Multiplies the learning rate of the biases outside of the visual tower."""
-    epochs: int = Field(default=50, ge=1)
+    epochs: int = Field(default=50, ge=1, le=10**6)
     """Epochs to train; with pruning, the most a trial gets."""
     schedule: Literal["cosine", "peers"] = "cosine"
     """cosine: every group rises from zero to its own peak, then falls along half a cosine; peers:
     as the public codes do it, which warm all groups up from 0.1 x ``schedule_lr``, the tower
     too."""
-    warmup_epochs: float | None = Field(default=None, ge=0)
+    warmup_epochs: float | None = Field(default=None, ge=0, le=1e6)
     """Linear warm-up, in epochs; None: a fifth of ``epochs``, at most 10."""
     final_lr_share: float = Field(default=0.01, ge=0, le=1)
     """Learning rate at the end, as a share of the group's peak (peers: of ``schedule_lr``)."""
-    schedule_lr: float | None = Field(default=None, gt=0)
+    schedule_lr: float | None = Field(default=None, gt=0, le=1e3)
     """peers: the rate whose shares the schedule begins and ends with; None: ``lr``."""
     lr_noise: bool = False
     """peers: multiply the learning rates of an epoch by a random number of 0.33 to 1.67, as the
     public codes do; it is drawn from the epoch's number alone."""
-    clip_norm: float | None = Field(default=None, gt=0)
+    clip_norm: float | None = Field(default=None, gt=0, le=1e9)
     """Largest norm of the whole gradient; None: not clipped."""
-    collapse_steps: int | None = Field(default=200, ge=1)
+    collapse_steps: int | None = Field(default=200, ge=1, le=10**12)
     """End the run when one of several experts gets 99 % of its branch's attention for so many
     steps in a row; None: go on."""
-    accumulate: int = Field(default=1, ge=1)
+    accumulate: int = Field(default=1, ge=1, le=2**20)
     """Parts in which a worker's share of the batch goes through the network. The loss is still of
     the whole batch, so the result is the same; memory is that of one part, and every part is
     computed twice."""
@@ -375,16 +399,16 @@ class SelectionConfig(Section):
     distractors: Fraction = Field(default=0.1, ge=0, lt=1)
     """Share of the train identities that cannot be queries, which are held out beside them to be
     searched only."""
-    folds: int = Field(default=1, ge=1)
+    folds: int = Field(default=1, ge=1, le=10**6)
     """k > 1: cross-validation. Every identity that can be a query is held out in one of k folds;
     in a sweep each next seed of a setting takes the next fold."""
-    fold: int = Field(default=0, ge=0)
+    fold: int = Field(default=0, ge=0, le=10**6)
     """The fold that this run holds out, from 0; in a sweep that of the search."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=MOST_SEED)
     """Seed of the choice of held-out identities; the same for every trial of a sweep."""
-    every: int = Field(default=1, ge=1)
+    every: int = Field(default=1, ge=1, le=10**6)
     """Evaluate each so many epochs (and after the last)."""
-    batch: int = Field(default=128, ge=1)
+    batch: int = Field(default=128, ge=1, le=2**20)
     """Samples of one evaluation forward."""
 
     @model_validator(mode="after")
@@ -419,15 +443,15 @@ class EvaluationConfig(Section):
 class ScalingConfig(Section):
     """Named after ``ray.train.ScalingConfig``."""
 
-    num_workers: Annotated[int, Field(ge=1)] | tuple[int, int] = 1
+    num_workers: _Workers | tuple[_Workers, _Workers] = 1
     """1: train in this process (or in a trial's); more, or a cluster (``RAY_ADDRESS``): through Ray
     Train. Two numbers, least and most: as many as the cluster holds, fewer when a node is lost,
     more when one joins."""
     use_gpu: bool = False
     """One GPU for each worker."""
-    cpus_per_worker: float = Field(default=1.0, gt=0)
+    cpus_per_worker: float = Field(default=1.0, gt=0, le=1e6)
     """CPUs that Ray reserves for each worker; may be a fraction."""
-    elastic_resize_monitor_interval_s: float = Field(default=60.0, ge=0)
+    elastic_resize_monitor_interval_s: float = Field(default=60.0, ge=0, le=1e9)
     """With two numbers of workers: seconds between looks at whether there is room for more."""
 
     @model_validator(mode="after")
@@ -456,11 +480,11 @@ class CheckpointConfig(Section):
     storage_path: str | None = None
     """Folder of the checkpoints of all runs, ``s3://bucket/prefix`` or local, that all nodes see;
     None: within the run's own folder."""
-    num_to_keep: int = Field(default=1, ge=1)
+    num_to_keep: int = Field(default=1, ge=1, le=10**9)
     """Best checkpoints kept, beside the two latest."""
-    every_steps: int | None = Field(default=None, ge=1)
+    every_steps: int | None = Field(default=None, ge=1, le=10**12)
     """Write one within an epoch, too, each so many optimizer steps; None: at evaluations only."""
-    patience_s: float = Field(default=600, ge=0)
+    patience_s: float = Field(default=600, ge=0, le=1e9)
     """Seconds for which one that cannot be written (disk full, storage away) is tried again."""
 
 
@@ -472,7 +496,7 @@ class RunSection(Section):
     storage_path: str = "runs"
     """Folder of all runs, on the machine of the driver; for checkpoints in an object store set
     ``checkpoint.storage_path``."""
-    max_failures: int = Field(default=3, ge=-1)
+    max_failures: int = Field(default=3, ge=-1, le=10**9)
     """How often workers of Ray Train that died are started again from the last checkpoint; -1:
     always. The loss of a node that was announced does not count."""
     fresh: bool = False
@@ -503,9 +527,9 @@ class TrackingConfig(Section):
     git_diff: bool = False
     """Send what the checkout has beyond its commit (``git diff HEAD``) to the server, too. Off: it
     stays in the run's folder, as ``artifacts/git/diff.txt``."""
-    system_seconds: float | None = Field(default=10.0, ge=0.1)
+    system_seconds: float | None = Field(default=10.0, ge=0.1, le=1e9)
     """Seconds between samples of CPU, memory and GPUs (``system/*``); None: none are taken."""
-    every_steps: int = Field(default=20, ge=1)
+    every_steps: int = Field(default=20, ge=1, le=10**12)
     """Read the losses of so many optimizer steps from the device at once, log them, and end the run
     if one is not finite. Fewer: seen sooner, and a GPU is waited for more often."""
 
@@ -513,9 +537,9 @@ class TrackingConfig(Section):
 class RunConfig(Section):
     """Everything that decides a run."""
 
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=MOST_SEED)
     """Seed of initialisation, batch order, augmentation and caption sampling."""
-    threads: int | None = Field(default=None, ge=1)
+    threads: int | None = Field(default=None, ge=1, le=2**16)
     """Torch threads of a worker; None: as torch chooses."""
     keep_memory: bool = False
     """On a CPU, keep the memory that a step frees for the next one: a full-size step in float32 is

@@ -1,9 +1,14 @@
+import math
 import tomllib
 
+import numpy as np
 import pytest
+import torch
+from pydantic import ValidationError
 
 from next.config import (
     LEGACY,
+    MOST_SEED,
     RunConfig,
     differences,
     dotted,
@@ -15,6 +20,8 @@ from next.config import (
     setting_names,
     to_toml,
 )
+from next.data.draws import uniform
+from next.tuning.settings import SweepConfig
 
 
 def test_override_replaces_and_leaves_the_original_alone():
@@ -57,6 +64,10 @@ def test_fewer_epochs_alone_are_no_error_and_a_warm_up_of_the_same_length_no_dif
         ({"selection.holdout": 0}, r"selection.holdout must be positive.*selection.split = test"),
         ({"selection.folds": 3, "selection.fold": 3}, r"fold must be below selection.folds = 3"),
         ({"selection.split": "test", "selection.folds": 2}, r"selection.folds divides the train"),
+        ({"optim.lr": math.inf}, r"optim.lr: Input should be a finite number, but got inf"),
+        ({"seed": 2**70}, r"seed: Input should be less than or equal to 4611686018427387904"),
+        ({"data.modalities": ("RGB", "RGB")}, r"data.modalities: must name each modality once"),
+        ({"data.modalities": ()}, r"data.modalities: must name each modality once, and one at le"),
         ({"run.name": "../up"}, r"run.name: .*pattern"),
     ],
 )
@@ -128,3 +139,26 @@ def test_what_older_versions_did_is_said_of_settings_whose_default_is_another():
         assert (name in dotted(tomllib.loads(written))) == (value is not None), (
             f"{name} may be None, so a record without it says None"
         )
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 2**70, -(2**70), 1e300, -1e300])
+@pytest.mark.parametrize("name", setting_names())
+def test_every_number_has_bounds(name, value):
+    """A setting that no run could have is refused, whatever kind it is of."""
+    for given in (value, (value, value)):
+        with pytest.raises(ValueError, match=name.split(".")[0]):
+            override(RunConfig(), {name: given})
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 2**70, -(2**70), 1e300, -1e300])
+@pytest.mark.parametrize("name", list(SweepConfig.model_fields))
+def test_every_number_of_a_sweep_has_bounds(name, value):
+    with pytest.raises(ValidationError, match=name):
+        SweepConfig(**{name: value})
+
+
+def test_the_largest_seed_is_one_that_everything_takes():
+    assert override(RunConfig(), {"seed": MOST_SEED}).seed == MOST_SEED
+    uniform("flip", MOST_SEED + 1000, 0)
+    torch.manual_seed(MOST_SEED + 1000)
+    np.random.default_rng(MOST_SEED + 1000)

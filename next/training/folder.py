@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import re
 import time
-from collections.abc import Iterable
+import tomllib
 from pathlib import Path
+from typing import NamedTuple
 
 from next.config import (
     RunConfig,
@@ -20,6 +23,9 @@ from next.storage import write_whole
 
 _log = logging.getLogger(__name__)
 
+DATA = "data.toml"
+"""File in a run's folder that names its data."""
+_FIRST_LINES = 100
 MAY_CHANGE = (
     "run.", "tracking.", "scaling.", "checkpoint.", "threads", "keep_memory", "data.cache",
     "data.uri", "model.backbone.file", "model.backbone.text_file",
@@ -59,33 +65,87 @@ def as_begun(config: RunConfig, record: Path) -> RunConfig:
     return override(config, older)
 
 
-def claim_folder(config: RunConfig, *, prefix: str = "run") -> Path:
-    """The run's folder, new or continued; ``run.fresh`` sets an old one aside.
+class Claim(NamedTuple):
+    """A run's folder that may be written, and is not yet."""
+
+    folder: Path
+    config: RunConfig
+    digest: str | None
+    """Of the data; None: not known."""
+    left_out: tuple[str, ...]
+    """Settings that the record lacks, and goes on lacking: so the same command continues the run
+    once more."""
+
+    def take(self) -> Path:
+        """Make the folder, or go on in it; ``run.fresh`` sets an old one aside."""
+        record = self.folder / "config.toml"
+        if record.exists() and self.config.run.fresh:
+            aside = self.folder.with_name(f"{self.folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+            self.folder.rename(aside)
+            _log.info("set the earlier run aside: %s", aside)
+        elif record.exists():
+            _log.info("continuing run %s", self.folder)
+        write_whole(record, to_toml(self.config, without=self.left_out))
+        if self.digest is not None:
+            write_whole(self.folder / DATA, f'digest = "{self.digest}"\n')
+        return self.folder
+
+
+def check_claim(config: RunConfig, *, prefix: str = "run", digest: str | None = None) -> Claim:
+    """See whether a run may have its folder; writes nothing, so that a refused command does not.
+
+    Args:
+        config: resolved settings.
+        prefix: of the name of a run that has none.
+        digest: of the data; None: it is not part of what the folder is for.
 
     Raises:
-        ValueError: a run of this name was trained with other settings; all of them are listed.
+        ValueError: a run of this name was trained with other settings or other data; all of the
+            differences are listed.
     """
     name = config.run.name or time.strftime(f"{prefix}-%Y%m%d-%H%M%S")
     folder = (Path(config.run.storage_path) / name).absolute()
     record = folder / "config.toml"
-    left_out: Iterable[str] = ()
-    if record.exists() and config.run.fresh:
-        aside = folder.with_name(f"{name}.{time.strftime('%Y%m%d-%H%M%S')}")
-        folder.rename(aside)
-        _log.info("set the earlier run aside: %s", aside)
-    elif record.exists():
-        written = record.read_text(encoding="utf-8")
-        # Left out again, so that the same command continues the run once more.
-        left_out = predated(written)
-        changed = changes(from_toml(written), config)
-        if changed:
-            raise ValueError(
-                f"run {name!r} in {folder.parent} was started with other settings; resume it with "
-                f"the same ones, choose another run.name, or set run.fresh. Changed:\n  {changed}"
-            )
-        _log.info("continuing run %s", folder)
-    write_whole(record, to_toml(config, without=left_out))
-    return folder
+    if not record.exists() or config.run.fresh:
+        return Claim(folder, config, digest, ())
+    written = record.read_text(encoding="utf-8")
+    changed = changes(from_toml(written), config)
+    if changed:
+        raise ValueError(
+            f"run {name!r} in {folder.parent} was started with other settings; resume it with "
+            f"the same ones, choose another run.name, or set run.fresh. Changed:\n  {changed}"
+        )
+    before = data_of(folder)
+    if digest is not None and before not in (None, digest):
+        raise ValueError(
+            f"run {name!r} in {folder.parent} was started with data of digest {before}, but "
+            f"{config.data.uri} has {digest}; give the same data, choose another run.name, or set "
+            f"run.fresh"
+        )
+    return Claim(folder, config, digest, tuple(predated(written)))
+
+
+def claim_folder(config: RunConfig, *, prefix: str = "run", digest: str | None = None) -> Path:
+    """The run's folder, new or continued: :func:`check_claim`, and take it."""
+    return check_claim(config, prefix=prefix, digest=digest).take()
+
+
+def data_of(folder: Path) -> str | None:
+    """Digest of the data that a run or a sweep was started with; None: nothing says it.
+
+    Versions before this file say it in the first lines of their journal.
+    """
+    record, journal = folder / DATA, folder / "journal.jsonl"
+    if record.is_file():
+        return str(tomllib.loads(record.read_text(encoding="utf-8"))["digest"])
+    if not journal.is_file():
+        return None
+    with journal.open(encoding="utf-8", errors="replace") as lines:
+        found = re.search(
+            r'"next\.data_digest": ?"([0-9a-f]{64})"',
+            "".join(itertools.islice(lines, _FIRST_LINES)),
+        )
+    return found[1] if found else None
 
 
 def changes(before: RunConfig, now: RunConfig) -> str:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from next.config import BackboneConfig, RunConfig, near_matches, override
+from next.data.benchmark import MOST
 from next.data.cache import cache_root
 from next.data.holdout import fold_of_rows, split_train
 from next.data.labels import Labels
@@ -56,11 +57,18 @@ def resolve(config: RunConfig, manifest: Manifest) -> RunConfig:
     if config.data.placement == "sharded":
         _check_shards(config, labels.pid[train_rows], manifest.shard_of_row("train")[train_rows])
     image_size = config.data.image_size or card.image_size
+    cameras = int(labels.camera.max(initial=0)) + 1
+    if config.model.backbone.camera_coefficient and cameras > MOST["camera"] + 1:
+        raise ValueError(
+            f"model.backbone.camera_coefficient needs cameras numbered up to {MOST['camera']}, as "
+            f"the embedding has a row for each number, but {card.name} has one of number "
+            f"{cameras - 1}; number them anew and prepare the data again, or leave it out"
+        )
     facts = {
         "model.modalities": len(modalities),
         "model.image_size": image_size,
         "model.identities": identities,
-        "model.cameras": int(labels.camera.max(initial=0)) + 1,
+        "model.cameras": cameras,
     }
     if config.model.backbone.camera_coefficient and config.model.backbone.unknown_camera != "all":
         trained = np.unique(labels.camera)

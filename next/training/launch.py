@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from next.config import RunConfig
+from next.data.benchmark import Benchmark
 from next.data.shards import Manifest, open_manifest
 from next.storage import require_own_disk, write_whole
 from next.tracking.provenance import provenance_tags
@@ -18,7 +19,7 @@ from next.tracking.run import check_server, open_run, read_metrics, start_server
 from next.training.assessment import Assessment, Carried, with_curves
 from next.training.checkpoint import read_config, read_progress, require_data
 from next.training.cluster import check_cluster, connected, on_cluster, start_ray
-from next.training.folder import as_begun, changes, claim_folder, run_folder
+from next.training.folder import as_begun, changes, check_claim, run_folder
 from next.training.inputs import resolve, training_data
 from next.training.interruption import Bell, listening
 from next.training.loop import Outcome, Worker, train
@@ -63,6 +64,8 @@ class RunResult(NamedTuple):
     """The run's page in MLflow, while its server runs."""
     serve: str | None
     """Shell command that serves that address again; None where a server of its own does."""
+    benchmark: Benchmark
+    """The card, with what others have published."""
 
 
 def launch(config: RunConfig) -> RunResult:
@@ -80,13 +83,18 @@ def launch(config: RunConfig) -> RunResult:
     config = resolve(settings_begun_with(config), manifest)
     if on_cluster():
         check_cluster(config)
-    folder = claim_folder(config)
+    claim = check_claim(config, digest=manifest.digest)
     configure_torch(config)
+    folder = claim.folder
     home = store_address(config, folder.name)
     store = _store(config, folder)
-    if config.run.fresh:
-        store.set_aside(time.strftime("%Y%m%d-%H%M%S"))
+    outcome, assessed = None, None
+    if not config.run.fresh:
+        outcome = _finished(store, config, manifest.digest)
     with connected() if on_cluster() else nullcontext(), tracking_address(config) as uri:
+        claim.take()  # what could refuse the command has been asked
+        if config.run.fresh:
+            store.set_aside(time.strftime("%Y%m%d-%H%M%S"))
         tracked: dict[str, Any] = {
             "uri": uri,
             "experiment": config.tracking.experiment or manifest.benchmark.name,
@@ -97,7 +105,6 @@ def launch(config: RunConfig) -> RunResult:
             "system_seconds": config.tracking.system_seconds,
             "store": home,
         }
-        outcome, assessed = _finished(store, config, manifest.digest), None
         if outcome is None and config.scaling.num_workers == 1 and not on_cluster():
             outcome = _train_here(config, manifest, store.uri, tracked)
         elif outcome is None:
@@ -115,12 +122,12 @@ def launch(config: RunConfig) -> RunResult:
                 assessment = with_curves(assessed.put(folder), folder, history)
             record_assessment(run, assessment, step=outcome.step)
             run.set_tags({"next.checkpoint_uri": str(checkpoint)})
-            write_result(folder, outcome, assessment)
+            write_result(folder, outcome, assessment, manifest.benchmark)
             write_card(folder, config, manifest, assessment, outcome.best)
             url = run.url
         register_best(folder, config, uri)
     serve = None if config.tracking.uri else view_command(folder.parent / "mlflow")
-    return RunResult(folder, outcome, checkpoint, assessment, url, serve)
+    return RunResult(folder, outcome, checkpoint, assessment, url, serve, manifest.benchmark)
 
 
 @contextmanager
@@ -133,16 +140,26 @@ def tracking_address(config: RunConfig) -> Iterator[str | None]:
         ConnectionError: nobody answers there.
         PermissionError: the server wants other credentials.
     """
+    check_tracking(config)
     if not config.tracking.enabled:
         yield None
     elif config.tracking.uri is not None:
-        check_server(config.tracking.uri)
         yield config.tracking.uri
     else:
         folder = Path(config.run.storage_path).absolute() / "mlflow"
-        require_own_disk(folder, "run.storage_path", "MLflow's database")
         with start_server(folder, wait=False) as server:
             yield server.uri
+
+
+def check_tracking(config: RunConfig) -> None:
+    """Raise where :func:`tracking_address` would, and write nothing."""
+    if not config.tracking.enabled:
+        return
+    if config.tracking.uri is not None:
+        check_server(config.tracking.uri)
+        return
+    folder = Path(config.run.storage_path).absolute() / "mlflow"
+    require_own_disk(folder, "run.storage_path", "MLflow's database")
 
 
 def read_history(folder: Path) -> list[tuple[int, dict[str, float]]]:
@@ -155,15 +172,32 @@ def run_tags(config: RunConfig, manifest: Manifest) -> dict[str, str]:
     return provenance_tags() | data_tags(config, manifest) | seed_tags(config)
 
 
-def write_result(folder: Path, outcome: Outcome, assessment: Assessment) -> None:
-    """``result.json``: the scores, for scripts."""
+def write_result(
+    folder: Path, outcome: Outcome, assessment: Assessment, benchmark: Benchmark
+) -> None:
+    """``result.json``: the scores, for scripts; with the losses of all sessions of the run."""
     found = {
         "selection": {"val/mAP": outcome.best},
         "test": assessment.metrics,
         "steps": outcome.step,
-        "losses": outcome.losses,
+        "losses": _losses(folder, outcome),
+        "published": benchmark.anchors_json(),
     }
     write_whole(folder / "result.json", json.dumps(found, indent=2))
+
+
+def _losses(folder: Path, outcome: Outcome) -> list[float]:
+    """The loss of each step: what this session had, before it what the journal has of others.
+
+    A step that two sessions took (the first one died after it) counts once, as the second had it.
+    """
+    begun = outcome.step - len(outcome.losses)
+    before = {
+        step: values["train/loss"]
+        for step, values in read_history(folder)
+        if "train/loss" in values and step <= begun
+    }
+    return [loss for _, loss in sorted(before.items())] + outcome.losses
 
 
 def _store(config: RunConfig, folder: Path) -> CheckpointStore:

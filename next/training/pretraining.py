@@ -23,10 +23,10 @@ from next.training.alignment import (
     plan_of_pairs,
     prepare_pairs,
 )
-from next.training.folder import claim_folder
+from next.training.folder import check_claim
 from next.training.inputs import resolve
 from next.training.interruption import Bell, listening
-from next.training.launch import tracking_address
+from next.training.launch import check_tracking, tracking_address
 from next.training.optimizer import build_optimizer
 from next.training.process import configure_torch
 from next.training.record import record_inputs, seed_tags
@@ -98,9 +98,11 @@ def pretrain(config: RunConfig, out: Path | None = None) -> Pretrained:
     mark = mark_of(config, manifest.digest)
     if out is not None:
         refuse_other(out, mark)
-    folder = claim_folder(config, prefix="pretrain")
-    out = (out or folder / "weights.safetensors").absolute()
+    claim = check_claim(config, prefix="pretrain", digest=manifest.digest)
+    out = (out or claim.folder / "weights.safetensors").absolute()
     pairs = prepare_pairs(config)
+    check_tracking(config)
+    folder = claim.take()  # what could refuse the command has been asked
     store = CheckpointStore(folder / "checkpoints")
     if config.run.fresh:
         store.set_aside(time.strftime("%Y%m%d-%H%M%S"))

@@ -131,7 +131,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
-def new_folder(base: RunConfig, space: Space) -> Path:
+def new_folder(base: RunConfig, space: Space, digest: str | None = None) -> Path:
     """The folder of a new sweep, named by ``run.name`` or after its space and the time.
 
     Raises:
@@ -152,7 +152,7 @@ def new_folder(base: RunConfig, space: Space) -> Path:
     if (folder / RECORD).exists() and is_driven(folder):  # fresh would move it away
         raise ValueError(_driven(folder))
     _clear_store(base)
-    return claim_folder(base)
+    return claim_folder(base, digest=digest)
 
 
 def _clear_store(base: RunConfig) -> None:

@@ -23,13 +23,13 @@ class SweepConfig(Section):
     task: Task = "training"
     """What a trial does: train the network, or its towers on images and captions as
     jobs/pretrain.py does. Of pretraining, the best weights are what a sweep ends with."""
-    trials: int = Field(default=20, ge=1)
+    trials: int = Field(default=20, ge=1, le=10**6)
     """Trials in all, with those that repeat a setting over seeds."""
-    hours: float | None = Field(default=None, gt=0)
+    hours: float | None = Field(default=None, gt=0, le=1e6)
     """No trial begins after so many hours, those of earlier sessions included; None: no limit."""
-    target: float | None = None
+    target: float | None = Field(default=None, ge=-1e9, le=1e9)
     """The search ends once the first objective is as good as this; None: it goes on."""
-    concurrency: int = Field(default=2, ge=1)
+    concurrency: int = Field(default=2, ge=1, le=2**16)
     """Trials at a time, at most; fewer where the cluster cannot hold so many."""
     sampler: Literal["auto", "tpe", "random", "quasi-random", "nsga2"] = "auto"
     """tpe: multivariate, with groups for conditional settings; random: independent draws;
@@ -39,9 +39,9 @@ class SweepConfig(Section):
     """asha: stop trials that fall behind at the rungs; median: stop those that are worse than the
     median trial was at this epoch; none: train every trial to the end (so do several
     objectives)."""
-    grace_epochs: int = Field(default=4, ge=1)
+    grace_epochs: int = Field(default=4, ge=1, le=10**6)
     """Epochs that every trial gets before it may be pruned."""
-    reduction: int = Field(default=3, ge=2)
+    reduction: int = Field(default=3, ge=2, le=10**6)
     """Of the trials that reach a rung, one in so many goes on (``pruner = asha``)."""
     noise_share: Fraction = Field(default=0.15, ge=0, le=0.5)
     """Share of the trials that repeats the settings the sweep started from over seeds: the noise
@@ -51,14 +51,14 @@ class SweepConfig(Section):
     free_axes: bool = True
     """Measure each finished trial with what only matters at evaluation: captions, temperature,
     flip, branch weights, re-ranking, missing modalities."""
-    retries: int = Field(default=1, ge=0)
+    retries: int = Field(default=1, ge=0, le=10**6)
     """How often a trial whose process was killed goes on from its checkpoint. A trial that raises
     is not repeated; one whose machine was lost goes on elsewhere and is not counted."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=2**32 - 1)
     """Seed of the sampler (exact only with one trial at a time)."""
-    pictures: int = Field(default=4, ge=0)
+    pictures: int = Field(default=4, ge=0, le=10**6)
     """Best settings of which pictures are drawn, for MLflow's image grid."""
-    lease_s: float = Field(default=60, gt=0)
+    lease_s: float = Field(default=60, gt=0, le=1e9)
     """With checkpoint.storage_path: seconds after its last sign of life until a driver that is gone
     is given up, so that another head may go on with the sweep."""
     gpus_per_trial: float | None = Field(default=None, gt=0, le=1)

@@ -34,6 +34,18 @@ REPORTED = (
 _DRY_SAMPLES = 200
 _SHARED = ("run.", "tracking.", "scaling.", "selection.", "data.uri", "data.cache")
 """Settings that no space varies: where trials run, and by what they are judged."""
+_BUILT_ON = (
+    "data.modalities", "data.image_size", "data.placement", "model.modalities",
+    "model.image_size", "model.identities", "model.cameras", "model.trained_cameras",
+    "model.backbone.name", "model.backbone.pretrained", "model.backbone.file",
+    "model.backbone.sha256", "model.backbone.activation", "model.backbone.text_name",
+    "model.backbone.text_pretrained", "model.backbone.text_file", "model.backbone.text_sha256",
+    "model.backbone.text_activation",
+)  # fmt: skip
+"""Settings of which the driver makes the decoded cache, the text bank and the weights that all
+trials of a sweep share."""
+_FITTED = ("data.", "batch.", "captions.sampling", "model.backbone.", "model.semantic.enabled")
+"""Settings that may or may not fit the data, or ask for other weights."""
 
 
 class Space(NamedTuple):
@@ -86,25 +98,42 @@ def load_space(path: str | Path) -> Space:
     return Space(path.stem, suggest, path, objectives)
 
 
-def check_space(space: Space, base: RunConfig, samples: int = _DRY_SAMPLES) -> list[str]:
+Resolve = Callable[[RunConfig], object]
+"""Raises where settings do not fit the data."""
+
+
+def check_space(
+    space: Space, base: RunConfig, resolve: Resolve | None = None, samples: int = _DRY_SAMPLES
+) -> list[str]:
     """The names of the settings that a space varies; arguments as :func:`describe_space`."""
-    return list(describe_space(space, base, samples))
+    return list(describe_space(space, base, resolve, samples))
 
 
-def describe_space(space: Space, base: RunConfig, samples: int = _DRY_SAMPLES) -> dict[str, str]:
+def describe_space(
+    space: Space, base: RunConfig, resolve: Resolve | None = None, samples: int = _DRY_SAMPLES
+) -> dict[str, str]:
     """Draw from the space before anything starts; setting -> what it is drawn from, as text.
 
     A setting that is returned without being drawn is described by the values that were seen. Two
     spaces with one description search the same settings.
 
+    Args:
+        space: what to draw from.
+        base: settings that all trials share, resolved.
+        resolve: fits the settings of a trial to the data, as the trial would; None: they are not
+            held against any.
+        samples: how often to draw.
+
     Raises:
-        ValueError: a drawn setting is unknown (with the near match), out of range, shared by all
-            trials or drawn from two ranges, or the function fails or returns no settings.
+        ValueError: a drawn setting is unknown (with the near match), out of range, does not fit the
+            data, is shared by all trials or drawn from two ranges, or the function fails or returns
+            no settings.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     drawn: dict[str, str] = {}
     fixed: dict[str, set[str]] = {}
+    resolved: set[str] = set()
     for _ in range(samples):
         trial = study.ask()
         try:
@@ -124,14 +153,13 @@ def describe_space(space: Space, base: RunConfig, samples: int = _DRY_SAMPLES) -
                 f"space {space.name!r} draws {', '.join(stray)} without returning it; give "
                 f"trial.suggest_* the setting's own name and return the value under it"
             )
-        shared = sorted(str(name) for name in settings if str(name).startswith(_SHARED))
-        if shared:
-            raise ValueError(
-                f"space {space.name!r} varies {', '.join(shared)}, but where trials run and by "
-                f"what they are judged is the same for all of them; set it for the whole sweep"
-            )
+        _require_own(space, settings)
         try:
-            override(base, settings)
+            config = override(base, settings)
+            fitted = repr({name: settings[name] for name in settings if name.startswith(_FITTED)})
+            if resolve is not None and fitted not in resolved:
+                resolve(config)
+                resolved.add(fitted)
         except ValueError as error:
             raise ValueError(f"space {space.name!r}: {error} (drawn: {settings})") from None
         for name, distribution in trial.distributions.items():
@@ -149,6 +177,27 @@ def describe_space(space: Space, base: RunConfig, samples: int = _DRY_SAMPLES) -
         parts = ([drawn[name]] if drawn[name] else []) + sorted(values)
         drawn[name] = " or ".join(parts)
     return drawn
+
+
+def _require_own(space: Space, settings: Mapping[str, Any]) -> None:
+    """Raise if a space varies what all trials of a sweep share.
+
+    Raises:
+        ValueError: it does; the message names the settings.
+    """
+    shared = sorted(str(name) for name in settings if str(name).startswith(_SHARED))
+    if shared:
+        raise ValueError(
+            f"space {space.name!r} varies {', '.join(shared)}, but where trials run and by "
+            f"what they are judged is the same for all of them; set it for the whole sweep"
+        )
+    built = sorted(set(settings) & set(_BUILT_ON))
+    if built:
+        raise ValueError(
+            f"space {space.name!r} varies {', '.join(built)}, but of that the decoded cache, the "
+            f"text bank or the weights are made, which all trials of a sweep share; run one sweep "
+            f"for each value (--{built[0]})"
+        )
 
 
 def space_difference(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:

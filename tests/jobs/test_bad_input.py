@@ -59,7 +59,11 @@ REFUSED = [
     (truncate, rf"raw/train/NI/{FIRST} cannot be decoded \(.*truncated", [f"train/NI/{FIRST}"]),
     (be_text, rf"raw/train/NI/{FIRST} is no image that Pillow can open", [f"train/NI/{FIRST}"]),
     (be_empty, rf"raw/train/NI/{FIRST} is empty \(0 bytes\)", [f"train/NI/{FIRST}"]),
-    (have_16_bits, rf"NI/{FIRST} has pixels of .*I;16, but 8 bits", [f"train/NI/{FIRST}"]),
+    (
+        have_16_bits,
+        rf"NI/{FIRST} has more than 8 bits .*depth.NI = .LOW, HIGH.",
+        [f"train/NI/{FIRST}"],
+    ),
     (
         be_misnamed,
         rf"1 file .*: train/NI/Copy of {FIRST} does not match grammar\.pattern; remove or rename",

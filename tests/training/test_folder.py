@@ -12,7 +12,7 @@ import pytest
 from next.config import LEGACY, flatten, from_toml, override, predated, to_toml
 from next.data.shards import open_manifest
 from next.model.network import NEXT
-from next.training.folder import as_begun, changes, claim_folder
+from next.training.folder import as_begun, changes, check_claim, claim_folder, data_of
 from next.training.inputs import resolve
 from next.training.launch import launch
 
@@ -45,6 +45,8 @@ def test_a_run_of_an_older_version_goes_on_bit_for_bit_by_the_same_command(tiny_
     [told] = {line for line in caplog.text.splitlines() if "going on as that did: " in line}
     assert "model.semantic.text_skip = False" in told
     assert resumed.outcome.losses == begun.outcome.losses[step:] != []
+    stored = json.loads((resumed.folder / "result.json").read_text())
+    assert stored["losses"] == begun.outcome.losses, "those of both sessions, each step once"
     assert resumed.assessment.metrics == begun.assessment.metrics
     assert from_toml((last / "config.toml").read_text()).model.semantic.text_skip is False
 
@@ -117,3 +119,41 @@ def train_job() -> ModuleType:
     module = sys.modules[spec.name] = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_a_run_goes_on_with_its_own_data_alone(tiny_config):
+    config = resolve(tiny_config, open_manifest(tiny_config.data.uri))
+    folder = claim_folder(config, digest="a" * 64)
+    assert data_of(folder) == "a" * 64
+    claim_folder(config, digest="a" * 64)
+    with pytest.raises(
+        ValueError, match=r"was started with data of digest a{64}, but .* has b{64}"
+    ):
+        claim_folder(config, digest="b" * 64)
+    claim_folder(override(config, {"run.fresh": True}), digest="b" * 64)
+    assert data_of(folder) == "b" * 64
+
+
+@pytest.mark.parametrize("blank", ["", " "])
+def test_what_an_older_version_was_started_with_is_read_from_its_journal(tiny_config, blank):
+    config = resolve(tiny_config, open_manifest(tiny_config.data.uri))
+    folder = claim_folder(config)
+    assert data_of(folder) is None
+    claim_folder(config, digest="b" * 64)  # nothing says otherwise
+    (folder / "data.toml").unlink()
+    tags = f'{{"type":"tags","values":{{"next.data_digest":{blank}"{"a" * 64}"}}}}'
+    (folder / "journal.jsonl").write_text(f'{{"type":"run"}}\n{tags}\n')
+    with pytest.raises(ValueError, match=r"was started with data of digest a{64}"):
+        check_claim(config, digest="b" * 64)
+
+
+def test_a_claim_that_is_refused_or_not_taken_writes_nothing(tiny_config):
+    config = resolve(tiny_config, open_manifest(tiny_config.data.uri))
+    claim = check_claim(config, digest="a" * 64)
+    assert not claim.folder.exists()
+    claim.take()
+    before = {path: path.read_bytes() for path in claim.folder.iterdir()}
+    for settings, digest in (({"optim.lr": 0.5}, "a"), ({}, "b")):
+        with pytest.raises(ValueError, match="was started with"):
+            claim_folder(override(config, settings), digest=digest * 64)
+    assert {path: path.read_bytes() for path in claim.folder.iterdir()} == before

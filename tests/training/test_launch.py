@@ -20,8 +20,9 @@ from next.config import override
 from next.data.shards import open_manifest
 from next.tracking.run import read_metrics
 from next.training.checkpoint import load_network
+from next.training.folder import claim_folder
 from next.training.inputs import resolve
-from next.training.launch import claim_folder, launch
+from next.training.launch import launch
 
 ROOT = Path(__file__).resolve().parents[2]
 RAY_WARNINGS = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
@@ -182,7 +183,7 @@ def test_what_does_not_fit_is_said_before_anything_is_written(tiny_config, setti
         pytest.skip("there is a GPU")
     with pytest.raises((ValueError, OSError), match=message):
         launch(override(tiny_config, settings))
-    assert not Path(tiny_config.run.storage_path, "tiny", "checkpoints").exists()
+    assert not Path(tiny_config.run.storage_path, "tiny").exists(), "the name is free"
 
 
 def test_a_new_run_is_named_by_its_time(tiny_config):

@@ -3,6 +3,8 @@ from pathlib import Path
 import pytest
 
 from next.config import RunConfig
+from next.data.shards import open_manifest
+from next.training.inputs import resolve
 from next.tuning.comparison import drawn_settings
 from next.tuning.space import check_space, load_space
 
@@ -99,3 +101,41 @@ def test_the_axes_of_a_comparison_are_settings_that_every_trial_has():
     drawn = drawn_settings(load_space(SPACES / "quick.py"))
     assert drawn.numeric - drawn.always == {"captions.keep"}
     assert drawn.always - drawn.numeric == {"captions.sampling"}
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["data.image_size", "data.modalities", "model.backbone.name", "model.backbone.pretrained"],
+)
+def test_a_space_over_what_all_trials_share_is_refused(tmp_path, setting):
+    body = (
+        f"def suggest(trial): return {{'{setting}': trial.suggest_categorical('{setting}', [1])}}"
+    )
+    message = rf"space 'mine' varies {setting}, .* all trials of a sweep share; run one sweep for"
+    with pytest.raises(ValueError, match=message):
+        check_space(load_space(write(tmp_path, body)), RunConfig())
+
+
+def test_each_setting_that_a_trial_may_have_is_held_against_the_data(tmp_path, tiny_config):
+    manifest = open_manifest(tiny_config.data.uri)
+    base = resolve(tiny_config, manifest)
+    body = (
+        "def suggest(trial):\n"
+        "    return {'batch.identities': trial.suggest_categorical('batch.identities', [2, 400])}"
+    )
+    space = load_space(write(tmp_path, body))
+    assert check_space(space, base) == ["batch.identities"], "nothing of it contradicts itself"
+    message = r"space 'mine': .*must not exceed the \d+ train identities .*drawn: .*400"
+    with pytest.raises(ValueError, match=message):
+        check_space(space, base, lambda config: resolve(config, manifest))
+
+
+def test_what_fits_the_data_is_asked_once_for_each_setting_that_decides_it(tmp_path):
+    body = (
+        "def suggest(trial):\n"
+        "    return {'batch.identities': trial.suggest_int('batch.identities', 2, 4),\n"
+        "            'optim.lr': trial.suggest_float('optim.lr', 1e-5, 1e-3)}"
+    )
+    asked = []
+    check_space(load_space(write(tmp_path, body)), RunConfig(), asked.append)
+    assert sorted(config.batch.identities for config in asked) == [2, 3, 4]
