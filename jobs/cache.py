@@ -21,7 +21,7 @@ class CacheJob:
     """Remove what was not used for longest until the folder takes no more than so many gigabytes;
     0 removes all. What a running process uses stays."""
     dry_run: bool = False
-    """With --limit: say what is there, and remove nothing."""
+    """With --limit: say what would be removed, and remove nothing."""
     json: bool = False
     """Print the answer as one JSON object."""
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     if job.limit is not None and job.limit < 0:
         raise ValueError(f"--limit must be 0 or more gigabytes, but got {job.limit:g}")
     root = cache_root(job.cache)
-    removed = [] if job.limit is None or job.dry_run else clean_up(root, job.limit)
+    removed = [] if job.limit is None else clean_up(root, job.limit, dry_run=job.dry_run)
     entries = contents(root)
     if job.json:
         answer = {"root": str(root), "entries": entries, "removed": removed}
@@ -43,7 +43,8 @@ def main(argv: Sequence[str]) -> int:
     total = sum(entry.bytes for entry in entries)
     print(f"{root}: {total / 1e9:.2f} GB, of which {held / 1e9:.2f} GB are in use")
     if job.limit is not None:
-        print(f"removed {len(removed)}: {sum(entry.bytes for entry in removed) / 1e9:.2f} GB")
+        done = "would remove" if job.dry_run else "removed"
+        print(f"{done} {len(removed)}: {sum(entry.bytes for entry in removed) / 1e9:.2f} GB")
         if total > job.limit * 1e9 and not job.dry_run:
             print("what is left above the limit is in use by running processes")
     return 0

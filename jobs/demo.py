@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from next.cli import DEMO_CARD, Settings, base_config, demo_shards, parse, run_j
 from next.config import RunConfig, override
 from next.data.benchmark import load_card
 from next.tuning.settings import SweepConfig
+from next.tuning.space import check_space, load_space
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -28,6 +32,10 @@ class DemoJob:
     """Search space."""
     benchmark_seed: int = 0
     """Seed of the procedural benchmark."""
+    dry_run: bool = False
+    """Say what would be drawn and searched, and start nothing."""
+    json: bool = False
+    """Print the answer as one JSON object."""
     sweep: SweepConfig = field(
         default_factory=lambda: SweepConfig(trials=9, concurrency=2, grace_epochs=2, pictures=2)
     )
@@ -49,6 +57,20 @@ def main(argv: Sequence[str]) -> int:
         },
     )
     job = parse(DemoJob, argv, default=DemoJob(config=recipe))
+    space = load_space(job.space)
+    if job.dry_run:
+        plan = {
+            "folder": str(job.folder.absolute()),
+            "benchmark": card.name,
+            "benchmark_seed": job.benchmark_seed,
+            "space": space.name,
+            "varied": check_space(space, job.config),
+            "trials": job.sweep.trials,
+            "concurrency": job.sweep.concurrency,
+            "epochs": job.config.optim.epochs,
+        }
+        print(json.dumps(plan) if job.json else "\n".join(f"{k:16}{v}" for k, v in plan.items()))
+        return 0
     _log.info("[1/3] the procedural benchmark, drawn and prepared in %s", job.folder)
     shards = demo_shards(job.folder, job.benchmark_seed)
     config = override(
@@ -60,12 +82,15 @@ def main(argv: Sequence[str]) -> int:
         },
     )
     _log.info("[2/3] the sweep")
-    from next.tuning.space import load_space
     from next.tuning.sweep import run_sweep
 
-    result = run_sweep(config, load_space(job.space), job.sweep)
+    with redirect_stdout(sys.stderr) if job.json else nullcontext():
+        result = run_sweep(config, space, job.sweep)
     _log.info("[3/3] done in %.0f s", time.monotonic() - began)
-    print("\n".join(result.lines()))
+    if job.json:
+        print((result.folder / "sweep.json").read_text(encoding="utf-8"))
+    else:
+        print("\n".join(result.lines()))
     return 0
 
 

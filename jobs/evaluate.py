@@ -103,7 +103,9 @@ def _assess(job: EvaluateJob, checkpoint: Path) -> int:
         settings["data.cache"] = job.cache
     config = override(config, settings | _scaling(job) | {"threads": job.threads})
     if job.dry_run:
-        print(f"checkpoint after epoch {progress.epoch}; data {manifest.digest}")
+        answer = {"epoch": progress.epoch, "step": progress.step, "data_digest": manifest.digest}
+        shown = f"checkpoint after epoch {progress.epoch}; data {manifest.digest}"
+        print(json.dumps(answer) if job.json else shown)
         return 0
     place = checkpoint.parent if job.checkpoint else job.storage_path
     out = job.out or place / f"assessment-{job.split}"
@@ -117,10 +119,18 @@ def _assess(job: EvaluateJob, checkpoint: Path) -> int:
             print(f"picture  {picture}")
         return 0
     found = _scores(job, config, checkpoint, manifest, out, **how)
+    benchmark = manifest.benchmark
     if job.json:
-        print(json.dumps({"metrics": found.metrics, "pictures": [str(p) for p in found.pictures]}))
+        answer = {
+            "metrics": found.metrics,
+            "published": benchmark.anchors_json(),
+            "pictures": [str(picture) for picture in found.pictures],
+        }
+        print(json.dumps(answer))
         return 0
     print("  ".join(f"{name} {value:.1f}" for name, value in found.metrics.items()))
+    for line in benchmark.published() if job.split == "test" else ():
+        print(line)
     for picture in found.pictures:
         print(f"picture  {picture}")
     return 0

@@ -27,11 +27,13 @@ from next.data.audit import Audit, audit
 from next.data.benchmark import Benchmark, load_card
 from next.data.holdout import split_train
 from next.data.ingest import ScanOptions, prepare, scan
+from next.data.labels import Labels
 from next.data.manifest import SplitEntry
 from next.data.plan import epoch_plan, plan_hash, worker_slice
 from next.data.shards import Manifest, open_manifest
+from next.data.wording import count
 from next.data.writer import Run
-from next.evaluation.queries import HELD_OUT, TEST, measurable
+from next.evaluation.queries import HELD_OUT, TEST, measurable, queries_of_splits
 
 LOOKS = ("check", "peek", "verify_order")
 """Flags that look at shards instead of writing them."""
@@ -103,8 +105,13 @@ def main(argv: Sequence[str]) -> int:
     benchmark = load_card(job.card)
     if job.dry_run or job.out is None:
         found = scan(benchmark, job.source, job.options)
-        summary = {"name": benchmark.name, "findings": found.findings.model_dump(mode="json")}
-        closing = ["nothing was decoded or written (--dry-run)"]
+        told, lines = _queries(found.labels(), benchmark.rule)
+        summary = {
+            "name": benchmark.name,
+            "findings": found.findings.model_dump(mode="json"),
+            "queries": told,
+        }
+        closing = [*lines, "nothing was decoded or written (--dry-run)"]
         _print(job, summary, found.counts(benchmark), closing)
         return 0
     return _prepare(job, benchmark, job.source, job.out)
@@ -113,17 +120,48 @@ def main(argv: Sequence[str]) -> int:
 def _prepare(job: PrepareJob, benchmark: Benchmark, source: str, out: str) -> int:
     with _runner(job.workers) as run, ProgressLine("prepare") as progress:
         manifest = prepare(benchmark, source, out, job.options, progress=progress, run=run)
-    _print(job, _summary(manifest), manifest.splits, _closing_lines(manifest))
+    stored = {split: manifest.labels(split) for split in benchmark.stored()}
+    told, lines = _queries(stored, benchmark.rule)
+    summary = _summary(manifest) | {"queries": told}
+    _print(job, summary, manifest.splits, [*_closing_lines(manifest), *lines])
     return 0
 
 
+def _queries(labels: Mapping[str, Labels], rule: str) -> tuple[dict[str, Any], list[str]]:
+    """What each split can measure under the card's rule, for machines and for people."""
+    try:
+        found = queries_of_splits(labels, rule)
+    except ValueError as error:
+        return {}, [f"WARNING   nothing can be measured: {error}"]
+    lines = []
+    for name, queries in found.items():
+        lines.append(f"queries   {name}: {queries}")
+        if not queries.queries:
+            lines.append(
+                f"WARNING   nothing can be measured on the {name}: no query has a match in the "
+                f"gallery under the card's rule = {rule}; runs on these data are refused"
+            )
+    return {name: queries.as_json() for name, queries in found.items()}, lines
+
+
 def _draw(job: PrepareJob, variant: str) -> int:
-    if job.card is not None or job.source is not None or job.dry_run:
-        raise ValueError("--draw makes its own source: leave out --card, --source and --dry-run")
+    if job.card is not None or job.source is not None:
+        raise ValueError("--draw makes its own source: leave out --card and --source")
     if job.out is None or "://" in job.out:
         raise ValueError(f"--draw needs a local folder as --out, but got {job.out}")
     out = Path(job.out)
     raw = out.with_name(f"{out.name}-raw")
+    if job.dry_run:
+        answer = {
+            "name": demo_card(variant).name,
+            "raw": str(raw.absolute()),
+            "seed": job.draw_seed,
+        }
+        answer |= {"drawn_before": raw.is_dir(), "out": str(out.absolute())}
+        print(
+            json.dumps(answer) if job.json else "\n".join(f"{k:14}{v}" for k, v in answer.items())
+        )
+        return 0
     draw_demo(raw, job.draw_seed, variant)
     return _prepare(job, demo_card(variant), str(raw), job.out)
 
@@ -193,6 +231,7 @@ def _check(job: PrepareJob, manifest: Manifest) -> int:
         "unmeasurable": missing,
         "leaked_identities": found.leaked,
         "images_decoded": found.images,
+        "images_unprepared": found.unprepared,
     }
     verdict = "NOT sound" if problems else "every byte and every image is as it should be"
     closing = [*_closing_lines(manifest), *_audit_lines(manifest, found)]
@@ -215,6 +254,7 @@ def _audit_lines(manifest: Manifest, found: Audit) -> list[str]:
         ("check", "of", "found"),
         ("shards whose sha256 differs", found.shards, found.damaged),
         ("images that do not decode", found.images, len(found.problems) - found.damaged),
+        ("images of an older decoding", found.images, found.unprepared),
         ("train identities in gallery or query", trained, len(found.leaked)),
         *(
             (f"{split} identities with one sample", entry.identities, found.singletons[split])
@@ -222,6 +262,12 @@ def _audit_lines(manifest: Manifest, found: Audit) -> list[str]:
         ),
     ]
     lines = ["", *_columns([[str(cell) for cell in row] for row in rows]), ""]
+    if found.unprepared:
+        lines.append(
+            f"WARNING   {count(found.unprepared, 'image')} turned by EXIF, of more than 8 bits or "
+            f"transparent: an older version stored them as they were, and they decode as it did; "
+            f"prepare the data again"
+        )
     if found.leaked:
         lines.append(f"LEAK      in train and test: {', '.join(map(str, found.leaked))}")
     return lines

@@ -32,6 +32,9 @@ class PromoteJob:
     storage_path: Path | None = None
     """Folder of all runs, whose local server is used without --tracking.uri; None: the one that
     --run lies in, or else runs."""
+    dry_run: bool = False
+    """Say whether the run could be registered and whether --version meets the conditions of --when;
+    register and promote nothing."""
     json: bool = False
     """Print the answer as one JSON object."""
 
@@ -47,13 +50,18 @@ def main(argv: Sequence[str]) -> int:
     beside = job.run.absolute().parent if job.run else Path("runs")
     with registry_server(job.tracking_uri, job.storage_path or beside) as uri:
         if job.run is not None:
-            from next.training.registration import register_run  # takes five seconds
+            # Takes five seconds to import.
+            from next.training.registration import read_card, register_run
 
-            version = register_run(job.run.absolute(), uri, job.model)
-            answer["registered"] = version.uri
-            lines.append(f"registered  {version.uri} as {CANDIDATE}")
+            if job.dry_run:
+                answer["scores"] = read_card(job.run.absolute()).scores
+                lines.append(f"could be    registered as {CANDIDATE} of {job.model}: {job.run}")
+            else:
+                version = register_run(job.run.absolute(), uri, job.model)
+                answer["registered"] = version.uri
+                lines.append(f"registered  {version.uri} as {CANDIDATE}")
         if job.when:
-            found = promote(uri, job.model, job.when, alias=job.version)
+            found = promote(uri, job.model, job.when, alias=job.version, dry_run=job.dry_run)
             promoted = found.promoted
             answer |= {
                 "promoted": promoted,
@@ -63,10 +71,12 @@ def main(argv: Sequence[str]) -> int:
             }
             lines += [f"condition   {finding}" for finding in found.findings]
             lines.append(
-                f"champion    {found.version.uri}"
+                f"{'would be champion' if job.dry_run else 'champion   '} {found.version.uri}"
                 if promoted
                 else f"not promoted: {found.version.uri} does not meet every condition"
             )
+    if job.dry_run:
+        lines.append("nothing was registered or promoted (--dry-run)")
     print(json.dumps(answer) if job.json else "\n".join(lines))
     return 0 if promoted else FAILURE
 

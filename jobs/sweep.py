@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -83,6 +84,8 @@ class ResumeJob:
     """File of the space; None: the one that the sweep was started with."""
     fork: str | None = None
     """Name of a new sweep of a changed space, seeded by the trials that fit it."""
+    dry_run: bool = False
+    """Check record, space, settings and data, say what is left to do, and start nothing."""
     json: bool = False
     """Print the answer as one JSON object."""
 
@@ -138,7 +141,7 @@ def _start(argv: Sequence[str]) -> int:
         plan = {
             "data_digest": manifest.digest,
             "space": space.name,
-            "varied": list(checked_space(space, config, job.sweep)),
+            "varied": list(checked_space(space, config, job.sweep, manifest)),
             "objectives": dict(space.objectives),
             "trials": job.sweep.trials,
             "of_them": {
@@ -159,7 +162,7 @@ def _start(argv: Sequence[str]) -> int:
 def _resume(argv: Sequence[str]) -> int:
     job = parse(ResumeJob, argv)
     from next.tuning.folder import find_sweep
-    from next.tuning.sweep import resume_sweep
+    from next.tuning.sweep import plan_resume, resume_sweep
 
     given = {
         "trials": job.trials,
@@ -167,11 +170,20 @@ def _resume(argv: Sequence[str]) -> int:
         "target": job.target,
         "concurrency": job.concurrency,
     }
+    changes = {name: value for name, value in given.items() if value is not None}
+    stored = job.checkpoint_storage_path is not None
+    folder = find_sweep(job.storage_path, job.name, stored=stored and not job.dry_run)
+    if job.dry_run:
+        plan = plan_resume(
+            folder, changes=changes, space=job.space, storage=job.checkpoint_storage_path
+        )
+        print(json.dumps(plan) if job.json else "\n".join(f"{k:12}{v}" for k, v in plan.items()))
+        return 0
     with redirect_stdout(sys.stderr):
         result = resume_sweep(
-            find_sweep(job.storage_path, job.name, stored=job.checkpoint_storage_path is not None),
+            folder,
             storage=job.checkpoint_storage_path,
-            changes={name: value for name, value in given.items() if value is not None},
+            changes=changes,
             space=job.space,
             fork=job.fork,
         )
@@ -202,16 +214,20 @@ def _list(argv: Sequence[str]) -> int:
         print(json.dumps(rows))
         return 0
     for row in rows:
-        print("  ".join(f"{key} {value}" for key, value in row.items()))
+        print("  ".join(f"{key} {_shown(value)}" for key, value in row.items()))
     if not rows:
         sys.stderr.write(f"there is no sweep in {job.storage_path}\n")
     return 0
 
 
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def _row(folder: Path) -> dict[str, Any]:
     """One sweep of the list; one whose study cannot be read says why."""
     from next.tuning.folder import is_driven, read_standing
-    from next.tuning.summary import spread_text, summarise
+    from next.tuning.summary import summarise
 
     try:
         found = read_standing(folder)
@@ -219,19 +235,24 @@ def _row(folder: Path) -> dict[str, Any]:
         return {"sweep": folder.name, "error": str(error)}
     states = [trial.state for trial in found.trials]
     counts = {state: states.count(state) for state in ("finished", "pruned", "failed", "running")}
-    row = {
+    row: dict[str, Any] = {
         "sweep": folder.name,
         "of": found.sweep.trials,
         **counts,
         "driver": "at work" if is_driven(folder) else "none",
         "best": None,
         "score": None,
+        "half_width": None,
     }
     if any(setting.score is not None for setting in found.settings):
         summary = summarise(found.settings, found.objectives)
         winner = next(s for s in found.settings if s.name == summary.winner)
-        score = f"{summary.score:.4g} ± {spread_text(winner, summary.floor)}"
-        row |= {"best": winner.name, "score": score}
+        half = summary.floor.half_width(winner)
+        row |= {
+            "best": winner.name,
+            "score": summary.score,
+            "half_width": half if math.isfinite(half) else None,
+        }
     return row
 
 

@@ -51,10 +51,17 @@ def _train(job: TrainJob, config: RunConfig) -> int:
         return INTERRUPTED
     scores = result.assessment.metrics | {"val/mAP": result.outcome.best}
     if job.json:
-        found = {"folder": str(result.folder), "metrics": scores, "url": result.url}
+        found = {
+            "folder": str(result.folder),
+            "metrics": scores,
+            "published": result.benchmark.anchors_json(),
+            "url": result.url,
+        }
         print(json.dumps(found))
         return 0
     print("  ".join(f"{name} {value:.1f}" for name, value in scores.items()))
+    for line in result.benchmark.published():
+        print(line)
     for picture in result.assessment.pictures:
         print(f"picture     {picture}")
     print(f"checkpoint  {result.checkpoint}")

@@ -208,7 +208,7 @@ def contents(root: str | Path) -> list[CacheEntry]:
     return sorted(entries, key=lambda entry: entry.used, reverse=True)
 
 
-def clean_up(root: str | Path, limit: float) -> list[CacheEntry]:
+def clean_up(root: str | Path, limit: float, *, dry_run: bool = False) -> list[CacheEntry]:
     """Remove what was not used for longest, until the folder takes no more than ``limit``.
 
     What a living process reads or builds stays, so the folder may stay above the limit.
@@ -216,11 +216,12 @@ def clean_up(root: str | Path, limit: float) -> list[CacheEntry]:
     Args:
         root: folder of all caches of the node.
         limit: gigabytes.
+        dry_run: only say what would be.
 
     Returns:
         What was removed.
     """
-    return _shrink(root, limit * 1e9)
+    return _shrink(root, limit * 1e9, dry_run)
 
 
 def make_room(root: str | Path, needed: int, limit: float | None) -> None:
@@ -249,14 +250,14 @@ def make_room(root: str | Path, needed: int, limit: float | None) -> None:
         _log.info("removed %s (%s bytes) to make room", entry.path, f"{entry.bytes:,}")
 
 
-def _shrink(root: str | Path, most: float) -> list[CacheEntry]:
+def _shrink(root: str | Path, most: float, dry_run: bool = False) -> list[CacheEntry]:
     entries = contents(root)
     total = sum(entry.bytes for entry in entries)
     removed = []
     for entry in reversed(entries):
         if total <= most:
             break
-        if _remove_unused(entry.path):
+        if not entry.in_use if dry_run else _remove_unused(entry.path):
             removed.append(entry)
             total -= entry.bytes
     return removed

@@ -29,21 +29,31 @@ GIB = 2**30
 
 
 def ray_heads(inquiry: Inquiry) -> Finding:
-    """Two heads on one machine: Ray joins whichever started last, and its clean-up gives up."""
-    heads = {
-        process.info["pid"]: _address(process.info["cmdline"])
-        for process in psutil.process_iter(["pid", "name", "cmdline"])
-        if process.info["name"] == "gcs_server" and process.info["cmdline"]
-    }
-    found = f"{len(heads)} running on this machine"
-    if len(heads) < 2:
+    """Several heads on one machine: Ray joins whichever started last where it is told to find one.
+
+    Heads of other users, and those that other runs have started for themselves, are in nobody's
+    way: a run starts one of its own, or joins the one whose address it is given.
+    """
+    own, others = {}, 0
+    for process in psutil.process_iter(["pid", "name", "cmdline", "uids"]):
+        if process.info["name"] != "gcs_server" or not process.info["cmdline"]:
+            continue
+        if process.info["uids"] is None or process.info["uids"].real != os.getuid():
+            others += 1
+        else:
+            own[process.info["pid"]] = _address(process.info["cmdline"])
+    found = f"{len(own)} of this user running on this machine"
+    found += f", {others} of others" if others else ""
+    if len(own) > 1:
+        listed = (f"{address} (pid {pid})" for pid, address in sorted(own.items()))
+        found += f": {', '.join(listed)}"
+    if len(own) < 2 or os.environ.get("RAY_ADDRESS") != "auto":
         return Finding("ray heads", "ok", found)
-    listed = ", ".join(f"{address} (pid {pid})" for pid, address in sorted(heads.items()))
     return Finding(
         "ray heads",
         "error",
-        f"{found}: {listed}; what asks for a cluster may get the wrong one",
-        f"ray stop  # ends all of them; or end one: kill {min(heads)}",
+        f"{found}; RAY_ADDRESS = auto joins whichever started last",
+        f"export RAY_ADDRESS={max(own.items())[1]}  # or another of them: the one that is meant",
     )
 
 

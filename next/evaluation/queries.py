@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -138,6 +139,26 @@ def queries_of_test(manifest: Manifest) -> QuerySet:
     return query_set(
         gallery if same else manifest.labels("query"), gallery, manifest.benchmark.rule
     )
+
+
+def queries_of_splits(splits: Mapping[str, Labels], rule: str) -> dict[str, QuerySet]:
+    """What each stored split, and the test split that they make, can measure.
+
+    Args:
+        splits: labels of the splits that have samples of their own: train, and gallery, query or
+            both, each of which stands for the other where that is missing.
+        rule: the card's.
+
+    Raises:
+        ValueError: the rule does not fit the labels.
+    """
+    train = splits["train"]
+    gallery = splits.get("gallery", splits.get("query", train))
+    query = splits.get("query", gallery)
+    return {
+        "train split": query_set(train, train, rule),
+        TEST: query_set(query, gallery, rule),
+    }
 
 
 class Measurable(NamedTuple):

@@ -9,11 +9,16 @@ import hashlib
 import logging
 import re
 import shutil
+import socket
 import tempfile
+import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import safetensors
 import safetensors.torch
@@ -35,6 +40,10 @@ _PREFIXES = (
 """What compilers, data parallelism and other projects put before the names of weights."""
 _BEGIN = re.compile(rf"(?:(?:{'|'.join(_PREFIXES)})\.)+")
 _BEFORE = re.compile(rf"((?:(?:{'|'.join(_PREFIXES)})\.)*)")
+
+
+REACHED_S = 3.0
+"""Seconds in which a connection to whoever has the weights must be there."""
 
 
 class Origin(NamedTuple):
@@ -68,18 +77,17 @@ def find_weights(model: str, tag: str, origin: Origin, folder: Path) -> Path:
     for target in targets:
         if target.is_file():
             return target
-    problem = ""
-    for file, target in zip(origin.files, targets, strict=True):
-        with ExitStack() as stack:
-            try:
-                fetched = stack.enter_context(_fetched(origin.repository, file, folder))
-            # Libraries of several protocols raise their own kinds; every one means "not fetched".
-            except Exception as error:
-                problem = problem or f"{type(error).__name__}: {error}".splitlines()[0]
-                continue
-            with drafting(target) as draft:
-                shutil.copyfile(fetched, draft)
+    if origin.repository:  # the hub's own cache, which needs no network
+        for file, target in zip(origin.files, targets, strict=True):
+            if _brought(origin.repository, file, target, cached=True) is None:
+                return target
+    problem = _unreachable(origin)
+    for file, target in zip(origin.files, targets, strict=True) if problem is None else ():
+        _log.info("fetching the weights %s of %s to %s", tag, model, target)
+        told = _brought(origin.repository, file, target)
+        if told is None:
             return target
+        problem = problem or told
     where = f" of the Hugging Face repository {origin.repository}" if origin.repository else ""
     raise ConnectionError(
         f"the weights {tag} of {model} are not on this machine and cannot be fetched ({problem}). "
@@ -88,12 +96,25 @@ def find_weights(model: str, tag: str, origin: Origin, folder: Path) -> Path:
     )
 
 
+def _brought(repository: str, file: str, target: Path, *, cached: bool = False) -> str | None:
+    """Bring a file to ``target``: None; or why it could not be."""
+    with ExitStack() as stack:
+        try:
+            fetched = stack.enter_context(_fetched(repository, file, target.parent, cached))
+        # Libraries of several protocols raise their own kinds; every one means "not fetched".
+        except Exception as error:
+            return f"{type(error).__name__}: {error}".splitlines()[0]
+        with drafting(target) as draft:
+            shutil.copyfile(fetched, draft)
+    return None
+
+
 @contextmanager
-def _fetched(repository: str, file: str, folder: Path) -> Iterator[Path]:
+def _fetched(repository: str, file: str, folder: Path, cached: bool) -> Iterator[Path]:
     if repository:
         from huggingface_hub import hf_hub_download
 
-        yield Path(hf_hub_download(repository, file))
+        yield Path(hf_hub_download(repository, file, local_files_only=cached))
         return
     from open_clip.pretrained import download_pretrained_from_url
 
@@ -101,6 +122,43 @@ def _fetched(repository: str, file: str, folder: Path) -> Iterator[Path]:
     # To a folder of its own: open_clip writes under the file's name, whoever else does so too.
     with tempfile.TemporaryDirectory(prefix=".fetched-", dir=folder) as own:
         yield Path(download_pretrained_from_url(file, own))
+
+
+def _unreachable(origin: Origin) -> str | None:
+    """Why whoever has the weights cannot be reached; None: somebody is there.
+
+    Asked first, and for seconds only: the clients of hubs try again and again for a minute.
+    """
+    if origin.repository:
+        from huggingface_hub import constants
+
+        address = constants.ENDPOINT
+    else:
+        address = origin.files[0]
+    parts = urlsplit(address)
+    if parts.scheme in getproxies() and not proxy_bypass(parts.hostname or ""):
+        return None  # which would have to be asked
+    port = parts.port or (80 if parts.scheme == "http" else 443)
+
+    def connect() -> None:
+        socket.create_connection((str(parts.hostname), port), timeout=REACHED_S).close()
+
+    # A name is looked up for as long as the system likes, so in a thread that nobody waits for.
+    asked: Future[None] = Future()
+
+    def ask() -> None:
+        try:
+            connect()
+            asked.set_result(None)
+        except OSError as error:
+            asked.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        asked.result(2 * REACHED_S)
+    except (OSError, TimeoutError) as error:
+        return f"{parts.hostname} cannot be reached: {error or 'no answer'}"
+    return None
 
 
 def sha256(path: Path) -> str:

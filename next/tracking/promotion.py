@@ -39,7 +39,14 @@ class Promotion(NamedTuple):
     """Each condition with the values that it was asked of."""
 
 
-def promote(uri: str, name: str, conditions: Sequence[str], *, alias: str = CANDIDATE) -> Promotion:
+def promote(
+    uri: str,
+    name: str,
+    conditions: Sequence[str],
+    *,
+    alias: str = CANDIDATE,
+    dry_run: bool = False,
+) -> Promotion:
     """Make a version the champion if it meets conditions that are stated, and recorded with it.
 
     Args:
@@ -48,6 +55,7 @@ def promote(uri: str, name: str, conditions: Sequence[str], *, alias: str = CAND
         conditions: such as ``test/mAP >= 80`` or ``test/mAP > champion + 0.5``; one that names the
             champion holds where there is none yet.
         alias: or number of the version.
+        dry_run: say what would come of it, and promote nothing.
 
     Raises:
         ValueError: no condition or one that cannot be read, no such version, a score that a card
@@ -75,7 +83,7 @@ def promote(uri: str, name: str, conditions: Sequence[str], *, alias: str = CAND
         judged = [_judge(condition, card, old, version) for condition in parsed]
         passed = all(holds for holds, _ in judged)
         findings = [text for _, text in judged]
-        if passed:
+        if passed and not dry_run:
             tag = "; ".join(findings)
             client.set_model_version_tag(name, str(version.version), "next.promoted_when", tag)
             client.set_registered_model_alias(name, CHAMPION, str(version.version))

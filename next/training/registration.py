@@ -86,13 +86,7 @@ def register_run(folder: Path, uri: str, name: str) -> Version:
         ValueError: the run is not in MLflow.
         ConnectionError: the server cannot be reached.
     """
-    record, checkpoint = folder / CARD, folder / "checkpoints" / "best"
-    if not record.exists():
-        raise FileNotFoundError(
-            f"{folder} must be the folder of a finished run, but holds no {CARD}; "
-            f"let the run end first"
-        )
-    card = ModelCard(**json.loads(record.read_text(encoding="utf-8")))
+    card, checkpoint = read_card(folder), folder / "checkpoints" / "best"
     config = read_config(checkpoint)
     with tempfile.TemporaryDirectory(prefix="next-model-") as parent:
         exported = export_model(
@@ -111,6 +105,21 @@ def register_run(folder: Path, uri: str, name: str) -> Version:
             card=card,
             requirements=[f"{package}=={metadata.version(package)}" for package in _REQUIREMENTS],
         )
+
+
+def read_card(folder: Path) -> ModelCard:
+    """The card that a finished run wrote.
+
+    Raises:
+        FileNotFoundError: the run is not finished.
+    """
+    record = folder / CARD
+    if not record.exists():
+        raise FileNotFoundError(
+            f"{folder} must be the folder of a finished run, but holds no {CARD}; "
+            f"let the run end first"
+        )
+    return ModelCard(**json.loads(record.read_text(encoding="utf-8")))
 
 
 def register_best(folder: Path, config: RunConfig, uri: str | None) -> None:

@@ -42,12 +42,17 @@ that a setting was chosen by is the lucky one of many: it is left out once two o
 there, and settings without these stand below those that have them."""
 
 
-def report_sweep(folder: Path, assessment: Assessment | None = None) -> list[Path]:
+def report_sweep(
+    folder: Path,
+    assessment: Assessment | None = None,
+    published: Mapping[str, Mapping[str, float]] | None = None,
+) -> list[Path]:
     """Write ``report.html`` and ``sweep.json`` of a sweep as it stands.
 
     Args:
         folder: of the sweep; it may be running.
         assessment: of the winner on the test split; None: what ``sweep.json`` has from before.
+        published: mAP and rank-1 of others by method; None: as ``assessment``.
 
     Raises:
         FileNotFoundError: there is no sweep in ``folder``.
@@ -57,8 +62,10 @@ def report_sweep(folder: Path, assessment: Assessment | None = None) -> list[Pat
     if not any(setting.score is not None for setting in found.settings):
         raise ValueError(f"no trial of {folder.name} has reported a score yet; try again later")
     summary = summarise(found.settings, found.objectives)
-    test = _test_scores(folder, summary, assessment)
-    written = write_summary(folder / "sweep.json", found, summary, test)
+    before = _before(folder)
+    test = _test_scores(before, summary, assessment)
+    published = before.get("published", {}) if published is None else published
+    written = write_summary(folder / "sweep.json", found, summary, test, published)
     sections = [
         Section("Leaderboard", _leaderboard(found, summary)),
         Section("Search", gallery(search_pictures(found, summary))),
@@ -79,17 +86,27 @@ def report_sweep(folder: Path, assessment: Assessment | None = None) -> list[Pat
             Section("Failed trials", table(["trial", "epochs", "why"], rows, words=(0, 2)))
         )
     page = write_page(
-        folder / "report.html", f"Sweep {folder.name}", _lead(found, summary, test), sections
+        folder / "report.html",
+        f"Sweep {folder.name}",
+        _lead(found, summary, test, published),
+        sections,
     )
     return [page, written]
 
 
-def _test_scores(folder: Path, summary: Summary, assessment: Assessment | None) -> OnTest:
+def _before(folder: Path) -> Mapping[str, Any]:
+    """What an earlier report said; empty: there is none."""
+    path = folder / "sweep.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
+
+
+def _test_scores(
+    before: Mapping[str, Any], summary: Summary, assessment: Assessment | None
+) -> OnTest:
     """Of the winner; an earlier report's only if it was of the same run."""
     if assessment is not None:
         return on_test(assessment)
-    path = folder / "sweep.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if before.get("winner_run") != summary.run:
         return OnTest({}, {}, None)
     ends = {name: (low, high) for name, (low, high) in before.get("test_interval", {}).items()}
@@ -103,7 +120,9 @@ def _basis(kept: Mapping[str, Any]) -> Basis:
     return Basis(kept["identities"], kept["queries"], math.nan if error is None else error)
 
 
-def _lead(found: Standing, summary: Summary, test: OnTest) -> str:
+def _lead(
+    found: Standing, summary: Summary, test: OnTest, published: Mapping[str, Mapping[str, float]]
+) -> str:
     states = [trial.state for trial in found.trials]
     winner = next(s for s in found.settings if s.name == summary.winner)
     counts = ", ".join(
@@ -127,6 +146,10 @@ def _lead(found: Standing, summary: Summary, test: OnTest) -> str:
     pairs += [
         (name, f"{test.metrics[name]:.1f} ({low:.1f} to {high:.1f})")
         for name, (low, high) in test.interval.items()
+    ]
+    pairs += [
+        (f"published: {name}", f"mAP {one['mAP']:.1f}, rank-1 {one['rank1']:.1f}")
+        for name, one in published.items()
     ]
     verdicts = "".join(
         f'<p class="verdict {"yes" if verdict.separated else "no"}">{text(verdict)}</p>'

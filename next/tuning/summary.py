@@ -236,7 +236,13 @@ def cell(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def write_summary(path: Path, found: Standing, summary: Summary, test: OnTest) -> Path:
+def write_summary(
+    path: Path,
+    found: Standing,
+    summary: Summary,
+    test: OnTest,
+    published: Mapping[str, Mapping[str, float]] | None = None,
+) -> Path:
     """``sweep.json``: everything that the report shows, for scripts.
 
     Args:
@@ -244,6 +250,7 @@ def write_summary(path: Path, found: Standing, summary: Summary, test: OnTest) -
         found: the sweep as it stands.
         summary: what it found.
         test: scores of the winner on the test split.
+        published: mAP and rank-1 by method, as the card has them.
     """
     return write_json(
         path,
@@ -263,6 +270,7 @@ def write_summary(path: Path, found: Standing, summary: Summary, test: OnTest) -
                 },
             },
             "test": dict(test.metrics) or None,
+            "published": dict(published or {}),
             "test_interval": {name: list(ends) for name, ends in test.interval.items()},
             "measured_on": {
                 name: {part: _finite(value) for part, value in basis._asdict().items()}

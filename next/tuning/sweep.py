@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import shutil
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,8 +35,9 @@ from next.training.alignment import prepare_pairs
 from next.training.assessment import Assessment
 from next.training.checkpoint import read_config
 from next.training.cluster import check_cluster, on_cluster
+from next.training.folder import data_of
 from next.training.inputs import resolve, training_data
-from next.training.launch import read_history, run_tags, tracking_address
+from next.training.launch import check_tracking, read_history, run_tags, tracking_address
 from next.training.placement import assess_in_place
 from next.training.pretraining import ONLY, REPORTED, check_pretraining
 from next.training.record import record_assessment, record_inputs
@@ -44,7 +45,14 @@ from next.training.registration import register_best, write_card
 from next.training.store import persist, store_address
 from next.training.tower_weights import mark_of, write_weights
 from next.tuning.comparison import comparison_link, record_pictures, set_up_comparison
-from next.tuning.folder import driving, new_folder, read_record, write_record
+from next.tuning.folder import (
+    driving,
+    is_driven,
+    new_folder,
+    read_record,
+    read_standing,
+    write_record,
+)
 from next.tuning.home import Home, mirror
 from next.tuning.lease import Lease
 from next.tuning.pictures import draw_overview
@@ -97,6 +105,8 @@ class SweepResult(NamedTuple):
     """Address of MLflow's comparison of the trials."""
     serve: str | None
     """Shell command that serves that address again; None where a server of its own does."""
+    published: Sequence[str] = ()
+    """What others have published, a line each."""
 
     def lines(self) -> list[str]:
         """Leaderboard, verdicts, test scores, pictures, how to compare; for the terminal."""
@@ -106,6 +116,7 @@ class SweepResult(NamedTuple):
             end = [
                 f"on the test split, once: {self.summary.winner}  {scores}",
                 scores.rests_on(),
+                *self.published,
                 *(f"picture     {path}" for path in self.assessment.pictures),
             ]
         if self.weights is not None:
@@ -165,8 +176,8 @@ def run_sweep(
         RuntimeError: every trial failed.
     """
     manifest, base = prepare_sweep(base, sweep)
-    description = checked_space(space, base, sweep)
-    folder = new_folder(base, space)
+    description = checked_space(space, base, sweep, manifest)
+    folder = new_folder(base, space, manifest.digest)
     with _driving(folder, store_address(base, folder.name), sweep.lease_s) as record:
         write_record(folder, space, sweep, description)
         studies = create_studies(folder / FILE, folder.name, space.objectives, sweep)
@@ -240,6 +251,31 @@ def resume_sweep(
         )
 
 
+def plan_resume(
+    folder: Path,
+    *,
+    changes: Mapping[str, Any] | None = None,
+    space: Path | None = None,
+    storage: str | None = None,
+) -> dict[str, Any]:
+    """What :func:`resume_sweep` would do with a sweep whose record is here; starts nothing.
+
+    Arguments and errors as there.
+    """
+    known = _known(folder, storage or _storage_of(folder), changes, space)
+    found = read_standing(folder)
+    states = [trial.state for trial in found.trials]
+    return {
+        "sweep": folder.name,
+        "driver": "at work" if is_driven(folder) else "none",
+        "data_digest": known.manifest.digest,
+        "trials": known.sweep.trials,
+        **{state: states.count(state) for state in ("finished", "pruned", "failed", "running")},
+        "varied": list(known.description),
+        "space_changed": known.changed,
+    }
+
+
 class _Known(NamedTuple):
     """A sweep as it is to go on."""
 
@@ -268,9 +304,16 @@ def _known(
     )
     sweep = SweepConfig(**(record["sweep"] | dict(changes or {})))
     manifest, base = prepare_sweep(base, sweep)
+    before = data_of(folder)
+    if before not in (None, manifest.digest):
+        raise ValueError(
+            f"sweep {folder.name} was started with data of digest {before}, but {manifest.uri} has "
+            f"{manifest.digest}, on which its trials cannot be compared; put the data back, or "
+            f"start a new sweep"
+        )
     path = space or (Path(record["path"]) if Path(record["path"]).is_file() else None)
     chosen = load_space(path or folder / "space.py")._replace(name=record["space"])
-    description = checked_space(chosen, base, sweep)
+    description = checked_space(chosen, base, sweep, manifest)
     changed = space_difference(record["description"], description)
     if dict(chosen.objectives) != record["objectives"]:
         changed.append(f"objectives: {record['objectives']} -> {dict(chosen.objectives)}")
@@ -338,18 +381,29 @@ def prepare_sweep(base: RunConfig, sweep: SweepConfig) -> tuple[Manifest, RunCon
     else:
         manifest = open_manifest(str(base.data.uri))
         base = resolve(base, manifest)
+    check_tracking(base)
     if on_cluster() or ray.is_initialized():
         check_cluster(base)
     return manifest, base
 
 
-def checked_space(space: Space, base: RunConfig, sweep: SweepConfig) -> dict[str, str]:
+def checked_space(
+    space: Space, base: RunConfig, sweep: SweepConfig, manifest: Manifest
+) -> dict[str, str]:
     """What a space varies, as :func:`next.tuning.space.describe_space`, of the sweep's task.
 
     Raises:
         ValueError: as there, or pretraining does not have what the space varies or asks for.
     """
-    varied = describe_space(space, base)
+    training = sweep.task == "training"
+
+    def fit(trial: RunConfig) -> None:
+        if training:
+            resolve(trial, manifest)
+        else:
+            check_pretraining(trial)
+
+    varied = describe_space(space, base, fit)
     if sweep.task == "training":
         return varied
     fixed = sorted(set(varied) & set(ONLY))
@@ -373,7 +427,7 @@ def _fork(old: Path, name: str, known: _Known, say: Say) -> SweepResult:
     source = open_studies(old / FILE, old.name, sweep)
     # Not fresh, whatever the old one was: that would set a sweep of the new name aside.
     base = override(known.base, {"run.name": name, "run.fresh": False})
-    folder = new_folder(base, space)
+    folder = new_folder(base, space, known.manifest.digest)
 
     def resolved(settings: Mapping[str, Any]) -> dict[str, Any] | None:
         try:
@@ -471,7 +525,11 @@ def _drive(it: _Sweep) -> SweepResult:
         if ending.assessment is not None:
             register_best(folder, base, uri)
     serve = None if base.tracking.uri else view_command(folder.parent / "mlflow")
-    return SweepResult(folder, it.varied, trials, settings, summary, *ending, compare, serve)
+    return SweepResult(
+        *(folder, it.varied, trials, settings, summary),
+        *(*ending, compare, serve),
+        it.manifest.benchmark.published(),
+    )
 
 
 class _Ending(NamedTuple):
@@ -529,7 +587,7 @@ def _assess(
     parent.log_metrics({summary.metric: score}, step=0)
     record_assessment(parent, assessment, step=0)
     parent.set_tags({"next.best_trial": winner.name, "next.checkpoint_uri": str(checkpoint)})
-    for path in report_sweep(folder, assessment):
+    for path in report_sweep(folder, assessment, it.manifest.benchmark.anchors_json()):
         parent.log_artifact(path)
     write_card(
         folder,

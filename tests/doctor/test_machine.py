@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -106,7 +107,56 @@ def test_a_small_shared_memory_is_found():
 
 def test_a_machine_without_a_head_has_none():
     found = elsewhere("ray_heads", "unshare", "--pid", "--fork", "--mount-proc")
-    assert (found.verdict, found.found) == ("ok", "0 running on this machine")
+    assert (found.verdict, found.found) == ("ok", "0 of this user running on this machine")
+
+
+HEADS = """
+import os, subprocess, sys
+words = ["gcs_server", "--node-ip-address=10.0.0.{n}", "--gcs_server_port=6379", "60"]
+script = "import ctypes, time; ctypes.CDLL(None).prctl(15, b'gcs_server'); print(flush=True)"
+script += "; time.sleep(60)"
+heads = [
+    subprocess.Popen(
+        [sys.executable, "-S", "-c", script, *(word.format(n=n) for word in words[1:3])],
+        user=int(user) if os.getuid() == 0 else None, stdout=subprocess.PIPE,
+    )
+    for n, user in enumerate(sys.argv[2].split(","))
+]
+for head in heads:
+    head.stdout.readline()
+"""
+
+
+@pytest.mark.parametrize(
+    ("address", "users", "verdict", "words"),
+    [
+        ("auto", "0,0", "error", "2 of this user running .*10.0.0.0:6379 .pid .* started last"),
+        ("10.0.0.1:6379", "0,0", "ok", "2 of this user running .*: 10.0.0.0:6379 "),
+        ("", "0,0", "ok", "2 of this user running"),
+        ("auto", "0,65534", "ok", "1 of this user running on this machine, 1 of others$"),
+        ("auto", "65534,65534", "ok", "0 of this user running on this machine, 2 of others$"),
+    ],
+)
+def test_only_own_heads_that_may_be_mixed_up_are_an_error(address, users, verdict, words):
+    """And nobody is told to kill what is another user's."""
+    if os.getuid():
+        pytest.skip("only root starts processes of others")
+    behind = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-S", "-c"]
+    done = subprocess.run(
+        [*behind, HEADS + CALL, "ray_heads", users],
+        cwd=ROOT,
+        env=os.environ
+        | {"PYTHONPATH": paths(sysconfig.get_path("purelib")), "RAY_ADDRESS": address},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    if done.returncode and "unshare" in done.stderr:
+        pytest.skip(f"namespaces are not allowed here: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stderr
+    found = Finding(*json.loads(done.stdout))
+    assert found.verdict == verdict
+    assert re.search(words, found.found), found.found
+    assert "kill" not in found.mend
+    assert "ray stop" not in found.mend
 
 
 def test_a_clock_behind_the_files_is_found(demo_shards, tmp_path):

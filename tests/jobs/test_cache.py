@@ -30,7 +30,7 @@ def test_the_table_tells_what_is_there_and_what_is_in_use(folder, demo_shards, c
 def test_a_limit_removes_what_is_not_in_use(folder, demo_shards, capsys):
     mine = open_cache(open_manifest(demo_shards), "gallery", (32, 16), folder)
     assert main(["--cache", str(folder), "--limit", "0", "--dry-run"]) == 0
-    assert "removed 0" in capsys.readouterr().out
+    assert "would remove 1: 0.00 GB" in capsys.readouterr().out
     assert main(["--cache", str(folder), "--limit", "0", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     (removed,) = answer["removed"]

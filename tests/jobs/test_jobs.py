@@ -1,7 +1,10 @@
 """The jobs as a user calls them: a process each, its output and its exit code."""
 
+import dataclasses
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +16,11 @@ from next.config import to_toml
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def job(name: str, *flags: str, home: Path) -> subprocess.CompletedProcess:
+def job(name: str, *flags: str, home: Path, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, f"jobs/{name}.py", *flags],
         cwd=ROOT,
-        env=os.environ | {"HOME": str(home), "COLUMNS": "100"},
+        env=os.environ | {"HOME": str(home), "COLUMNS": "100"} | environment,
         capture_output=True,
         text=True,
         timeout=280,
@@ -55,6 +58,10 @@ def test_dry_run_train_and_evaluate_agree(demo_shards, recipe, tmp_path):
     found = json.loads(again.stdout)
     assert found["metrics"] == pytest.approx(scores)
     assert all(Path(picture).exists() for picture in found["pictures"])
+    assert found["published"] == {}
+    rehearsed = json.loads(job("evaluate", *evaluate, "--dry-run", home=tmp_path).stdout)
+    assert rehearsed["data_digest"] == plan["data_digest"]
+    assert isinstance(rehearsed["step"], int)
 
 
 @pytest.mark.slow
@@ -82,8 +89,6 @@ def test_a_mistake_is_one_line_and_code_2(name, flags, words, demo_shards, tmp_p
     done = job(name, *[flag.replace("SHARDS", str(demo_shards)) for flag in flags], home=tmp_path)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    import re
-
     assert re.search(words, done.stderr), done.stderr
 
 
@@ -97,6 +102,47 @@ def test_a_sweep_dry_run_checks_the_space_and_says_what_it_varies(demo_shards, r
     assert "captions.keep" in plan["varied"]
 
 
+ANSWERS = {
+    "prepare": {"PrepareJob"}, "pretrain": {"PretrainJob"}, "train": {"TrainJob"},
+    "sweep": {"StartJob", "ResumeJob"}, "evaluate": {"EvaluateJob"}, "caption": {"RunJob"},
+    "promote": {"PromoteJob"}, "cache": {"CacheJob"}, "demo": {"DemoJob"}, "doctor": set(),
+}  # fmt: skip
+"""Jobs, and which of their command lines start work."""
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "jobs").glob("*.py")))
+def test_every_job_answers_scripts_and_can_be_rehearsed_where_work_would_start(name):
+    module = importlib.import_module(f"jobs.{name}")
+    lines = {
+        one.__name__: {field.name for field in dataclasses.fields(one)}
+        for one in vars(module).values()
+        if isinstance(one, type) and one.__module__ == module.__name__
+        and dataclasses.is_dataclass(one) and one.__name__.endswith("Job")
+    }  # fmt: skip
+    assert lines
+    for line, fields in lines.items():
+        assert "json" in fields, line
+        assert ("dry_run" in fields) == (line in ANSWERS[name]), line
+
+
+def test_the_demo_can_be_rehearsed(tmp_path):
+    done = job("demo", "--folder", str(tmp_path / "demo"), "--dry-run", "--json", home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert (plan["benchmark"], plan["trials"]) == ("demo", 9)
+    assert "model.semantic.experts" in plan["varied"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_that_the_locale_cannot_write_is_told_by_name(tmp_path):
+    """Without Python's UTF-8 mode, which the C locale has otherwise."""
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = job("prepare", "--card", str(tmp_path / "caf\u00e9.toml"), home=tmp_path, **locale)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert re.search(r"error: .*caf\\udcc3\\udca9\.toml|caf\\xe9\.toml", done.stderr), done.stderr
+
+
 @pytest.mark.parametrize(
     "name",
     ["train", "sweep", "sweep start", "evaluate", "promote", "prepare", "cache", "doctor", "demo"],
@@ -106,4 +152,4 @@ def test_help_names_every_flag_with_a_sentence(name, tmp_path):
     done = job(*name.split(), "--help", home=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "usage:" in done.stdout
-    assert "--json" in done.stdout or name in {"demo", "sweep"}
+    assert "--json" in done.stdout or name == "sweep"

@@ -110,10 +110,24 @@ def test_check_approves_sound_shards_and_points_at_a_flipped_byte(raw, tmp_path,
     assert re.search(r"error: .*gallery/00000\.parquet: its sha256 is not", done.stderr)
 
 
+def test_a_drawn_benchmark_can_be_rehearsed_too(tmp_path, prepare):
+    asked = ("--draw", "demo", "--out", tmp_path / "out", "--dry-run", "--json")
+    plan = json.loads(prepare(*asked).stdout)
+    assert plan == {
+        "name": "demo", "seed": 0, "raw": str(tmp_path / "out-raw"), "drawn_before": False,
+        "out": str(tmp_path / "out"),
+    }  # fmt: skip
+    assert files(tmp_path) == set()
+
+
 def test_check_refuses_data_on_which_nothing_can_be_measured(raw, tmp_path, prepare):
     for path in (raw / "test").glob("*/*_cam2_*"):
         path.unlink()
-    prepare("--card", CARD, "--source", raw, "--out", tmp_path / "out")
+    for more in ((), ("--dry-run",)):
+        told = prepare("--card", CARD, "--source", raw, "--out", tmp_path / "out", *more)
+        assert told.returncode == 0
+        assert "queries   train split: 3 identities with 6 queries" in told.stdout
+        assert "WARNING   nothing can be measured on the test split: no query has" in told.stdout
     done = prepare("--check", tmp_path / "out")
     assert done.returncode == 2
     assert "queries   test split: 0 identities with 0 queries, 2 distractors\n" in done.stdout

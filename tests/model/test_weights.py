@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -159,6 +160,43 @@ def test_a_machine_without_a_network_is_told_which_file_to_bring_where(tmp_path)
     assert f"copy it to {tmp_path}/weights/ViT-B-16.openai.safetensors" in clip
     assert "fetch model.safetensors of the Hugging Face repository timm/vit_base_patch16_di" in dino
     assert f"{tmp_path}/weights/vit_base_patch16_dinov3.lvd1689m.safetensors" in dino
+
+
+CACHED = """
+import socket, sys
+from pathlib import Path
+from next.model.weights import Origin, find_weights
+def refuse(*_, **__): raise OSError("a connection was asked for")
+socket.create_connection = refuse
+print(find_weights("m", "t", Origin("org/name", ("none.bin", "w.bin")), Path(sys.argv[1])))
+"""
+
+
+def test_what_the_hubs_own_cache_has_is_taken_without_a_network(tmp_path):
+    model = tmp_path / "hub" / "models--org--name"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / "main").write_text("a" * 40)
+    (model / "snapshots" / ("a" * 40)).mkdir(parents=True)
+    (model / "snapshots" / ("a" * 40) / "w.bin").write_bytes(b"weights")
+    done = subprocess.run(
+        [sys.executable, "-c", CACHED, str(tmp_path / "weights")],
+        env=os.environ | {"HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.stdout.strip() == str(tmp_path / "weights" / "m.t.bin"), done.stderr
+    assert (tmp_path / "weights" / "m.t.bin").read_bytes() == b"weights"
+
+
+def test_who_has_the_weights_is_asked_for_before_a_client_tries_for_a_minute(tmp_path):
+    """Nothing listens there; a library would try again and again."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}/w.pt"
+    message = (
+        r"the weights t of m .*\(127\.0\.0\.1 cannot be reached: .* and copy it to .*/m\.t\.pt"
+    )
+    with pytest.raises(ConnectionError, match=message):
+        find_weights("m", "t", Origin("", (address,)), tmp_path)
 
 
 def test_processes_that_fetch_one_file_at_once_all_succeed(tmp_path):

@@ -9,6 +9,7 @@ from wsgiref.util import setup_testing_defaults
 import numpy as np
 import pytest
 
+from jobs.sweep import main as sweep_job
 from next.config import RunConfig, override, to_toml
 from next.data.shards import open_manifest
 from next.training.assessment import Assessment
@@ -23,6 +24,7 @@ from next.tuning.settings import SweepConfig
 from next.tuning.space import describe_space, load_space
 from next.tuning.study import FILE, create_studies
 from next.tuning.summary import leaderboard, summarise
+from next.tuning.sweep import plan_resume
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = {
@@ -242,3 +244,48 @@ def test_a_sweep_without_a_score_has_no_report_yet(tmp_path, played):
     create_studies(folder / FILE, "new", {"val/mAP": "max"}, SWEEP)
     with pytest.raises(ValueError, match=r"no trial of new has reported a score yet"):
         report_sweep(folder)
+
+
+def test_the_list_of_sweeps_has_numbers_as_numbers(played, capsys):
+    assert sweep_job(["list", "--storage_path", str(played.parent), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["sweep"] == "played"
+    assert isinstance(row["score"], float)
+    assert isinstance(row["half_width"], float)
+    assert {type(row[name]) for name in ("of", "finished", "pruned", "failed")} == {int}
+    assert sweep_job(["list", "--storage_path", str(played.parent)]) == 0
+    assert f"score {row['score']:.4g}  " in capsys.readouterr().out
+
+
+def test_a_resume_can_be_rehearsed(played, capsys, tmp_path):
+    before = {path: path.read_bytes() for path in played.iterdir() if path.is_file()}
+    asked = ["resume", "played", "--storage_path", str(played.parent), "--dry-run", "--json"]
+    assert sweep_job([*asked, "--trials", "50"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["sweep"], plan["driver"], plan["trials"]) == ("played", "none", 50)
+    assert plan["finished"] > 0
+    assert plan["space_changed"] == []
+    changed = tmp_path / "experts.py"
+    body = (ROOT / "tune_spaces" / "experts.py").read_text()
+    changed.write_text(body.replace("model.structure.slots", "model.structure.experts"))
+    sweep_job([*asked, "--space", str(changed)])
+    assert json.loads(capsys.readouterr().out)["space_changed"]
+    assert {path: path.read_bytes() for path in played.iterdir() if path.is_file()} == before
+
+
+def test_a_sweep_goes_on_with_its_own_data_alone(played, tmp_path):
+    copy = tmp_path / "played"
+    shutil.copytree(played, copy)
+    (copy / "data.toml").write_text(f'digest = "{"a" * 64}"\n')
+    with pytest.raises(ValueError, match=r"sweep played was started with data of digest a{64}"):
+        plan_resume(copy)
+
+
+def test_what_others_have_published_stands_beside_the_winner(played):
+    known = {"NEXT (v4)": {"mAP": 82.4, "rank1": 86.6}}
+    page, written = report_sweep(played, published=known)
+    assert json.loads(written.read_text())["published"] == known
+    assert "published: NEXT (v4)" in page.read_text()
+    page, written = report_sweep(played)  # later, and without the card
+    assert json.loads(written.read_text())["published"] == known
+    assert "mAP 82.4, rank-1 86.6" in page.read_text()
