@@ -83,6 +83,8 @@ def launch(config: RunConfig) -> RunResult:
     config = resolve(settings_begun_with(config), manifest)
     if on_cluster():
         check_cluster(config)
+    elif config.scaling.num_workers == 1:
+        device(config)
     claim = check_claim(config, digest=manifest.digest)
     configure_torch(config)
     folder = claim.folder

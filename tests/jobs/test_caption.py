@@ -85,7 +85,7 @@ def test_thresholds_move_without_endpoint_and_key(demo_raw, models, tmp_path, mo
     monkeypatch.setenv("CAPTION_KEY", "sk-secret-123")
     with scripted(demo_raw) as server:
         file = models(server.url, names=["scripted-large"], api_key_env="CAPTION_KEY")
-        assert run(demo_raw, file, tmp_path / "out", "--budget.tokens", "300000", "--json") == 0
+        assert run(demo_raw, file, tmp_path / "out", "--budget.tokens", "301200", "--json") == 0
     first = json.loads(capsys.readouterr().out)
     monkeypatch.delenv("CAPTION_KEY")
     flags = ("--no-ask", "--merge.threshold", "0.95", "--rewrite", "scripted-large")

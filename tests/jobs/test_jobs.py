@@ -137,7 +137,8 @@ def test_the_demo_can_be_rehearsed(tmp_path):
 def test_a_name_that_the_locale_cannot_write_is_told_by_name(tmp_path):
     """Without Python's UTF-8 mode, which the C locale has otherwise."""
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    done = job("prepare", "--card", str(tmp_path / "caf\u00e9.toml"), home=tmp_path, **locale)
+    flags = ["--card", str(tmp_path / "caf\u00e9.toml"), "--source", "x", "--out", "y"]
+    done = job("prepare", *flags, home=tmp_path, **locale)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert re.search(r"error: .*caf\\udcc3\\udca9\.toml|caf\\xe9\.toml", done.stderr), done.stderr

@@ -87,7 +87,7 @@ def test_checkpoints_of_other_settings_or_data_are_refused_before_anything_start
         ValueError, match=r"(?s)checkpoints in .*kept/tiny are of another model.*experts: 2 -> 3"
     ):
         launch(override(tiny_config, apart | {"model.semantic.experts": 3}))
-    shutil.rmtree(tiny_config.run.storage_path)
+    assert not Path(tiny_config.run.storage_path).exists(), "a refused command writes nothing"
     resumed = launch(override(tiny_config, apart))
     assert resumed.outcome.losses == []
     logged = [row["step"] for row in read_metrics(resumed.folder) if "train/loss" in row["values"]]

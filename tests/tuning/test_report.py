@@ -267,9 +267,12 @@ def test_a_resume_can_be_rehearsed(played, capsys, tmp_path):
     assert plan["space_changed"] == []
     changed = tmp_path / "experts.py"
     body = (ROOT / "tune_spaces" / "experts.py").read_text()
-    changed.write_text(body.replace("model.structure.slots", "model.structure.experts"))
+    changed.write_text(
+        body.replace('"model.structure.slots", 1, 4', '"model.structure.slots", 1, 8')
+    )
     sweep_job([*asked, "--space", str(changed)])
-    assert json.loads(capsys.readouterr().out)["space_changed"]
+    (line,) = json.loads(capsys.readouterr().out)["space_changed"]
+    assert line == "model.structure.slots: whole number 1 to 4 -> whole number 1 to 8"
     assert {path: path.read_bytes() for path in played.iterdir() if path.is_file()} == before
 
 
