@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from next.addresses import redacted, require_no_secret, require_store, tracking_uri
 
 Fraction = float
 """A number in [0, 1]; the field states the bounds."""
@@ -59,6 +68,13 @@ class Section(BaseModel):
             for name, value in values.items()
         }
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _holds_no_secret(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            require_no_secret(value)
+        return value
+
 
 class DataConfig(Section):
     """What is read, and how it is laid out on this node."""
@@ -89,6 +105,13 @@ class DataConfig(Section):
     """Subtracted from pixel values in [0, 1], for every channel."""
     std: float = Field(default=0.5, gt=0)
     """Divides pixel values after the mean was subtracted."""
+
+    @field_validator("uri")
+    @classmethod
+    def _is_a_store(cls, uri: str | None) -> str | None:
+        if uri is not None:
+            require_store(uri)
+        return uri
 
 
 class BatchConfig(Section):
@@ -463,6 +486,13 @@ class CheckpointConfig(Section):
     patience_s: float = Field(default=600, ge=0)
     """Seconds for which one that cannot be written (disk full, storage away) is tried again."""
 
+    @field_validator("storage_path")
+    @classmethod
+    def _is_a_store(cls, path: str | None) -> str | None:
+        if path is not None:
+            require_store(path)
+        return path
+
 
 class RunSection(Section):
     """Named after ``ray.train.RunConfig``: where a run lives."""
@@ -483,7 +513,7 @@ class RunSection(Section):
         if "://" in self.storage_path:
             raise ValueError(
                 f"run.storage_path must be a local folder, which the journal is appended to, but "
-                f"got {self.storage_path}; set checkpoint.storage_path to that instead"
+                f"got {redacted(self.storage_path)}; set checkpoint.storage_path to that instead"
             )
         return self
 
@@ -508,6 +538,12 @@ class TrackingConfig(Section):
     every_steps: int = Field(default=20, ge=1)
     """Read the losses of so many optimizer steps from the device at once, log them, and end the run
     if one is not finite. Fewer: seen sooner, and a GPU is waited for more often."""
+
+    @model_validator(mode="after")
+    def _is_a_server(self) -> TrackingConfig:
+        if self.enabled and self.uri is not None:
+            tracking_uri(self.uri)
+        return self
 
 
 class RunConfig(Section):
@@ -729,11 +765,11 @@ def describe(error: ValidationError) -> str:
         where = ".".join(str(part) for part in problem["loc"])
         message = problem["msg"].removeprefix("Value error, ")
         came = problem["input"]
-        lines.append(
-            f"{where}: {message}, but got {came!r}"
-            if where and not isinstance(came, Mapping)
-            else message
-        )
+        if where and not isinstance(came, Mapping):
+            # An address may hold a secret; who refused it for that has said what came.
+            told = "" if "but got" in message else f", but got {redacted(repr(came))}"
+            message = f"{where}: {message}{told}"
+        lines.append(message)
     return "\n".join(lines)
 
 

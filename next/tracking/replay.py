@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+from next.addresses import tracking_uri
 from next.tracking.client import NotDelivered
 from next.tracking.delivery import Delivery
 from next.tracking.journal import FILE_NAME, Journal, Status, now, read_records
-from next.tracking.links import check_uri
 
 
 class Replay(NamedTuple):
@@ -38,7 +38,7 @@ def replay(folder: str | Path, uri: str) -> Replay:
         ValueError: a bad address.
         ConnectionError: the server cannot be reached or cannot take records now.
     """
-    folder, uri = Path(folder).absolute(), check_uri(uri)
+    folder, uri = Path(folder).absolute(), tracking_uri(uri)
     if not (folder / FILE_NAME).exists():
         raise FileNotFoundError(f"{folder} must be the folder of a run, but holds no {FILE_NAME}")
     below = sorted(path.parent for path in folder.rglob(FILE_NAME) if path.parent != folder)

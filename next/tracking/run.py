@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, SupportsFloat
 
+from next.addresses import tracking_uri
 from next.storage import write_whole
 from next.tracking.client import check_server, child_run_ids
 from next.tracking.delivery import Address, Delivery
@@ -38,7 +39,7 @@ from next.tracking.journal import (
     read_status,
     text_values,
 )
-from next.tracking.links import check_uri, compare_url, experiment_url, run_url
+from next.tracking.links import compare_url, experiment_url, run_url
 from next.tracking.publication import Publication
 from next.tracking.replay import Replay, replay
 from next.tracking.sender import Sender
@@ -319,7 +320,7 @@ def open_run(
     params, tags = text_values(params or {}), text_values(tags or {})
     for given in (*params, *tags):
         check_name(given)
-    uri = check_uri(uri) if uri is not None else None
+    uri = tracking_uri(uri) if uri is not None else None
     folder = Path(folder).absolute()
     publication = Publication(folder, store) if store is not None else None
     if publication is not None:
