@@ -22,6 +22,7 @@ from next.addresses import tracking_uri
 from next.storage import path_within, write_whole
 from next.tracking.client import check_server, connect, http_status, short_message
 from next.tracking.delivery import read_address
+from next.tracking.presence import require_answer
 from next.tracking.server import start_server
 
 CANDIDATE, CHAMPION = "candidate", "champion"
@@ -137,6 +138,7 @@ def register(
             f"tracking.model must be made of letters, digits and _ - ., but got {name!r}"
         )
     _refuse_pickles(folder)
+    require_answer(uri)
     write_whole(folder / "card.json", json.dumps(asdict(card), indent=2))
     with (
         registry_errors(uri),

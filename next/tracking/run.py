@@ -43,7 +43,7 @@ from next.tracking.links import compare_url, experiment_url, run_url
 from next.tracking.publication import Publication
 from next.tracking.replay import Replay, replay
 from next.tracking.sender import Sender
-from next.tracking.server import TrackingServer, start_server, view_command
+from next.tracking.server import TrackingServer, replay_command, start_server, view_command
 from next.tracking.system import SystemMonitor
 
 __all__ = [
@@ -58,6 +58,7 @@ __all__ = [
     "read_metrics",
     "read_status",
     "replay",
+    "replay_command",
     "run_url",
     "start_server",
     "view_command",
@@ -231,7 +232,8 @@ class Run:
         Args:
             status: how it ended.
             timeout: longest time to wait for the server in seconds; a server that has been away
-                for longer already is tried once more and not waited for.
+                for longer already is tried once more and not waited for, and one that takes
+                connections and does not answer costs 7 s the first time, 2 s from then on.
         """
         if self._closed:
             return
