@@ -19,6 +19,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
+from next.addresses import require_no_secret
 from next.config import RunConfig, load_recipe, override
 from next.data.benchmark import Benchmark, load_card
 from next.data.demo import VARIANTS, write_demo
@@ -57,9 +58,11 @@ def parse(job: type[Job], argv: Sequence[str], *, default: Job | None = None) ->
     """Read ``argv`` into ``job``; a wrong flag ends the process with code 2 and the near match.
 
     Raises:
-        ValueError: flags that are fine one by one but do not fit each other, or a folder that a
-            Ray job would not find or would lose (:func:`refuse_fleeting`).
+        ValueError: flags that are fine one by one but do not fit each other, a folder that a
+            Ray job would not find or would lose (:func:`refuse_fleeting`), or an address that
+            holds a secret.
     """
+    refuse_secrets(argv)
     settings: dict[str, Any] = {} if default is None else {"default": default}
     parsed = tyro.cli(
         job,
@@ -134,6 +137,20 @@ def refuse_fleeting(name: str, path: str | Path | None, *, buckets: bool = True)
         )
 
 
+def refuse_secrets(argv: Sequence[str]) -> None:
+    """Refuse a command line whose addresses hold a user, a password or a key.
+
+    Raises:
+        ValueError: one does; the flag is named, and the secret not repeated.
+    """
+    flag = "an address"
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if word.startswith("--"):
+            flag, word = name, value if equals else ""
+        require_no_secret(word, flag)
+
+
 def named_options(argv: Sequence[str], *names: str) -> dict[str, str]:
     """The values of single flags that decide the defaults of all others (``--card``)."""
     scout = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -150,9 +167,10 @@ def run_defaults(argv: Sequence[str]) -> RunConfig:
 
     Raises:
         ValueError: card and shards are of different benchmarks, a recipe does not fit, or the
-            shards are named by a relative path in a Ray job.
+            shards are named by a relative path in a Ray job, or an address holds a secret.
         FileNotFoundError: one of the files is missing.
     """
+    refuse_secrets(argv)
     named = named_options(argv, "card", "data", "recipe")
     refuse_fleeting("--data", named.get("data"))
     card = load_card(named["card"]) if "card" in named else None

@@ -24,6 +24,8 @@ from pydantic import (
     model_validator,
 )
 
+from next.addresses import redacted, require_no_secret, require_store, tracking_uri
+
 Fraction = float
 """A number in [0, 1]; the field states the bounds."""
 MOST_SEED = 2**62
@@ -76,6 +78,13 @@ class Section(BaseModel):
             for name, value in values.items()
         }
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _holds_no_secret(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            require_no_secret(value)
+        return value
+
 
 class DataConfig(Section):
     """What is read, and how it is laid out on this node."""
@@ -113,6 +122,13 @@ class DataConfig(Section):
         if modalities is not None and (not modalities or len(set(modalities)) < len(modalities)):
             raise ValueError("must name each modality once, and one at least")
         return modalities
+
+    @field_validator("uri")
+    @classmethod
+    def _is_a_store(cls, uri: str | None) -> str | None:
+        if uri is not None:
+            require_store(uri)
+        return uri
 
 
 class BatchConfig(Section):
@@ -487,6 +503,13 @@ class CheckpointConfig(Section):
     patience_s: float = Field(default=600, ge=0, le=1e9)
     """Seconds for which one that cannot be written (disk full, storage away) is tried again."""
 
+    @field_validator("storage_path")
+    @classmethod
+    def _is_a_store(cls, path: str | None) -> str | None:
+        if path is not None:
+            require_store(path)
+        return path
+
 
 class RunSection(Section):
     """Named after ``ray.train.RunConfig``: where a run lives."""
@@ -507,7 +530,7 @@ class RunSection(Section):
         if "://" in self.storage_path:
             raise ValueError(
                 f"run.storage_path must be a local folder, which the journal is appended to, but "
-                f"got {self.storage_path}; set checkpoint.storage_path to that instead"
+                f"got {redacted(self.storage_path)}; set checkpoint.storage_path to that instead"
             )
         return self
 
@@ -532,6 +555,12 @@ class TrackingConfig(Section):
     every_steps: int = Field(default=20, ge=1, le=10**12)
     """Read the losses of so many optimizer steps from the device at once, log them, and end the run
     if one is not finite. Fewer: seen sooner, and a GPU is waited for more often."""
+
+    @model_validator(mode="after")
+    def _is_a_server(self) -> TrackingConfig:
+        if self.enabled and self.uri is not None:
+            tracking_uri(self.uri)
+        return self
 
 
 class RunConfig(Section):
@@ -753,11 +782,11 @@ def describe(error: ValidationError) -> str:
         where = ".".join(str(part) for part in problem["loc"])
         message = problem["msg"].removeprefix("Value error, ")
         came = problem["input"]
-        lines.append(
-            f"{where}: {message}, but got {came!r}"
-            if where and not isinstance(came, Mapping)
-            else message
-        )
+        if where and not isinstance(came, Mapping):
+            # An address may hold a secret; who refused it for that has said what came.
+            told = "" if "but got" in message else f", but got {redacted(repr(came))}"
+            message = f"{where}: {message}{told}"
+        lines.append(message)
     return "\n".join(lines)
 
 

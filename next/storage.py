@@ -43,6 +43,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 import pyarrow as pa
 import pyarrow.fs
 
+from next.addresses import is_address, redacted, require_no_secret, require_store
 from next.config import near_matches
 
 CONNECT_SECONDS = 5.0
@@ -55,7 +56,6 @@ THREADS = 8
 """Files that are copied at a time."""
 _BLOCK = 8 * 2**20
 _DRAFT = re.compile(r"\..+\.[0-9a-f]{32}\.partial", re.DOTALL)
-_OPTIONS = ("endpoint_override", "scheme", "region")
 _MOUNTS = Path("/proc/self/mountinfo")
 _NETWORK = frozenset(
     ("nfs", "nfs4", "cifs", "smb3", "smbfs", "ceph", "glusterfs", "lustre", "gpfs", "beegfs", "afs")
@@ -67,6 +67,7 @@ _FULL = {
     errno.ENOSPC: "the disk is full; make room, or write elsewhere",
     errno.EDQUOT: "the quota is used up; make room, or write elsewhere",
 }
+_KEYS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 _REFUSED = ("ACCESS_DENIED", "SIGNATURE_DOES_NOT_MATCH", "INVALID_ACCESS_KEY_ID", "EXPIRED_TOKEN")
 """Arrow's names for what a server says to credentials, in the order of rising precision."""
 
@@ -387,7 +388,7 @@ class Folder:
         if refused:
             return PermissionError(
                 f"{name}: {self._endpoint()} refuses the credentials ({refused[-1]}); check "
-                f"AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and that they may read the bucket"
+                f"{_KEYS}, and that they may read the bucket"
             )
         return None
 
@@ -438,13 +439,14 @@ def open_folder(uri: str | Path) -> Folder:
     Raises:
         ValueError: the URI's scheme or one of its options is not known, or it holds credentials.
     """
-    if isinstance(uri, str) and uri.startswith("s3://"):
-        return _open_s3(uri)
-    if isinstance(uri, str) and "://" in uri:
+    if isinstance(uri, str) and is_address(uri):
+        require_store(uri)
+        if uri.startswith("s3://"):
+            return _open_s3(uri)
         try:
             filesystem, base = pa.fs.FileSystem.from_uri(uri)
         except pa.ArrowInvalid as error:
-            raise ValueError(f"{uri}: a local path or an s3:// URI is needed ({error})") from None
+            raise ValueError(f"{redacted(uri)} cannot be opened ({error})") from None
         local = isinstance(filesystem, pa.fs.LocalFileSystem)
         return Folder(filesystem, base.rstrip("/"), base if local else uri.rstrip("/"))
     path = os.path.abspath(os.path.expanduser(uri))
@@ -453,19 +455,9 @@ def open_folder(uri: str | Path) -> Folder:
 
 def _open_s3(uri: str) -> Folder:
     parts = urlsplit(uri)
-    if "@" in parts.netloc:
-        raise ValueError(
-            f"s3://...@{parts.netloc.rpartition('@')[2]}{parts.path}: a URI must not hold "
-            f"credentials, since it is logged and stored; set AWS_ACCESS_KEY_ID and "
-            f"AWS_SECRET_ACCESS_KEY"
-        )
     if not parts.netloc:
-        raise ValueError(f"{uri}: a bucket is needed, as in s3://bucket/prefix")
+        raise ValueError(f"{redacted(uri)}: a bucket is needed, as in s3://bucket/prefix")
     options = dict(parse_qsl(parts.query))
-    for name in options:
-        if name not in _OPTIONS:
-            close = near_matches(name, list(_OPTIONS)) or list(_OPTIONS)
-            raise ValueError(f"{uri}: there is no option {name!r}; did you mean {close[0]}?")
     endpoint = _endpoint(options)
     scheme, _, host = endpoint.rpartition("://")
     region = options.get("region") or os.environ.get("AWS_REGION")
@@ -486,13 +478,15 @@ def _open_s3(uri: str) -> Folder:
 
 
 def _endpoint(options: dict[str, str]) -> str:
-    """The endpoint with its scheme; empty: AWS itself."""
-    given = (
-        options.get("endpoint_override")
-        or os.environ.get("AWS_ENDPOINT_URL_S3")
-        or os.environ.get("AWS_ENDPOINT_URL")
-        or ""
-    )
+    """The endpoint with its scheme; empty: AWS itself.
+
+    Raises:
+        ValueError: a variable of the environment gives one that holds a secret.
+    """
+    given = options.get("endpoint_override", "")
+    for variable in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
+        if not given and (given := os.environ.get(variable, "")):
+            require_no_secret(given, variable, instead=_KEYS)
     if not given or "://" in given:
         return given.rstrip("/")
     return f"{options.get('scheme', 'https')}://{given}".rstrip("/")

@@ -14,17 +14,19 @@ SOURCES = sorted(
     for path in (ROOT / folder).rglob("*.py")
 )
 LEVEL = {
-    "config": 0,
-    "storage": 1,
-    "model": 2,
-    "data": 2,
-    "tracking": 2,
-    "evaluation": 3,
-    "captioning": 3,
-    "training": 4,
-    "tuning": 5,
-    "cli": 6,
-    "doctor": 6,
+    "addresses": 0,
+    "config": 1,
+    "storage": 2,
+    "local_ray": 3,
+    "model": 3,
+    "data": 3,
+    "tracking": 3,
+    "evaluation": 4,
+    "captioning": 4,
+    "training": 5,
+    "tuning": 6,
+    "cli": 7,
+    "doctor": 7,
 }
 HOMES = {
     "pyarrow": (
@@ -36,10 +38,12 @@ HOMES = {
     ),
     "mlflow": ("next/tracking/",),
     "ray": (
+        "next/local_ray.py",
         "next/training/assessment_workers.py",
         "next/training/cluster.py",
         "next/training/nodes.py",
         "next/training/relay.py",  # of workers.py, what Ray's controller loads without the network
+        "next/training/rendezvous.py",
         "next/training/workers.py",
         "next/tuning/",
         "next/captioning/pipeline.py",

@@ -364,10 +364,13 @@ def test_the_endpoint_may_stand_in_the_uri(s3, s3_server, monkeypatch):
 @pytest.mark.parametrize(
     ("uri", "message"),
     [
-        ("ftps://x", r"ftps://x: a local path or an s3:// URI is needed"),
+        ("ftps://x", r"must be a local path or an s3:// URI, but got ftps://x"),
         ("s3:///x", r"a bucket is needed, as in s3://bucket/prefix"),
-        ("s3://b/x?endpoint=h", r"no option 'endpoint'; did you mean endpoint_override\?"),
-        ("s3://key:topsecret@b/x", r"s3://\.\.\.@b/x: a URI must not hold credentials"),
+        (
+            "s3://b/x?endpoint=h",
+            r"but got 'endpoint' in s3://b/x.*; did you mean endpoint_override\?",
+        ),
+        ("s3://key:topsecret@b/x", r"must hold no user.*, but got s3://\*\*\*@b/x; set AWS_"),
     ],
 )
 def test_a_uri_that_cannot_be_opened_is_refused(uri, message):

@@ -19,6 +19,7 @@ import httpx2
 import openai
 from PIL import Image
 
+from next.addresses import reach_directly
 from next.captioning.attributes import Attribute
 from next.captioning.ledger import Status
 from next.captioning.models import ModelConfig
@@ -132,6 +133,7 @@ class Endpoint:
         self._random = random.Random()  # jitter only: nothing that is written depends on it
         self._pattern: httpx2.Request | None = None
         self._headers: list[tuple[str, str]] = []
+        reach_directly(model.base_url)
         # aiohttp's transport takes a third of the time of the default one.
         self._http = openai.DefaultAioHttpClient(
             timeout=model.timeout_s, event_hooks={"request": [self._keep_pattern]}

@@ -5,15 +5,24 @@ from __future__ import annotations
 import os
 import re
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
+from next.addresses import require_no_secret, server_address
 from next.captioning.attributes import validated
 from next.captioning.spending import Spending
 from next.config import Section, near_matches
+
+_KEY = "the variable that api_key_env names"
+_SECRET_NAME = re.compile(
+    r"^(?:token|key)$|api_?key|password|authorization|credential|secret$"
+    r"|(?:auth|access|secret)[_-]?(?:key|token)",
+    re.IGNORECASE,
+)
+_SECRET = re.compile(r"(?:sk-|Bearer )\S{4,}")
 
 
 class ModelConfig(Section):
@@ -62,10 +71,7 @@ class ModelConfig(Section):
     @field_validator("base_url")
     @classmethod
     def _is_a_url(cls, url: str) -> str:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("must be an http:// or https:// URL")
-        return url.rstrip("/")
+        return server_address(url, instead=_KEY)
 
     def settings(self) -> dict[str, Any]:
         """What decides an answer beside image, prompt and model."""
@@ -140,15 +146,24 @@ def _refuse_secrets(table: Any, where: str) -> None:
     """A key does not belong into the file; the message does not repeat it."""
     if not isinstance(table, dict):
         return
-    url = urlsplit(str(table.get("base_url", "")))
-    if url.username or url.password or url.query:
-        raise ValueError(
-            f"{where}: base_url must hold no user, password or query, as it is written to logs; "
-            f"give a key through the environment variable that api_key_env names"
-        )
+    require_no_secret(str(table.get("base_url", "")), f"{where}: base_url", instead=_KEY)
     name = table.get("api_key_env")
     if name is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", str(name)):
         raise ValueError(
             f"{where}: api_key_env must name an environment variable (capital letters), and not "
             f"hold the key itself"
         )
+    for name in _secrets(table.get("extra")):
+        raise ValueError(
+            f"{where}: extra.{name} must hold no key, since extra is written to the ledger; name "
+            f"the environment variable that holds it in api_key_env"
+        )
+
+
+def _secrets(fields: Any) -> Iterator[str]:
+    """Dotted names of the fields, at any depth, that hold a key by their name or their look."""
+    pairs = fields.items() if isinstance(fields, dict) else ()
+    for name, value in pairs:
+        if _SECRET_NAME.search(str(name)) or (isinstance(value, str) and _SECRET.match(value)):
+            yield str(name)
+        yield from (f"{name}.{inner}" for inner in _secrets(value))

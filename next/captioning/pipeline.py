@@ -10,7 +10,6 @@ since.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -35,6 +34,7 @@ from next.captioning.models import ModelConfig
 from next.captioning.source import FolderSource, Picture, ShardSource, Source
 from next.captioning.spending import LEASE_S, BudgetConfig, Grant, Purse, Spending
 from next.data.layout import Sample
+from next.local_ray import start_local_ray
 
 _T = TypeVar("_T")
 _Columns = Mapping[str, Any]
@@ -359,13 +359,5 @@ def _start_ray(workers: int) -> bool:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False)
         return True
-    ray.init(
-        address="local",
-        num_cpus=(os.cpu_count() or 1) + workers,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
-    with contextlib.suppress(OSError):  # Ray writes its secret readable by everybody
-        (Path.home() / ".ray" / "auth_token").chmod(0o600)
+    start_local_ray((os.cpu_count() or 1) + workers)
     return True

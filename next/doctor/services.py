@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+from next.addresses import is_loopback, redacted
 from next.config import RunConfig
 from next.data.shards import open_manifest, shard_damage
 from next.doctor.finding import Finding, Inquiry
@@ -26,7 +27,6 @@ _TIMEOUT = 4.0
 _READING_SECONDS = 3.0
 """How long shards are read and hashed; ``jobs/prepare.py --check`` reads all of them."""
 _DIGEST_TAG = "next.data_digest"
-_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 class Answer(NamedTuple):
@@ -69,8 +69,8 @@ def token(inquiry: Inquiry) -> Finding:
 
 def cluster(inquiry: Inquiry) -> Finding:
     """Whether the named cluster answers us, and runs our version of Ray."""
-    address = cluster_address()
-    if address is None:
+    address = redacted(cluster_address() or "")
+    if not address:
         return Finding(
             "cluster", "skipped", "neither RAY_API_SERVER_ADDRESS nor RAY_ADDRESS is set"
         )
@@ -107,7 +107,7 @@ def tracking(inquiry: Inquiry) -> Finding:
     remote = len(living_nodes() or []) > 1
     if not inquiry.config.tracking.enabled:
         return Finding("tracking", "skipped", "tracking.enabled is off")
-    if uri is None or urlsplit(uri).hostname in _LOOPBACK:
+    if uri is None or is_loopback(uri):
         if remote:
             return Finding(
                 "tracking",
@@ -259,7 +259,7 @@ def living_nodes() -> list[dict[str, Any]] | None:
 
 
 def _tracking_mend(uri: str, reason: str) -> str:
-    host = urlsplit(uri).netloc.rpartition("@")[2]
+    host = urlsplit(uri).netloc
     if "403" in reason or "Invalid Host" in reason:
         return f"mlflow server ... --allowed-hosts '{urlsplit(uri).hostname},{host}'"
     return f"curl {uri}/health  # is it up, and does this machine get through to it?"

@@ -6,7 +6,7 @@ import os
 import re
 from typing import TYPE_CHECKING, Any
 
-from next.tracking.links import check_uri
+from next.addresses import reach_directly, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -42,6 +42,7 @@ def connect(uri: str) -> MlflowClient:
     """
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
+    reach_directly(uri)
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=uri)
@@ -107,7 +108,7 @@ def child_run_ids(uri: str, experiment_id: str, parent_id: str) -> list[str]:
     """
     from mlflow.exceptions import MlflowException
 
-    client = connect(check_uri(uri))
+    client = connect(tracking_uri(uri))
     ids: list[str] = []
     token: str | None = ""
     while token is not None:
@@ -136,7 +137,7 @@ def check_server(uri: str) -> None:
     from mlflow.exceptions import MlflowException
 
     try:
-        connect(check_uri(uri)).search_experiments(max_results=1)
+        connect(tracking_uri(uri)).search_experiments(max_results=1)
     except MlflowException as error:
         reason = short_message(error)
         if http_status(error) == 401:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -92,6 +93,8 @@ class Delivery:
         self.address = read_address(folder)
         self._client: MlflowClient | None = None
         self._located = False
+        self._guard = threading.Lock()
+        self._given_up = False
         self._steps: dict[str, set[int]] = {}
         """Steps of each metric that the server has; of a shortened journal alone."""
 
@@ -133,6 +136,8 @@ class Delivery:
                     self._remember(replace(self.address, aside=kept))
         new = read_records(self.folder, self.address.delivered)
         for batch in _batches(takewhile(lambda entry: until is None or entry.end <= until, new)):
+            if self._given_up:
+                raise NotDelivered("the run is closed")
             refused = [] if self._send(batch) else self._refused(batch)
             taken += len(batch) - len(refused)
             self._remember(
@@ -144,6 +149,14 @@ class Delivery:
                 )
             )
         return taken
+
+    def give_up(self) -> None:
+        """Deliver no more, so that another may; a request that is under way changes nothing then.
+
+        May be called by another thread than the one that delivers.
+        """
+        with self._guard:
+            self._given_up = True
 
     def undelivered(self) -> int:
         """Number of records that the server does not have."""
@@ -322,13 +335,14 @@ class Delivery:
                 raise NotDelivered("the server has lost the run; it will be created again")
 
     def _remember(self, address: Address) -> None:
-        if address == self.address:
-            return
-        self.address = address
-        try:
-            write_whole(self.folder / "run.json", json.dumps(asdict(address)))
-        except OSError as error:  # a full disk; the records are then sent once more after a crash
-            _log.debug("run.json cannot be written: %s", error)
+        with self._guard:
+            if self._given_up or address == self.address:
+                return
+            self.address = address
+            try:
+                write_whole(self.folder / "run.json", json.dumps(asdict(address)))
+            except OSError as error:  # a full disk; the records are sent once more after a crash
+                _log.debug("run.json cannot be written: %s", error)
 
 
 def is_key(name: str) -> bool:

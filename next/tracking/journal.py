@@ -165,6 +165,7 @@ class Journal:
             raise
         self._fd: int | None = fd
         self._guard = threading.Lock()
+        self._syncing = threading.Lock()
         self._unwritten = bytearray()
         self._synced = self._size
         self._complained = False
@@ -184,25 +185,26 @@ class Journal:
             self._write(self._fd)
 
     def sync(self) -> None:
-        """Bring everything to the disk; does nothing if nothing is new."""
-        with self._guard:
-            if self._fd is None:
+        """Bring everything to the disk; does nothing if nothing is new or the journal is closed."""
+        with self._syncing:
+            with self._guard:
+                if self._fd is None:
+                    return
+                self._write(self._fd)
+                fd, size = self._fd, self._size
+            if size == self._synced:
                 return
-            self._write(self._fd)
-            fd, size = self._fd, self._size
-        if size == self._synced:
-            return
-        try:
-            os.fsync(fd)
-        except OSError as error:
-            self._complain(error)
-        else:
-            self._synced = size
+            try:
+                os.fsync(fd)
+            except OSError as error:
+                self._complain(error)
+            else:
+                self._synced = size
 
     def close(self) -> None:
-        """Bring everything to the disk and let another process write; ``sync`` may not run."""
+        """Bring everything to the disk and let another process write; again, it does nothing."""
         self.sync()
-        with self._guard:
+        with self._syncing, self._guard:
             if self._fd is not None:
                 fcntl.flock(self._fd, fcntl.LOCK_UN)  # a forked child would else keep it
                 os.close(self._fd)

@@ -4,27 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from urllib.parse import quote, urlencode, urlsplit
-
-
-def check_uri(uri: str) -> str:
-    """The tracking address without a slash at its end.
-
-    Raises:
-        ValueError: it is no ``http(s)://`` address, or holds a password.
-    """
-    parts = urlsplit(uri)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(
-            f"tracking.uri must be an http:// or https:// address of an MLflow server, but got "
-            f"{uri!r}; leave it unset to get a local server (workers never open a database file)"
-        )
-    if parts.username or parts.password:
-        raise ValueError(
-            "tracking.uri must not hold a user or a password, since it is written to files; set "
-            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
-        )
-    return uri.rstrip("/")
+from urllib.parse import quote, urlencode
 
 
 def experiment_url(uri: str, experiment_id: str) -> str:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from operator import ge, gt, le, lt
 from typing import Any, NamedTuple
 
+from next.addresses import tracking_uri
 from next.tracking.client import connect
-from next.tracking.links import check_uri
 from next.tracking.registry import (
     CANDIDATE,
     CARD,
@@ -68,7 +68,7 @@ def promote(
         )
     parsed = [_parse(text) for text in conditions]
     with registry_errors(uri):
-        client = connect(check_uri(uri))
+        client = connect(tracking_uri(uri))
         separator = "/" if alias.isdecimal() else "@"
         version = find_version(client, f"models:/{name}{separator}{alias}")
         champion = aliased(client, name, CHAMPION)

@@ -18,10 +18,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from next.addresses import tracking_uri
 from next.storage import path_within, write_whole
 from next.tracking.client import check_server, connect, http_status, short_message
 from next.tracking.delivery import read_address
-from next.tracking.links import check_uri
+from next.tracking.presence import require_answer
 from next.tracking.server import start_server
 
 CANDIDATE, CHAMPION = "candidate", "champion"
@@ -137,13 +138,14 @@ def register(
             f"tracking.model must be made of letters, digits and _ - ., but got {name!r}"
         )
     _refuse_pickles(folder)
+    require_answer(uri)
     write_whole(folder / "card.json", json.dumps(asdict(card), indent=2))
     with (
         registry_errors(uri),
         _mlflows_own_warnings_off(),
         tempfile.TemporaryDirectory() as parent,
     ):
-        client = connect(check_uri(uri))
+        client = connect(tracking_uri(uri))
         model = _write_model(Path(parent) / "model", folder, loader, inputs, width, requirements)
         client.log_artifacts(run_id, str(model), "model")
         try:
@@ -184,7 +186,7 @@ def fetch_model(uri: str, model: str, destination: Path, *, loader: str) -> Path
         from mlflow.artifacts import download_artifacts
         from mlflow.models import Model
 
-        version = find_version(connect(check_uri(uri)), model)
+        version = find_version(connect(tracking_uri(uri)), model)
         source = connect(uri).get_model_version_download_uri(version.name, str(version.version))
         local = Path(download_artifacts(source, dst_path=str(destination), tracking_uri=uri))
         flavour = Model.load(str(local / "MLmodel")).flavors.get("python_function", {})
@@ -314,7 +316,7 @@ def registry_server(uri: str | None, runs: str | Path) -> Iterator[str]:
     """
     if uri is not None:
         check_server(uri)
-        yield check_uri(uri)
+        yield tracking_uri(uri)
         return
     folder = Path(runs).absolute() / "mlflow"
     if not (folder / "mlflow.db").exists():

@@ -1,14 +1,26 @@
-"""Completing a run on a server after its process has ended."""
+"""Completing a run on a server after its process has ended.
+
+``python -m next.tracking.replay FOLDER --uri URI`` does it by hand, and ``--local FOLDER`` instead
+of an address starts the local server of that folder for it.
+"""
 
 from __future__ import annotations
 
+import argparse
+import logging
+import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
+from next.addresses import tracking_uri
 from next.tracking.client import NotDelivered
 from next.tracking.delivery import Delivery
 from next.tracking.journal import FILE_NAME, Journal, Status, now, read_records
-from next.tracking.links import check_uri
+from next.tracking.presence import require_answer
+from next.tracking.server import start_server
+
+_log = logging.getLogger(__name__)
 
 
 class Replay(NamedTuple):
@@ -38,9 +50,10 @@ def replay(folder: str | Path, uri: str) -> Replay:
         ValueError: a bad address.
         ConnectionError: the server cannot be reached or cannot take records now.
     """
-    folder, uri = Path(folder).absolute(), check_uri(uri)
+    folder, uri = Path(folder).absolute(), tracking_uri(uri)
     if not (folder / FILE_NAME).exists():
         raise FileNotFoundError(f"{folder} must be the folder of a run, but holds no {FILE_NAME}")
+    require_answer(uri)
     below = sorted(path.parent for path in folder.rglob(FILE_NAME) if path.parent != folder)
     whole = _replay_one(folder, uri)
     for run in below:
@@ -69,3 +82,26 @@ def _replay_one(folder: Path, uri: str) -> Replay:
         journal.close()
     assert delivery.address.run_id is not None
     return Replay(taken, len(delivery.address.aside), delivery.address.run_id)
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Bring the rest of a run, and of the runs below its folder, to MLflow."
+    )
+    parser.add_argument("folder", type=Path)
+    server = parser.add_mutually_exclusive_group(required=True)
+    server.add_argument("--uri", help="address of the server")
+    server.add_argument("--local", type=Path, help="folder of a local server, which is started")
+    given = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        with ExitStack() as stack:
+            uri = given.uri or stack.enter_context(start_server(given.local)).uri
+            done = replay(given.folder, uri)
+    except (OSError, RuntimeError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    _log.info("%d records delivered, %d refused, run %s", *done)
+
+
+if __name__ == "__main__":
+    _main()

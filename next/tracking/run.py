@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, SupportsFloat
 
+from next.addresses import tracking_uri
 from next.storage import write_whole
 from next.tracking.client import check_server, child_run_ids
 from next.tracking.delivery import Address, Delivery
@@ -38,11 +39,11 @@ from next.tracking.journal import (
     read_status,
     text_values,
 )
-from next.tracking.links import check_uri, compare_url, experiment_url, run_url
+from next.tracking.links import compare_url, experiment_url, run_url
 from next.tracking.publication import Publication
 from next.tracking.replay import Replay, replay
 from next.tracking.sender import Sender
-from next.tracking.server import TrackingServer, start_server, view_command
+from next.tracking.server import TrackingServer, replay_command, start_server, view_command
 from next.tracking.system import SystemMonitor
 
 __all__ = [
@@ -57,6 +58,7 @@ __all__ = [
     "read_metrics",
     "read_status",
     "replay",
+    "replay_command",
     "run_url",
     "start_server",
     "view_command",
@@ -230,7 +232,8 @@ class Run:
         Args:
             status: how it ended.
             timeout: longest time to wait for the server in seconds; a server that has been away
-                for longer already is tried once more and not waited for.
+                for longer already is tried once more and not waited for, and one that takes
+                connections and does not answer costs 7 s the first time, 2 s from then on.
         """
         if self._closed:
             return
@@ -319,7 +322,7 @@ def open_run(
     params, tags = text_values(params or {}), text_values(tags or {})
     for given in (*params, *tags):
         check_name(given)
-    uri = check_uri(uri) if uri is not None else None
+    uri = tracking_uri(uri) if uri is not None else None
     folder = Path(folder).absolute()
     publication = Publication(folder, store) if store is not None else None
     if publication is not None:

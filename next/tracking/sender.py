@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-import sys
 import threading
 import time
 
 from next.tracking.client import NotDelivered
 from next.tracking.delivery import Address, Delivery
 from next.tracking.journal import FILE_NAME, Journal
+from next.tracking.presence import hangs, is_silent, note_answer
 from next.tracking.publication import Publication, TakenOverError
+from next.tracking.server import replay_command
 
 _log = logging.getLogger(__name__)
 
@@ -24,6 +25,10 @@ _LONGEST_RETRY = 15.0
 """Seconds between attempts in the end."""
 _STARTING = 20.0
 """Seconds after which a server that does not answer is worth a warning."""
+_LOOK = 2.0
+"""Seconds for which a server is waited for before it is asked whether it answers at all."""
+_NEXT_LOOK = 0.2
+"""The same for one that hung when it was last asked."""
 
 
 class Sender:
@@ -55,7 +60,10 @@ class Sender:
         """The MLflow run; waits for it up to ``timeout`` seconds from when the server went away."""
         if self._delivery is None:
             return Address()
-        self._located.wait(max(timeout - self._away(), 0))
+        deadline = time.monotonic() + max(timeout - self._away(), 0)
+        while not self._located.wait(self._look(deadline)):
+            if time.monotonic() >= deadline or self._hangs():
+                break
         return self._delivery.address
 
     def publish(self) -> None:
@@ -73,12 +81,22 @@ class Sender:
                 self._unpublished = None
 
     def finish(self, timeout: float) -> None:
-        """Deliver the rest within ``timeout`` seconds, or say how to do it later."""
+        """Deliver the rest within ``timeout`` seconds, or say how to do it later.
+
+        A server that hangs is not waited for beyond :data:`_LOOK` and
+        :data:`next.tracking.presence.SILENT_SECONDS`. The journal is closed in any case.
+        """
         if self._away() > timeout:
             timeout = min(timeout, 3.0)
+        deadline = time.monotonic() + timeout
         self._finishing.set()
-        self._thread.join(timeout)
+        self._thread.join(self._look(deadline))
+        while self._thread.is_alive() and time.monotonic() < deadline and not self._hangs():
+            self._thread.join(self._look(deadline))
         self._given_up.set()
+        if self._delivery is not None:
+            self._delivery.give_up()  # the thread may still wait for an answer
+        self._journal.close()
         if self._unpublished is not None:
             _log.warning(
                 "the end of the journal in %s is not in the run's store (%s); opening the run "
@@ -87,13 +105,21 @@ class Sender:
             )
         left = self._delivery.undelivered() if self._delivery else 0
         if self._delivery and left:
-            folder, uri = str(self._delivery.folder), self._delivery.uri
+            folder, uri = self._delivery.folder, self._delivery.uri
             _log.warning(
-                "%d records of the run in %s are not on the tracking server; its %s has them. "
-                "Opening the run again delivers them, and so does: "
-                '%s -c "from next.tracking.run import replay; replay(%r, %r)"',
-                *(left, folder, FILE_NAME, sys.executable, folder, uri),
+                "%d records of the run in %s are not on the tracking server%s; its %s has them. "
+                "Opening the run again delivers them, and so does: %s",
+                *(left, folder, ", which does not answer" if is_silent(uri) else "", FILE_NAME),
+                replay_command(folder, uri),
             )
+
+    def _look(self, deadline: float) -> float:
+        """Seconds to wait before the server is asked whether it answers at all."""
+        hung = self._delivery is not None and is_silent(self._delivery.uri)
+        return max(min(deadline - time.monotonic(), _NEXT_LOOK if hung else _LOOK), 0)
+
+    def _hangs(self) -> bool:
+        return self._delivery is not None and hangs(self._delivery.uri)
 
     def _work(self) -> None:
         pause, fresh = 0.0, True
@@ -146,14 +172,17 @@ class Sender:
         try:
             self._delivery.locate()
             self._located.set()
+            note_answer(self._delivery.uri)
             until = None if self._publication is None else self._publication.published
             self._delivery.deliver(retry_aside=retry_aside, until=until)
         except NotDelivered as error:
-            self._note_absence(error)
+            if not self._given_up.is_set():
+                self._note_absence(error)
             return False
         except Exception:
             _log.exception("tracking failed unexpectedly and will try again; training goes on")
             return False
+        note_answer(self._delivery.uri)
         if self._warned:
             _log.warning("tracking: the server is back after %.0f s", self._away())
         self._away_since, self._warned = None, False

@@ -1,8 +1,9 @@
 """One local MLflow server for a folder, started by the driver and shared by who needs it.
 
 The server is a process group of its own (:mod:`next.tracking.serve`), so that Ctrl-C reaches the
-driver alone, which then still has a server to log its end to. It lives as long as somebody needs
-it: whoever starts or reuses it holds a shared ``flock`` on ``server.lease``, the server looks twice
+driver alone, which then still has a server to log its end to. One that is killed is started again,
+at its address, by whoever needs it, as long as they do. It lives as long as somebody needs it:
+whoever starts or reuses it holds a shared ``flock`` on ``server.lease``, the server looks twice
 a second whether that is gone, and ends. The kernel drops the lock with the process, so a driver
 that is killed takes its server along; ``atexit`` would miss a kill, and ``PR_SET_PDEATHSIG`` fires
 when the *thread* that started the server ends and cannot serve two drivers.
@@ -22,6 +23,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -33,6 +35,7 @@ import psutil
 from filelock import FileLock
 
 from next.storage import write_whole
+from next.tracking.presence import note_start
 
 _log = logging.getLogger(__name__)
 
@@ -44,6 +47,9 @@ _PROGRESS_SECONDS = 5.0
 _STOP_SECONDS = 10.0
 _PORT_SECONDS = 3.0
 _TAIL_LINES = 20
+_WATCH_SECONDS = 1.0
+_STARTS = 5
+"""How often a server that ends is started again."""
 _children: list[subprocess.Popen[bytes]] = []
 """Servers that this process started; one may outlive its share, while another process needs it."""
 
@@ -59,8 +65,11 @@ class TrackingServer:
         """Address for this machine's processes."""
         self.pid = pid
         """The serving process, which leads its own process group."""
+        self._port = port
         self._lease: int | None = lease
         self._child = child
+        self._closing = threading.Event()
+        self._watch = threading.Thread(target=self._keep, name="mlflow-watch", daemon=True)
 
     def wait(self, timeout: float = 120.0) -> TrackingServer:
         """Return when the server answers; progress is logged.
@@ -95,6 +104,9 @@ class TrackingServer:
         """Give the share back; the last one ends the server and waits for its end."""
         if self._lease is None:
             return
+        self._closing.set()
+        if self._watch.is_alive():
+            self._watch.join()
         if self._child is not None and self._child.poll() is not None:
             _log.warning("the MLflow server of %s had ended%s", self.folder, self._log_tail())
         with _start_lock(self.folder):
@@ -111,17 +123,62 @@ class TrackingServer:
             finally:
                 os.close(last)
 
+    def watch(self) -> None:
+        """Start it again from now on where it ends."""
+        self._watch.start()
+
     def __enter__(self) -> TrackingServer:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def _keep(self) -> None:
+        """Start the server again where it has ended, until this share is given back.
+
+        One that never served would not do so the next time either.
+        """
+        starts, served = 0, False
+        while not self._closing.wait(_WATCH_SECONDS):
+            if _is_running(self.pid):
+                served = served or _answers(self.uri)
+                continue
+            tail = self._log_tail()
+            if starts == _STARTS or not served:
+                _log.warning(
+                    "the MLflow server of %s has ended, after %d starts, and is not started again; "
+                    "what runs log meanwhile waits in their journals%s",
+                    *(self.folder, starts + 1, tail),
+                )
+                return
+            starts += 1
+            try:
+                with _start_lock(self.folder):
+                    pid = _running_pid(self.folder)
+                    if pid is None:  # nobody else was quicker
+                        note_start(self.uri)
+                        self._child = _launch(self.folder, self._port)
+                        pid = self._child.pid
+                    self.pid = pid
+            except (OSError, RuntimeError, ValueError) as error:
+                _log.warning(
+                    "the MLflow server of %s has ended and cannot be started again (%s); what "
+                    "runs log meanwhile waits in their journals%s",
+                    *(self.folder, error, tail),
+                )
+                return
+            _log.warning(
+                "the MLflow server of %s had ended, and was started again; nothing is lost%s",
+                *(self.folder, tail),
+            )
+
     def _log_tail(self) -> str:
         path = self.folder / "server.log"
         lines = (
             path.read_text(errors="replace", encoding="utf-8").splitlines() if path.exists() else []
         )
+        if not lines:
+            return ""
         return f"; the end of {path}:\n" + "\n".join(lines[-_TAIL_LINES:])
 
 
@@ -150,7 +207,12 @@ def start_server(folder: str | Path, *, wait: bool = True, port: int = 0) -> Tra
     try:
         fcntl.flock(lease, fcntl.LOCK_SH)
         with _start_lock(folder):
-            server = _running_server(folder, lease) or _launch(folder, lease, port)
+            server = _running_server(folder, lease)
+            if server is None:
+                child = _launch(folder, port)
+                at = int(_read_state(folder)["port"])
+                server = TrackingServer(folder, at, child.pid, lease, child)
+            server.watch()
     except BaseException:
         os.close(lease)
         raise
@@ -169,16 +231,34 @@ def view_command(folder: str | Path) -> str:
     return shlex.join(command)
 
 
+def replay_command(folder: str | Path, uri: str) -> str:
+    """The shell command that completes a run's journal on the server of ``uri``.
+
+    A local server ends with its driver, so the command starts it again.
+    """
+    folder = Path(folder).absolute()
+    stores = [parent / "mlflow" for parent in folder.parents]
+    local = [store for store in stores if uri == f"http://{_HOST}:{_read_state(store).get('port')}"]
+    server = ["--local", str(local[0])] if local else ["--uri", uri]
+    return shlex.join([sys.executable, "-m", "next.tracking.replay", str(folder), *server])
+
+
 def _running_server(folder: Path, lease: int) -> TrackingServer | None:
-    state = _read_state(folder)
-    pid, port = int(state.get("pid", 0)), int(state.get("port", 0))
-    if not pid or not _is_running(pid, state.get("started")):
+    pid = _running_pid(folder)
+    if pid is None:
         return None
     _log.info("MLflow already serves %s", folder)
-    return TrackingServer(folder, port, pid, lease, None)
+    return TrackingServer(folder, int(_read_state(folder)["port"]), pid, lease, None)
 
 
-def _launch(folder: Path, lease: int, port: int) -> TrackingServer:
+def _running_pid(folder: Path) -> int | None:
+    state = _read_state(folder)
+    pid = int(state.get("pid", 0))
+    return pid if pid and _is_running(pid, state.get("started")) else None
+
+
+def _launch(folder: Path, port: int) -> subprocess.Popen[bytes]:
+    """Start the process; ``server.json`` says where it listens."""
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     with _bind(port, int(_read_state(folder).get("port", 0)), folder) as listener:
@@ -201,21 +281,18 @@ def _launch(folder: Path, lease: int, port: int) -> TrackingServer:
     state = {"pid": child.pid, "port": port, "started": psutil.Process(child.pid).create_time()}
     write_whole(folder / "server.json", json.dumps(state))
     _log.info("MLflow is starting for %s", folder)
-    return TrackingServer(folder, port, child.pid, lease, child)
+    return child
 
 
 def _bind(port: int, last_time: int, folder: Path) -> socket.socket:
     """A bound socket; a server that starts again needs its port, since workers know the address."""
-    if port:
-        listener = _try_bind(port)
-        if listener is None:
-            raise ValueError(f"port {port} must be free, but another process has it; give another")
-        return listener
-    deadline = time.monotonic() + _PORT_SECONDS
-    while last_time and time.monotonic() < deadline:
-        if (listener := _try_bind(last_time)) is not None:
+    wanted, deadline = port or last_time, time.monotonic() + _PORT_SECONDS
+    while wanted and time.monotonic() < deadline:
+        if (listener := _try_bind(wanted)) is not None:
             return listener
         time.sleep(0.05)  # a killed server's threads hold its port until the last of them is gone
+    if port:
+        raise ValueError(f"port {port} must be free, but another process has it; give another")
     own = zlib.crc32(str(folder).encode())
     for number in range(len(_PORTS)):
         if (listener := _try_bind(_PORTS[(own + number) % len(_PORTS)])) is not None:
@@ -257,6 +334,13 @@ def _is_running(pid: int, started: float | None = None) -> bool:
         return False
 
 
+def _is_stopped(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+    except psutil.NoSuchProcess:
+        return False
+
+
 def _answers(uri: str) -> bool:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
@@ -270,7 +354,8 @@ def _end_server(folder: Path) -> None:
     """End the server of a folder, which may be a later one than the caller's own."""
     state = _read_state(folder)
     pid, started = int(state.get("pid", 0)), state.get("started")
-    for number in (signal.SIGTERM, signal.SIGKILL):
+    # One that was stopped (SIGSTOP) heeds no SIGTERM.
+    for number in (signal.SIGTERM, signal.SIGKILL)[_is_stopped(pid) :]:
         deadline = time.monotonic() + _STOP_SECONDS
         with suppress(ProcessLookupError):
             if pid and _is_running(pid, started):

@@ -17,7 +17,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from next.addresses import redacted
 from next.config import BackboneConfig, RunConfig, ScalingConfig
+from next.local_ray import start_local_ray
 from next.storage import Folder, open_folder
 
 _log = logging.getLogger(__name__)
@@ -53,24 +55,15 @@ def start_ray(cpus: float) -> None:
     Raises:
         ConnectionError: nothing answers at ``RAY_ADDRESS``.
     """
-    import ray
-
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if on_cluster():
+        import ray
+
         check_address(os.environ["RAY_ADDRESS"])
         ray.init(log_to_driver=False)
         return
-    ray.init(
-        address="local",
-        num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
-    token = Path.home() / ".ray" / "auth_token"
-    if token.exists():  # Ray writes its secret readable by everybody
-        token.chmod(0o600)
+    start_local_ray(max(os.cpu_count() or 1, math.ceil(cpus)))
 
 
 @contextmanager
@@ -135,8 +128,8 @@ def check_address(address: str) -> None:
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if not host or not port.isdigit():
         raise ValueError(
-            f"RAY_ADDRESS must be HOST:PORT (or auto), but got {address!r}; set it as `ray start "
-            f"--head` printed it, or unset it to use this machine alone"
+            f"RAY_ADDRESS must be HOST:PORT (or auto), but got {redacted(address)!r}; set it as "
+            f"`ray start --head` printed it, or unset it to use this machine alone"
         )
     try:
         socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()

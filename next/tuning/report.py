@@ -12,7 +12,7 @@ from next.evaluation.noise import Basis
 from next.training.assessment import Assessment
 from next.tuning.features import read_axes
 from next.tuning.folder import Standing, read_standing
-from next.tuning.page import Section, facts, gallery, table, text, write_page
+from next.tuning.page import Beside, Block, Facts, Gallery, Section, Table, Text, write_page
 from next.tuning.pictures import model_pictures, query_pictures, search_pictures
 from next.tuning.settings import AXES
 from next.tuning.summary import (
@@ -68,14 +68,14 @@ def report_sweep(
     written = write_summary(folder / "sweep.json", found, summary, test, published)
     sections = [
         Section("Leaderboard", _leaderboard(found, summary)),
-        Section("Search", gallery(search_pictures(found, summary))),
+        Section("Search", [Gallery(search_pictures(found, summary))]),
     ]
     for title, pictures in (
         ("Experts and missing modalities", model_pictures(found, summary)),
         ("The two best, query by query", query_pictures(found)),
     ):
         if pictures:
-            sections.append(Section(title, gallery(pictures)))
+            sections.append(Section(title, [Gallery(pictures)]))
     axes = _axes(found, summary)
     if axes is not None:
         sections.append(Section("Free axes: what only matters at evaluation", axes))
@@ -83,7 +83,7 @@ def report_sweep(
     if failed:
         rows = [(trial.name, trial.epochs, trial.error or "") for trial in failed]
         sections.append(
-            Section("Failed trials", table(["trial", "epochs", "why"], rows, words=(0, 2)))
+            Section("Failed trials", [Table(["trial", "epochs", "why"], rows, words=(0, 2))])
         )
     page = write_page(
         folder / "report.html",
@@ -122,7 +122,7 @@ def _basis(kept: Mapping[str, Any]) -> Basis:
 
 def _lead(
     found: Standing, summary: Summary, test: OnTest, published: Mapping[str, Mapping[str, float]]
-) -> str:
+) -> list[Block]:
     states = [trial.state for trial in found.trials]
     winner = next(s for s in found.settings if s.name == summary.winner)
     counts = ", ".join(
@@ -151,23 +151,22 @@ def _lead(
         (f"published: {name}", f"mAP {one['mAP']:.1f}, rank-1 {one['rank1']:.1f}")
         for name, one in published.items()
     ]
-    verdicts = "".join(
-        f'<p class="verdict {"yes" if verdict.separated else "no"}">{text(verdict)}</p>'
-        for verdict in summary.verdicts
-    )
+    blocks: list[Block] = [Facts(pairs)]
+    for verdict in summary.verdicts:
+        blocks.append(Text(str(verdict), f"verdict {'yes' if verdict.separated else 'no'}"))
     rests_on = "; ".join(filter(None, (summary.rests_on(), test.rests_on())))
     if rests_on:
-        verdicts += f"<p>{text(rests_on)}.</p>"
+        blocks.append(Text(f"{rests_on}."))
     if summary.advice():
-        verdicts += f'<p class="verdict no">{text(summary.advice())}</p>'
+        blocks.append(Text(summary.advice(), "verdict no"))
     how = _SCORES[found.sweep.task] + _HOW_THEY_ARE_COMPARED
-    return facts(pairs) + verdicts + f'<p class="note">{how}</p>'
+    return [*blocks, Text(how, "note")]
 
 
-def _leaderboard(found: Standing, summary: Summary) -> str:
+def _leaderboard(found: Standing, summary: Summary) -> list[Block]:
     shown = [setting for setting in found.settings if setting.runs][:60]
     extra = summary.others
-    rows, classes = [], []
+    rows, styles = [], []
     for place, setting in enumerate(shown, 1):
         score = "-" if setting.score is None else f"{summary.floor.level(setting):.4g}"
         half = spread_text(setting, summary.floor)
@@ -185,15 +184,16 @@ def _leaderboard(found: Standing, summary: Summary) -> str:
             )
         )
         is_winner = setting.name == summary.winner
-        classes.append("first" if is_winner else "" if setting.finished else "dim")
+        styles.append("first" if is_winner else "" if setting.finished else "dim")
     names = ["#", "trial", summary.metric, *extra, "seeds", "state", "epochs", *found.varied]
-    note = ""
+    blocks: list[Block] = [Table(names, rows, words=(1,), styles=styles)]
     if len(found.settings) > len(shown):
-        note = f'<p class="note">{len(found.settings) - len(shown)} more in sweep.json.</p>'
-    return table(names, rows, words=(1,), classes=classes) + note
+        left = len(found.settings) - len(shown)
+        blocks.append(Text(f"{left} more in sweep.json.", "note"))
+    return blocks
 
 
-def _axes(found: Standing, summary: Summary) -> str | None:
+def _axes(found: Standing, summary: Summary) -> list[Block] | None:
     run = next(trial for trial in found.trials if trial.name == summary.run)
     axes = read_axes(Path(run.folder) / AXES)
     if axes is None or "best" not in axes:
@@ -202,7 +202,7 @@ def _axes(found: Standing, summary: Summary) -> str | None:
     spread = "?" if math.isnan(half) else f"{half:.2g}"
     rows = [("as trained", axes["default"]), *((f"{i}.", r) for i, r in enumerate(axes["best"], 1))]
     columns = [name for name in axes["default"] if name != "val/mAP"]
-    choices = table(
+    choices = Table(
         ["", "val/mAP", *columns],
         [
             (label, f"{row['val/mAP']:.2f} ± {spread}", *(_value(row[name]) for name in columns))
@@ -210,7 +210,7 @@ def _axes(found: Standing, summary: Summary) -> str | None:
         ],
         words=range(2, 2 + len(columns)),
     )
-    by_axis = table(
+    by_axis = Table(
         ["axis", "value", "best val/mAP with it"],
         [
             (axis, value, f"{score:.2f} ± {spread}")
@@ -219,11 +219,11 @@ def _axes(found: Standing, summary: Summary) -> str | None:
         ],
         words=(0, 1),
     )
-    return (
-        f"<p>All {axes['choices']} choices, measured on the features of {text(run.name)}. The best "
-        "of so many is lucky: read it with the noise floor beside it.</p>"
-        f'<div class="grid"><div>{choices}</div><div>{by_axis}</div></div>'
+    told = (
+        f"All {axes['choices']} choices, measured on the features of {run.name}. The best of so "
+        f"many is lucky: read it with the noise floor beside it."
     )
+    return [Text(told), Beside([choices, by_axis])]
 
 
 def _value(value: Any) -> str:

@@ -24,11 +24,13 @@ from next.config import RunConfig, from_toml, override
 from next.data.shards import Manifest, open_manifest
 from next.evaluation.queries import measurable
 from next.storage import open_folder, require_own_disk
+from next.tracking.presence import hangs
 from next.tracking.run import (
     Run,
     open_run,
     read_status,
     replay,
+    replay_command,
     view_command,
 )
 from next.training.alignment import prepare_pairs
@@ -690,8 +692,17 @@ def _keep_best(winner: Trial, folder: Path, base: RunConfig) -> Path:
 def _complete_children(folder: Path, trials: list[Trial], tracked: dict[str, str | None]) -> None:
     """Mark the pruned trials, and bring what an actor could not before Tune ended it.
 
-    Those of a session that was killed before it came to this, too; each once.
+    Those of a session that was killed before it came to this, too; each once. Where the server
+    hangs, that is said once, and left to the next start or a replay.
     """
+    uri = tracked["uri"]
+    if uri is not None and hangs(uri):
+        _log.warning(
+            "the tracking server at %s takes connections but does not answer; what it lacks of the "
+            "trials is in their journals, and is delivered by: %s",
+            *(uri, replay_command(folder, uri)),
+        )
+        uri = None
     for trial in trials:
         child = folder / "trials" / trial.name
         complete = child / ".complete"
@@ -700,7 +711,7 @@ def _complete_children(folder: Path, trials: list[Trial], tracked: dict[str, str
         pruned = trial.state == "pruned"
         if pruned or read_status(child) == "RUNNING":
             run = open_run(
-                uri=tracked["uri"],
+                uri=uri,
                 experiment=str(tracked["experiment"]),
                 name=trial.name,
                 folder=child,
@@ -708,13 +719,14 @@ def _complete_children(folder: Path, trials: list[Trial], tracked: dict[str, str
                 tags={"next.pruned": "true"} if pruned else {},
             )
             run.close("FAILED" if trial.state == "failed" else "FINISHED")
-        elif tracked["uri"] is not None:
+        elif uri is not None:
             try:
-                replay(child, tracked["uri"])
+                replay(child, uri)
             except ConnectionError as error:  # its journal waits for the next start, or a replay
                 _log.warning("%s", error)
                 continue
-        complete.touch()
+        if uri == tracked["uri"]:
+            complete.touch()
 
 
 def _race(it: _Sweep) -> Repeat | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.tune.execution import class_cache
 
 from next.config import RunConfig, to_toml
 from next.training.cluster import on_cluster, require_room, start_ray
@@ -85,7 +86,7 @@ def run_trials(
                 verbose=0,
             ),
         )
-        with following(places, search.wanted):
+        with following(places, search.wanted), copying_no_credentials():
             tuner.fit()
         shutil.rmtree(folder / session, ignore_errors=True)  # the study is the record
 
@@ -104,6 +105,22 @@ def _ray(base: RunConfig, sweep: SweepConfig, progress: Progress) -> Iterator[No
         progress.enter(("ending Ray, " if started else "") + "completing the runs in MLflow")
         if started:
             ray.shutdown()
+
+
+@contextmanager
+def copying_no_credentials() -> Iterator[None]:
+    """Tune gives the trials of this block no keys of the driver's environment (``AWS_*``).
+
+    It would do so by Ray's runtime environment, which stands on a command line that every user of
+    the machine may read, and stays in Ray's logs. Trials on this machine inherit the environment;
+    other machines have their own credentials, as they have for runs of several workers.
+    """
+    keys = {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
+    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(keys)
+    try:
+        yield
+    finally:
+        class_cache.ENV_VARS_TO_PROPAGATE.update(keys)
 
 
 def _name(trial: Any) -> str:

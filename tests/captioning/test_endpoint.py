@@ -12,7 +12,7 @@ from next.captioning.endpoint import LARGEST_REPLY, Endpoint, data_url
 from next.captioning.models import ModelConfig
 from next.captioning.parsing import parse_answer
 from next.captioning.prompt import prompt_for
-from tests.captioning.scripted_endpoint import PERSONAS, Persona, Script, scripted
+from tests.captioning.scripted_endpoint import ERRORS, PERSONAS, Persona, Script, scripted
 
 LARGE = "scripted-large"
 
@@ -51,6 +51,18 @@ def probe(config):
             return endpoint.structured
 
     return asyncio.run(run())
+
+
+def test_a_proxy_of_the_environment_is_not_asked_for_what_is_on_this_machine(
+    demo_raw, person, pictures, monkeypatch
+):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "elsewhere.invalid")
+    with scripted(demo_raw) as server:
+        outcomes = ask(model(server.url), person, pictures[:1], probe=True)
+    assert {one.status for one in outcomes} == {"answered"}
 
 
 def test_answers_come_with_their_tokens(demo_raw, person, pictures):
@@ -133,21 +145,34 @@ def test_what_no_retry_can_mend_ends_the_run(demo_raw, person, pictures, trouble
         ask(model(server.url), person, pictures[:1])
 
 
+@pytest.mark.parametrize("kind", ["sk-", ""])
 def test_the_key_comes_from_the_environment_and_is_written_nowhere(
-    demo_raw, person, pictures, monkeypatch, caplog
+    demo_raw, person, pictures, monkeypatch, caplog, kind
 ):
-    monkeypatch.setenv("CAPTION_KEY", "sk-secret-123")
+    monkeypatch.setenv("CAPTION_KEY", f"{kind}secret-123")
     caplog.set_level(logging.DEBUG)
-    with scripted(demo_raw, Script(key="sk-secret-123")) as server:
+    with scripted(demo_raw, Script(key=f"{kind}secret-123")) as server:
         config = model(server.url, api_key_env="CAPTION_KEY")
         assert {one.status for one in ask(config, person, pictures)} == {"answered"}
-        assert server.stats.keys == {"sk-secret-123"}
-        monkeypatch.setenv("CAPTION_KEY", "sk-wrong-456")
+        assert server.stats.keys == {f"{kind}secret-123"}
+        monkeypatch.setenv("CAPTION_KEY", f"{kind}wrong-456")
         with pytest.raises(PermissionError, match="key in CAPTION_KEY was not accepted") as error:
             ask(config, person, pictures)
     written = caplog.text + str(error.value) + repr(config) + str(config.settings())
-    assert "sk-secret" not in written
-    assert "sk-wrong" not in written
+    assert "secret-123" not in written
+    assert "wrong-456" not in written
+
+
+@pytest.mark.parametrize("other", ["sk-other-123", "Bearer other-123"])
+def test_what_looks_like_a_key_of_somebody_else_is_not_repeated_either(
+    demo_raw, person, pictures, monkeypatch, other
+):
+    """A proxy's own key, in what it says of its trouble upstream."""
+    monkeypatch.setitem(ERRORS, "500", f"upstream refused {other}")
+    with scripted(demo_raw, Script(always="500")) as server:
+        [outcome] = ask(model(server.url, retries=0), person, pictures[:1])
+    assert "upstream refused" in outcome.reason
+    assert "other-123" not in outcome.reason
 
 
 def test_a_missing_key_is_an_error_before_anything_is_sent(monkeypatch):

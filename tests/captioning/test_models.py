@@ -29,9 +29,9 @@ def test_models_are_read_from_a_file(tmp_path):
     [
         ('"two"', '"one"', "'one' stands twice"),
         ("temperature", "temprature", "model two: temprature.*did you mean temperature"),
-        ("https://", "https://me:pass@", "must hold no user, password or query"),
-        ("v1/", "v1?key=1", "must hold no user, password or query"),
-        ("https://", "ftp://", "must be an http:// or https:// URL"),
+        ("https://", "https://me:pass@", "base_url must hold no user.*that api_key_env names"),
+        ("v1/", "v1?key=1", "base_url must hold no user.*that api_key_env names"),
+        ("https://", "ftp://", "base_url: must be an http:// or https:// address"),
         ("[[models]]", "[[model]]", "did you mean models|models is required"),
         ('"one"', "one", "is not valid TOML"),
     ],
@@ -49,6 +49,26 @@ def test_a_key_in_the_file_of_models_is_refused_and_not_repeated(tmp_path):
     with pytest.raises(ValueError, match="must name an environment variable") as error:
         load_models(tmp_path / "models.toml")
     assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        '{ api_key = "secret-123" }',
+        '{ extra_body = { Authorization = "secret-123" } }',
+        '{ user = "sk-secret-123" }',
+        '{ token = "secret-123" }',
+        '{ access_token = "secret-123" }',
+    ],
+)
+def test_a_key_among_the_further_fields_is_refused_as_the_ledger_would_hold_it(tmp_path, extra):
+    (tmp_path / "models.toml").write_text(MODELS.replace("{ top_p = 0.9 }", extra))
+    with pytest.raises(ValueError, match=r"extra\.\S+ must hold no key, since extra") as error:
+        load_models(tmp_path / "models.toml")
+    assert "secret" not in str(error.value)
+    fine = "{ prompt_cache_key = 'a', max_completion_tokens = 9, stop_token_ids = [1] }"
+    (tmp_path / "models.toml").write_text(MODELS.replace("{ top_p = 0.9 }", fine))
+    assert load_models(tmp_path / "models.toml")[1].settings()["prompt_cache_key"] == "a"
 
 
 def test_a_price_is_of_a_million_tokens():

@@ -63,6 +63,8 @@ def test_a_cluster_that_does_not_answer_is_found(monkeypatch):
     found = services.cluster(inquire())
     assert "nobody answers as a Ray head at http://127.0.0.1:1" in found.found
     assert "export RAY_API_SERVER_ADDRESS=" in found.mend
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://user:hunter2@127.0.0.1:1")
+    assert "http://***@127.0.0.1:1" in services.cluster(inquire()).found
 
 
 def test_more_workers_than_cores_share_them_and_missing_gpus_are_an_error():

@@ -1,6 +1,8 @@
 import json
 import logging
 import math
+import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from next.tracking import journal as journal_module
+from next.tracking.client import connect
 from next.tracking.delivery import read_address
 from next.tracking.journal import FILE_NAME, Artifact, Status, encode, read_metrics, read_records
-from next.tracking.run import check_name, child_run_ids, open_run, replay
+from next.tracking.run import check_name, child_run_ids, open_run, replay, start_server
 
 DEAD = "http://127.0.0.1:9"
 
@@ -202,7 +205,7 @@ def test_a_dead_server_costs_the_training_nothing_and_loses_nothing(
     run.close(timeout=1)
     assert time.monotonic() - begun < 2
     assert "206 records of the run" in caplog.text
-    assert f"replay('{run.folder}', '{DEAD}')" in caplog.text
+    assert f"-m next.tracking.replay {run.folder} --uri {DEAD}" in caplog.text
 
     result = replay(run.folder, server.uri)
     assert result.delivered == 206
@@ -221,6 +224,59 @@ def test_a_server_that_takes_connections_and_never_answers_holds_up_nothing(tmp_
         run.close(timeout=0.5)
         assert time.monotonic() - begun < 2
     assert in_journal(run.folder) == {("a", 1, "1.0"): 1}
+
+
+@pytest.mark.slow
+def test_a_server_that_hangs_costs_seconds_at_the_end_and_gets_everything_by_the_printed_command(
+    tmp_path, caplog
+):
+    store = tmp_path / "runs" / "mlflow"
+    with start_server(store) as local:
+        run = begin(local.uri, tmp_path / "runs" / "run")
+        run.log_metrics({"a": 1}, step=1)
+        run_id = run.run_id
+        assert run_id is not None
+        os.kill(local.pid, signal.SIGSTOP)
+        run.log_metrics({"a": 2}, step=2)
+        begun = time.monotonic()
+        run.close()
+        assert time.monotonic() - begun < 15, "7 s, and no request's whole time-out"
+        begun = time.monotonic()
+        with begin(local.uri, run.folder) as again:  # as the test scores are logged
+            again.log_metrics({"test/mAP": 3}, step=2)
+            assert again.run_id == run_id, "known from before"
+        assert time.monotonic() - begun < 10
+    assert "are not on the tracking server, which does not answer" in caplog.text
+    command = re.findall(r"and so does: (.*)", caplog.text)[-1]
+    assert command.endswith(f"-m next.tracking.replay {run.folder} --local {store}")
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.search(rf"\d+ records delivered, 0 refused, run {run_id}", done.stderr)
+    with start_server(store) as local:
+        client = connect(local.uri)
+        assert on_server(client, run_id) == in_journal(run.folder)
+        assert client.get_run(run_id).info.status == "FINISHED"
+
+
+def test_a_replay_by_hand_says_in_a_line_what_is_wrong(tmp_path):
+    command = [sys.executable, "-m", "next.tracking.replay", str(tmp_path), "--uri", DEAD]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: .* must be the folder of a run, but holds no .*\n", done.stderr)
+
+
+def test_a_proxy_of_the_environment_is_not_asked_for_what_is_on_this_machine(
+    server, client, tmp_path, monkeypatch
+):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, DEAD)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "elsewhere.invalid")
+    with begin(server.uri, tmp_path / "run") as run:
+        run.log_metrics({"a": 1}, step=1)
+        run.log_text("x", "x.txt")
+    assert on_server(client, run.run_id) == {("a", 1, "1.0"): 1}
+    assert os.environ["no_proxy"] == os.environ["NO_PROXY"] == "elsewhere.invalid,127.0.0.1"
 
 
 def test_another_server_gets_the_whole_run(server, client, tmp_path):

@@ -84,26 +84,53 @@ def test_the_start_does_not_touch_this_process(server):
 
 
 @pytest.mark.slow
-def test_a_server_killed_in_the_middle_comes_back_at_its_address_and_nothing_is_lost(tmp_path):
-    with start_server(tmp_path / "mlflow") as first:
-        with open_run(uri=first.uri, experiment="e", name="r", folder=tmp_path / "run") as run:
-            run.log_metrics({"train/loss": 1.0}, step=1)
-            run_id = run.run_id
-            os.killpg(first.pid, signal.SIGKILL)
-            assert wait_for_end(first.pid, 10)
-            run.log_metrics({"train/loss": 2.0}, step=2)
-            with start_server(tmp_path / "mlflow") as second:
-                assert second.uri == first.uri
-                assert second.pid != first.pid
-                run.log_metrics({"train/loss": 3.0}, step=3)
-                run.close()
-                history = connect(second.uri).get_metric_history(run_id, "train/loss")
-                assert connect(second.uri).get_run(run_id).info.status == "FINISHED"
-        assert answers(first.uri)
-    assert not answers(first.uri)
+def test_a_server_that_is_killed_is_started_again_at_its_address_and_nothing_is_lost(
+    tmp_path, caplog
+):
+    with (
+        start_server(tmp_path / "mlflow") as server,
+        open_run(uri=server.uri, experiment="e", name="r", folder=tmp_path / "run") as run,
+    ):
+        run.log_metrics({"train/loss": 1.0}, step=1)
+        run_id, first = run.run_id, server.pid
+        time.sleep(1.5)  # that it has served was seen by then
+        os.killpg(first, signal.SIGKILL)
+        assert wait_for_end(first, 10)
+        run.log_metrics({"train/loss": 2.0}, step=2)
+        deadline = time.monotonic() + 120
+        while not answers(server.uri) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert server.pid != first
+        with start_server(tmp_path / "mlflow") as second:
+            assert (second.uri, second.pid) == (server.uri, server.pid), "shared, as before"
+        run.log_metrics({"train/loss": 3.0}, step=3)
+        run.close(timeout=60)
+        history = connect(server.uri).get_metric_history(run_id, "train/loss")
+        assert connect(server.uri).get_run(run_id).info.status == "FINISHED"
+    assert not answers(server.uri)
+    assert "had ended, and was started again; nothing is lost" in caplog.text
     logged = [(line["step"], line["values"]["train/loss"]) for line in read_metrics(run.folder)]
     assert sorted((metric.step, metric.value) for metric in history) == logged
     assert len(logged) == 3
+
+
+def test_a_server_that_is_stopped_is_ended_all_the_same(tmp_path):
+    with start_server(tmp_path, wait=False) as server:
+        os.kill(server.pid, signal.SIGSTOP)
+        begun = time.monotonic()
+    assert time.monotonic() - begun < 8, "SIGTERM is not waited for"
+    assert not is_alive(server.pid)
+
+
+def test_a_server_that_never_served_is_not_started_again(tmp_path, caplog):
+    with start_server(tmp_path, wait=False) as server:
+        first = server.pid
+        os.killpg(first, signal.SIGKILL)
+        deadline = time.monotonic() + 30
+        while "is not started again" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert server.pid == first
+    assert "after 1 starts, and is not started again; what runs log meanwhile waits" in caplog.text
 
 
 def test_a_killed_driver_takes_its_server_along(tmp_path):

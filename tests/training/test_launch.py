@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import select
 import shutil
+import signal
 import socket
 import socketserver
 import subprocess
@@ -18,7 +20,7 @@ import torch
 
 from next.config import override
 from next.data.shards import open_manifest
-from next.tracking.run import read_metrics
+from next.tracking.run import read_metrics, start_server
 from next.training.checkpoint import load_network
 from next.training.folder import claim_folder
 from next.training.inputs import resolve
@@ -161,6 +163,33 @@ def test_a_storage_that_is_gone_for_thirty_seconds_changes_nothing(
     assert result.assessment.metrics == undisturbed.assessment.metrics
     steps = [row["step"] for row in read_metrics(result.folder) if "train/loss" in row["values"]]
     assert steps == list(range(1, result.outcome.step + 1))
+
+
+@pytest.mark.slow
+def test_a_run_whose_tracking_server_hangs_has_its_test_scores_and_says_how_to_deliver_the_rest(
+    tiny_config, caplog
+):
+    config = override(tiny_config, {"tracking.enabled": True, "optim.epochs": 6})
+    store = Path(config.run.storage_path, "mlflow")
+
+    def stop_the_server() -> None:
+        while not Path(config.run.storage_path, "tiny", "run.json").exists():
+            time.sleep(0.01)  # so that it has answered this process
+        os.kill(json.loads((store / "server.json").read_text())["pid"], signal.SIGSTOP)
+
+    with start_server(store):  # or it would be stopped while it makes its database
+        stopping = threading.Thread(target=stop_the_server)
+        stopping.start()
+        result = launch(config)
+        stopping.join()
+    stored = json.loads((result.folder / "result.json").read_text())
+    assert stored["test"] == result.assessment.metrics
+    logged = {name for row in read_metrics(result.folder) for name in row["values"]}
+    assert "test/mAP" in logged
+    assert "must have one writer" not in caplog.text
+    assert "are not on the tracking server, which does not answer" in caplog.text
+    command = re.findall(r"and so does: (.*)", caplog.text)[-1]
+    assert command.endswith(f"-m next.tracking.replay {result.folder} --local {store}")
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,22 @@ def test_the_page_is_small_whole_and_shows_every_score_with_its_spread(played):
     assert json.dumps(answer).find("NaN") < 0
 
 
+def test_what_a_trials_files_say_is_shown_and_never_part_of_the_page(played, tmp_path):
+    folder = tmp_path / "played"
+    shutil.copytree(played, folder)
+    found = read_standing(folder)
+    own = folder / "trials" / summarise(found.settings, found.objectives).run
+    axes = json.loads((own / AXES).read_text())
+    script = "<script>alert(1)</script>"
+    axes |= {"choices": script, "by_axis": {script: {script: 1.0}}}
+    axes["best"][0]["captions.evaluation"] = script
+    (own / AXES).write_text(json.dumps(axes))
+    page, _ = report_sweep(folder)
+    text = page.read_text()
+    assert "<script" not in text
+    assert text.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 4
+
+
 def test_what_the_test_scores_rest_on_is_told_now_and_by_later_reports(played, tmp_path):
     folder = tmp_path / "played"
     shutil.copytree(played, folder)
