@@ -33,7 +33,10 @@ def test_prepare_writes_the_same_shards_as_one_machine_does(prepared, demo_shard
 def test_the_doctor_finds_nothing_that_stands_in_the_way(cluster, recipe):
     [line] = re.findall(r"^python jobs/doctor.*$", commands("submit"), re.MULTILINE)
     submit = commands("submit")
-    done = cluster.services.machine.run(submit[: submit.index(line)] + line, 100)
+    for _ in range(5):  # it gives each check seconds, and this machine may be busy
+        done = cluster.services.machine.run(submit[: submit.index(line)] + line, 200)
+        if done.returncode == 0:
+            break
     assert done.returncode == 0, done.stdout
     assert "ok    capacity" in done.stdout
     assert "the cluster's 3 nodes" in done.stdout
@@ -128,6 +131,6 @@ def test_mlflow_of_the_page_answers_on_the_head(cluster):
     server = cluster.head.start(commands("mlflow"))
     url = f"http://{cluster.head.address}:5000/health"
     wait_for(
-        "MLflow", lambda: cluster.services.answers(url), 120, lambda: cluster.head.said(server)
+        "MLflow", lambda: cluster.services.answers(url), 400, lambda: cluster.head.said(server)
     )
     end_tree(server.pid)
