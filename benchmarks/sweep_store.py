@@ -16,10 +16,10 @@ from typing import Any
 from sweep_overhead import EPOCHS, OUT, SPACE, demo_settings
 
 from next.config import RunConfig, override, to_toml
+from next.lease import Lease
 from next.storage import open_folder
 from next.tuning.folder import write_record
 from next.tuning.home import Home
-from next.tuning.lease import Lease
 from next.tuning.record import StoredRecord
 from next.tuning.settings import SweepConfig
 from next.tuning.space import load_space

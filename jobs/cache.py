@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from next.cli import parse, run_job
 from next.data.cache import CacheEntry, cache_root, clean_up, contents
+from next.lease import Lease
+from next.storage import open_folder
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,11 @@ def main(argv: Sequence[str]) -> int:
     if job.limit is not None and job.limit < 0:
         raise ValueError(f"--limit must be 0 or more gigabytes, but got {job.limit:g}")
     root = cache_root(job.cache)
-    removed = [] if job.limit is None else clean_up(root, job.limit, dry_run=job.dry_run)
+    removed: list[CacheEntry] = []
+    if job.limit is not None:
+        cleaning = Lease(open_folder(root), "the folder of caches", does="cleaned up", within=True)
+        with nullcontext() if job.dry_run else cleaning:
+            removed = clean_up(root, job.limit, dry_run=job.dry_run)
     entries = contents(root)
     if job.json:
         answer = {"root": str(root), "entries": entries, "removed": removed}
@@ -67,4 +74,4 @@ def _plain(value: object) -> object:
 
 
 if __name__ == "__main__":
-    run_job(main)
+    run_job(main, kept="what was removed is gone")

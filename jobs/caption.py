@@ -40,6 +40,8 @@ from next.data.benchmark import Benchmark, load_card
 from next.data.images import OnBad
 from next.data.ingest import ScanOptions
 from next.data.shards import open_manifest
+from next.lease import Lease
+from next.storage import open_folder
 
 WIDTH = 160
 """Columns of a table that goes to a file or a pipe."""
@@ -143,7 +145,11 @@ def run(argv: Sequence[str]) -> int:
     labels = None if job.labels is None else load_labels(job.labels, captioner.schema)
     calibration = None if job.calibration is None else Calibration.load(job.calibration)
     out = job.out or Path()
-    with Ledger(job.ledger or out / "ledger", look=job.dry_run) as ledger:
+    writing = Lease(open_folder(out), "a folder of captions", within=True)
+    with (
+        nullcontext() if job.dry_run else writing,
+        Ledger(job.ledger or out / "ledger", look=job.dry_run) as ledger,
+    ):
         if job.dry_run:
             show_plan(captioner.plan(ledger), as_json=job.json)
             return 0
@@ -372,4 +378,4 @@ def _attributes(report: QualityReport) -> Table:
 
 
 if __name__ == "__main__":
-    run_job(main)
+    run_job(main, kept="every answer that came is kept in the ledger")

@@ -95,4 +95,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_job(main)
+    run_job(main, kept="what was drawn and prepared is kept")

@@ -226,4 +226,4 @@ def as_json(matrix: MissingMatrix) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_job(main)
+    run_job(main, kept="the pictures that were drawn are kept")

@@ -192,16 +192,11 @@ def _runner(workers: int) -> Iterator[Run | None]:
     if workers == 0:
         yield None
         return
-    import ray
-
     from next.data.distribution import run_on_ray
-    from next.training.cluster import start_ray
+    from next.training.cluster import connected
 
-    start_ray(workers)
-    try:
+    with connected(workers):
         yield partial(run_on_ray, workers=workers)
-    finally:
-        ray.shutdown()
 
 
 def _look(job: PrepareJob, looks: Sequence[str]) -> int:
@@ -387,4 +382,4 @@ def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    run_job(main)
+    run_job(main, kept="the shards that were finished are kept beside --out")

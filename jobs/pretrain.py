@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,18 +29,13 @@ def main(argv: Sequence[str]) -> int:
     if job.out is not None and job.out.suffix != ".safetensors":
         raise ValueError(f"--out must end in .safetensors, but got {job.out}")
     # What trains is imported once the command line is known to be right: it takes five seconds.
-    from next.training.interruption import INTERRUPTED, Interrupted
     from next.training.pretraining import plan_pretraining, pretrain
 
     if job.dry_run:
         plan = plan_pretraining(config)
         print(json.dumps(asdict(plan)) if job.json else "\n".join(plan.lines()))
         return 0
-    try:
-        made = pretrain(config, job.out)
-    except Interrupted as interrupted:
-        sys.stderr.write(f"{interrupted}\n")
-        return INTERRUPTED
+    made = pretrain(config, job.out)
     if job.json:
         print(json.dumps(asdict(made)))
         return 0

@@ -82,4 +82,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_job(main)
+    run_job(main, kept="the registry has what was done so far")

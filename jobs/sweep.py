@@ -19,6 +19,7 @@ from next.tuning.settings import SweepConfig
 from next.tuning.space import load_space
 
 if TYPE_CHECKING:
+    from next.tuning.results import State
     from next.tuning.sweep import SweepResult
 
 _USAGE = """usage: sweep.py {start,resume,report,list} ...
@@ -30,6 +31,8 @@ _USAGE = """usage: sweep.py {start,resume,report,list} ...
 
 Each takes --help. Optuna's dashboard shows a sweep's study: optuna-dashboard sqlite:///FOLDER/study.db
 """
+
+_STATES: tuple[State, ...] = ("finished", "pruned", "failed", "running", "waiting")
 
 _Name = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
 
@@ -234,7 +237,7 @@ def _row(folder: Path) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         return {"sweep": folder.name, "error": str(error)}
     states = [trial.state for trial in found.trials]
-    counts = {state: states.count(state) for state in ("finished", "pruned", "failed", "running")}
+    counts: dict[str, int] = {state: states.count(state) for state in _STATES}
     row: dict[str, Any] = {
         "sweep": folder.name,
         "of": found.sweep.trials,

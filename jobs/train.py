@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,14 +40,9 @@ def _rehearse(job: TrainJob, config: RunConfig) -> int:
 
 
 def _train(job: TrainJob, config: RunConfig) -> int:
-    from next.training.interruption import INTERRUPTED, Interrupted
     from next.training.launch import launch
 
-    try:
-        result = launch(config)
-    except Interrupted as interrupted:
-        sys.stderr.write(f"{interrupted}\n")
-        return INTERRUPTED
+    result = launch(config)
     scores = result.assessment.metrics | {"val/mAP": result.outcome.best}
     if job.json:
         found = {

@@ -25,6 +25,7 @@ from next.data.benchmark import Benchmark, load_card
 from next.data.demo import VARIANTS, write_demo
 from next.data.ingest import prepare
 from next.data.shards import open_manifest
+from next.stopping import INTERRUPTED, LostRayError, Stopped, heeding, lost_ray
 
 USER_ERROR = 2
 """Exit code of a run that did not start because of what the user gave."""
@@ -295,11 +296,17 @@ def demo_card(variant: str) -> Benchmark:
     return card if variant == "demo" else card.model_copy(update={"name": f"demo-{variant}"})
 
 
-def run_job(main: Callable[[Sequence[str]], int]) -> None:
+def run_job(main: Callable[[Sequence[str]], int], kept: str = "nothing is half written") -> None:
     """Call a job's ``main`` with the command line and end the process with its exit code.
 
     What a user can mend (``ValueError``, ``OSError``) is printed as its message alone, with code 2;
-    everything else is a failure of the run: code 1, with the traceback.
+    everything else is a failure of the run: code 1, with the traceback. SIGTERM and Ctrl-C end a
+    job with code 75 and a line that says what is kept and how to go on.
+
+    Args:
+        main: gets the command line, gives the exit code.
+        kept: what is kept of a job that is stopped, where ``main`` does not say it by
+            :class:`next.stopping.Stopped`.
     """
     # What a terminal's encoding lacks is shown by its code; a name must not end the job.
     for stream in (sys.stdout, sys.stderr):
@@ -313,23 +320,33 @@ def run_job(main: Callable[[Sequence[str]], int]) -> None:
         stream=sys.stderr,
     )
     logging.getLogger("next").setLevel(logging.INFO)
-    try:
-        code = main(sys.argv[1:])
-    except UnicodeError as error:
-        sys.stderr.write(f"error: {_unreadable(error)}\n")
-        logging.getLogger(__name__).debug("%s", traceback.format_exc())
-        code = USER_ERROR
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        logging.getLogger(__name__).debug("%s", traceback.format_exc())
-        code = USER_ERROR
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        code = 130
-    except Exception:
-        sys.stderr.write(traceback.format_exc())
-        code = FAILURE
+    stopped = f"stopped; {kept}, and the same command goes on"
+    with heeding() as asked:
+        try:
+            code = main(sys.argv[1:])
+        except Stopped as error:
+            code = _end(f"{error}", INTERRUPTED)
+        except LostRayError as error:
+            code = _end(f"error: {error}", FAILURE)
+        except KeyboardInterrupt:
+            lost = lost_ray()
+            code = (
+                _end(stopped, INTERRUPTED)
+                if lost is None
+                else _end(f"error: {lost}; {kept}, and the same command goes on", FAILURE)
+            )
+        except Exception as error:
+            if asked.is_set():  # an import or a library made it of the signal
+                code = _end(stopped, INTERRUPTED)
+            elif isinstance(error, UnicodeError):
+                code = _end(f"error: {_unreadable(error)}", USER_ERROR)
+            elif isinstance(error, ValueError | OSError):
+                code = _end(f"error: {error}", USER_ERROR)
+            else:
+                code = _end(traceback.format_exc().rstrip(), FAILURE)
     sys.stdout.flush()
+    if lost_ray() is not None:
+        os._exit(code)  # what Ray does at exit would wait for the processes that are gone
     sys.exit(code)
 
 
@@ -343,6 +360,13 @@ def _unreadable(error: UnicodeError) -> str:
             f"export PYTHONUTF8=1, or LC_ALL=C.UTF-8"
         )
     return f"{ascii(about)[:300]}: {error}; rename the file, or write it as UTF-8"
+
+
+def _end(said: str, code: int) -> int:
+    sys.stderr.write(f"{said}\n")
+    sys.stderr.flush()
+    _log.debug("%s", traceback.format_exc())
+    return code
 
 
 def _underscored(word: str) -> str:

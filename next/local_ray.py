@@ -20,15 +20,17 @@ _LOCK_SECONDS = 60.0
 
 
 def start_local_ray(cpus: int) -> None:
-    """Start Ray on loopback; who needs it must end it with ``ray.shutdown``.
+    """Start Ray on loopback; who needs it must end it with :func:`next.session.end_ray`.
 
     Args:
         cpus: logical CPUs that it declares.
     """
     import ray
 
+    from next.session import beginning
+
     make_token()
-    with _on_loopback():
+    with _on_loopback(), beginning():
         ray.init(
             address="local",
             num_cpus=cpus,

@@ -118,12 +118,17 @@ class Folder:
         """
         return {path: info.size for path, info in self.infos(below).items()}
 
-    def infos(self, below: str = "") -> dict[str, Any]:
-        """The same with ``pyarrow.fs.FileInfo``: ``size`` and ``mtime_ns``."""
+    def infos(self, below: str = "", *, deep: bool = True) -> dict[str, Any]:
+        """The same with ``pyarrow.fs.FileInfo``: ``size`` and ``mtime_ns``.
+
+        Args:
+            below: folder to look into.
+            deep: at any depth, or files directly in it alone.
+        """
         root = self._path(below)
         with self._errors(below):
             try:
-                found = self.filesystem.get_file_info(pa.fs.FileSelector(root, recursive=True))
+                found = self.filesystem.get_file_info(pa.fs.FileSelector(root, recursive=deep))
             except (FileNotFoundError, NotADirectoryError):
                 raise FileNotFoundError(
                     f"{self._name(below)}: there is no such folder{self._neighbours(below)}"

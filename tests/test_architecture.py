@@ -15,18 +15,21 @@ SOURCES = sorted(
 )
 LEVEL = {
     "addresses": 0,
+    "stopping": 0,
     "config": 1,
     "storage": 2,
-    "local_ray": 3,
-    "model": 3,
-    "data": 3,
-    "tracking": 3,
-    "evaluation": 4,
-    "captioning": 4,
-    "training": 5,
-    "tuning": 6,
-    "cli": 7,
-    "doctor": 7,
+    "lease": 3,
+    "session": 4,
+    "local_ray": 5,
+    "model": 5,
+    "data": 5,
+    "tracking": 5,
+    "evaluation": 6,
+    "captioning": 6,
+    "training": 7,
+    "tuning": 8,
+    "cli": 9,
+    "doctor": 9,
 }
 HOMES = {
     "pyarrow": (
@@ -39,6 +42,7 @@ HOMES = {
     "mlflow": ("next/tracking/",),
     "ray": (
         "next/local_ray.py",
+        "next/session.py",
         "next/training/assessment_workers.py",
         "next/training/cluster.py",
         "next/training/nodes.py",

@@ -16,6 +16,7 @@ from next.cli import (
 )
 from next.config import RunConfig
 from next.data.benchmark import load_card
+from next.stopping import Stopped
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,12 @@ def test_card_and_shards_of_two_benchmarks_are_refused(demo_shards):
     [
         (ValueError("optim.lr must be positive"), 2, "error: optim.lr must be positive\n"),
         (FileNotFoundError("no such card"), 2, "error: no such card\n"),
-        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (
+            KeyboardInterrupt(),
+            75,
+            "stopped; the rest is kept, and the same command goes on\n",
+        ),
+        (Stopped("stopped; go on by x"), 75, "stopped; go on by x\n"),
     ],
 )
 def test_what_a_user_can_mend_is_one_message_and_code_2(error, code, words, capsys, monkeypatch):
@@ -109,7 +115,7 @@ def test_what_a_user_can_mend_is_one_message_and_code_2(error, code, words, caps
 
     monkeypatch.setattr(sys, "argv", ["job"])
     with pytest.raises(SystemExit) as ended:
-        run_job(main)
+        run_job(main, kept="the rest is kept")
     assert ended.value.code == code
     assert capsys.readouterr().err == words
 

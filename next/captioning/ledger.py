@@ -18,10 +18,12 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
-from filelock import FileLock, Timeout
+from next.lease import Lease
+from next.storage import open_folder
 
 Status = Literal["answered", "refused", "garbled", "failed"]
 """answered: readings came; refused: the endpoint or the model would not look at the image; garbled:
@@ -108,7 +110,8 @@ class Ledger:
         look: only look: nothing is made, held or waited for, and another run may go on writing.
 
     Raises:
-        FileExistsError: another run holds the ledger.
+        ValueError: another run holds the ledger.
+        FileExistsError: a worker of another run outlives it.
     """
 
     def __init__(self, folder: str | Path, *, wait_s: float = 60, look: bool = False) -> None:
@@ -118,20 +121,16 @@ class Ledger:
         self._places: dict[bytes, tuple[int, int, Status]] = {}
         self._read: set[Path] = set()
         self._wait_s = wait_s
-        self._lock = FileLock(self.folder / "lock")
+        self._held = ExitStack()
         if not look:
-            self._hold()
-        self.refresh()
-
-    def _hold(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lease = Lease(open_folder(self.folder), "the ledger of captions", within=True)
+            self._held.enter_context(lease)
         try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise FileExistsError(
-                f"{self.folder}: another run writes to this ledger at this moment; "
-                f"wait for it, or give another folder with --ledger"
-            ) from None
+            self.refresh()
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> Ledger:
         return self
@@ -141,7 +140,7 @@ class Ledger:
 
     def close(self) -> None:
         """Give the ledger free."""
-        self._lock.release()
+        self._held.close()
 
     def refresh(self) -> None:
         """Take up the parts that were written since; waits for those that are being written."""

@@ -35,6 +35,7 @@ from next.captioning.source import FolderSource, Picture, ShardSource, Source
 from next.captioning.spending import LEASE_S, BudgetConfig, Grant, Purse, Spending
 from next.data.layout import Sample
 from next.local_ray import start_local_ray
+from next.session import beginning, end_ray
 
 _T = TypeVar("_T")
 _Columns = Mapping[str, Any]
@@ -125,7 +126,7 @@ def run_on_ray(
                 report(Asked(split, sample, modality, image_hash, answered))
     finally:
         if started:
-            ray.shutdown()
+            end_ray()
     return left
 
 
@@ -357,7 +358,8 @@ def _start_ray(workers: int) -> bool:
     if ray.is_initialized():
         return False
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False)
+        with beginning():
+            ray.init(log_to_driver=False)
         return True
     start_local_ray((os.cpu_count() or 1) + workers)
     return True

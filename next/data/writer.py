@@ -4,11 +4,13 @@ A set of shards is written to a draft, and beside each shard its record (``.unfi
 in it, and the key of what it was made from. A call that finds the draft of one that was killed, or
 that failed, takes over every shard whose record has the key that it would have itself.
 
-* On this machine the draft is a hidden folder beside the destination, held by a lock and renamed in
-  the end: the destination appears whole or not at all.
+* On this machine the draft is a hidden folder beside the destination, renamed in the end: the
+  destination appears whole or not at all.
 * In an object store, which cannot rename, the draft is the destination itself, and the manifest,
-  written last, makes it a set of shards. There are no locks either: a writer that finds another's
-  records or manifest in its place in the end says so.
+  written last, makes it a set of shards. A writer that finds another's records or manifest in its
+  place in the end says so, too.
+
+One process writes at a time, which a lease says (:mod:`next.lease`).
 """
 
 from __future__ import annotations
@@ -31,7 +33,6 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from next.config import Section
@@ -52,11 +53,14 @@ from next.data.manifest import (
     to_json,
 )
 from next.data.shards import Manifest, open_manifest, shard_schema
+from next.lease import Lease
 from next.storage import Folder, commit, open_folder
 
 RECORDS = ".unfinished"
 """Folder of the records in a draft."""
 _LOCK = "lock"
+"""File in drafts of versions before."""
+_WHAT = "a set of shards"
 _STARTED = "started"
 
 
@@ -142,10 +146,10 @@ def write_shards(
         The manifest, opened.
 
     Raises:
-        FileExistsError: the destination holds something else, or is being written by another.
+        FileExistsError: the destination holds something else.
         OSError: the destination cannot be written; see :class:`next.storage.Folder`.
-        ValueError: two samples of a split have one name, a split has no sample, or ``load`` refuses
-            an image.
+        ValueError: two samples of a split have one name, a split has no sample, ``load`` refuses an
+            image, or another process writes there.
     """
     target = open_folder(destination)
     parts = _parts(benchmark, splits, source or uuid.uuid4().hex)
@@ -382,33 +386,29 @@ def _draft_of(target: Folder) -> Iterator[Folder | None]:
             f"or empty folder, so choose another or remove it"
         )
     if not target.is_local:
-        target.write(f"{RECORDS}/{_STARTED}", b"")
-        try:
-            yield target
-        except BaseException:
-            if target.names(RECORDS) == [_STARTED]:  # nothing that a second call could take over
-                target.delete_tree(RECORDS)
-            raise
+        # Beside it, these credentials may not write.
+        with Lease(target.below(RECORDS), _WHAT, within=True):
+            target.write(f"{RECORDS}/{_STARTED}", b"")
+            try:
+                yield target
+            except BaseException:
+                found = [name for name in target.names(RECORDS) if not name.startswith(".")]
+                if found == [_STARTED]:  # nothing that a second call could take over
+                    target.delete_tree(RECORDS)
+                raise
         return
     path = Path(target.base)
     if os.path.ismount(path):  # a finished draft cannot be renamed to one
         raise FileExistsError(f"{path} is a mount point; give a folder within it")
     open_folder(path.parent).require_writable()
     draft = path.with_name(f".{path.name}.partial")
-    draft.mkdir(exist_ok=True)
-    lock = FileLock(draft / _LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise FileExistsError(
-            f"{target.uri} is being written by another process at this moment; wait for it"
-        ) from None
-    try:
-        yield open_folder(draft)
-    finally:
-        lock.release()
-        if not any((draft / RECORDS).glob("*")):  # the same
-            shutil.rmtree(draft, ignore_errors=True)
+    with Lease(target, _WHAT):
+        draft.mkdir(exist_ok=True)
+        try:
+            yield open_folder(draft)
+        finally:
+            if not any((draft / RECORDS).glob("*")):  # the same
+                shutil.rmtree(draft, ignore_errors=True)
 
 
 def _commit(

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,7 +32,7 @@ from next.training.checkpoint import (
 )
 from next.training.inputs import training_data
 from next.training.interruption import Ask, Interrupted
-from next.training.loop import TrainingData, is_due
+from next.training.loop import TrainingData, is_due, rescuing
 from next.training.optimizer import build_optimizer, set_learning_rates
 from next.training.process import device
 from next.training.report import Reporter
@@ -83,9 +84,9 @@ def align(
     log = StepLog(log_metrics, progress.rows)
     taken: Snapshot | None = None
 
-    def snapshot() -> Snapshot:
+    def snapshot(of: Progress | None = None) -> Snapshot:
         nonlocal taken
-        now = replace(progress, rows=log.new_rows())
+        now = replace(of or progress, rows=log.new_rows())
         taken = take_snapshot(network, optimizer, now, config, over=taken)
         return taken
 
@@ -96,7 +97,7 @@ def align(
         progress = replace(progress, plan_hash=plan_hash(plan))
         index, losses = progress.step_in_epoch, []
         network.train()
-        for batch in pair_batches(config, pairs, plan, epoch, index):
+        for batch in reporter.steps(pair_batches(config, pairs, plan, epoch, index)):
             index += 1
             set_learning_rates(optimizer, epoch + index / len(plan), config.optim)
             losses.append(alignment_step(network, optimizer, *batch, config))
@@ -109,13 +110,14 @@ def align(
                 reporter.hand_over(snapshot if keeps else None)
             if asked is Ask.STOP:
                 raise Interrupted(progress.step)
-        progress = log.steps(losses, progress)
+        trained = progress = log.steps(losses, progress)
         train_loss = progress.loss_sum / len(plan)
         progress = replace(progress, epoch=done, step_in_epoch=0, loss_sum=0.0)
         log.row({"train/epoch": done, "train/scale": _scale(network)}, progress.step)
         if not evaluates:
             continue
-        scores = measure(network, pairs, config)
+        with rescuing(reporter, partial(snapshot, trained)):
+            scores = measure(network, pairs, config)
         log.row(scores, progress.step)
         metrics = scores | {"epoch": done, "step": progress.step, "train/loss": train_loss}
         best = max(scores["val/mAP"], progress.best if progress.best is not None else -math.inf)

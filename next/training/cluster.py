@@ -27,6 +27,7 @@ _log = logging.getLogger(__name__)
 _ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # else a report costs up to two seconds
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # it ends the search as if that were over
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "30",  # a pruned trial may finish sending its metrics
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -60,8 +61,11 @@ def start_ray(cpus: float) -> None:
     if on_cluster():
         import ray
 
+        from next.session import beginning
+
         check_address(os.environ["RAY_ADDRESS"])
-        ray.init(log_to_driver=False)
+        with beginning():
+            ray.init(log_to_driver=False)
         return
     start_local_ray(max(os.cpu_count() or 1, math.ceil(cpus)))
 
@@ -71,6 +75,8 @@ def connected(cpus: float = 0) -> Iterator[None]:
     """A Ray that runs already, or one for this block; as :func:`start_ray`."""
     import ray
 
+    from next.session import end_ray
+
     started = not ray.is_initialized()
     if started:
         start_ray(cpus)
@@ -78,7 +84,7 @@ def connected(cpus: float = 0) -> Iterator[None]:
         yield
     finally:
         if started:
-            ray.shutdown()
+            end_ray()
 
 
 def in_a_workers_place(

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import re
+import signal
 import time
 import tomllib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +23,10 @@ from next.config import (
     predated,
     to_toml,
 )
-from next.storage import write_whole
+from next.lease import Lease
+from next.stopping import LostRayError, Stopped, lost_ray
+from next.storage import open_folder, write_whole
+from next.training.interruption import Interrupted
 
 _log = logging.getLogger(__name__)
 
@@ -65,6 +72,54 @@ def as_begun(config: RunConfig, record: Path) -> RunConfig:
     return override(config, older)
 
 
+def own_folder(config: RunConfig, *, prefix: str = "run") -> Path:
+    """The folder of the run's name, or of a name by the time; nothing is made."""
+    name = config.run.name or time.strftime(f"{prefix}-%Y%m%d-%H%M%S")
+    return (Path(config.run.storage_path) / name).absolute()
+
+
+@contextmanager
+def holding(folder: Path, store: str | None = None) -> Iterator[None]:
+    """Hold a run for this process, on this machine and in its store.
+
+    Args:
+        folder: of the run.
+        store: address of the run's store; None: it has none.
+
+    Raises:
+        ValueError: another process is at work on it; who, and since when.
+        OSError: its place cannot be reached or written.
+    """
+    places = [open_folder(folder), *([] if store is None else [open_folder(store)])]
+    with ExitStack() as stack:
+        for place in places:
+            stack.enter_context(Lease(place, f"run {folder.name}", on_lost=_stop_this_process))
+        yield
+
+
+@contextmanager
+def going_on(config: RunConfig, folder: Path) -> Iterator[None]:
+    """Tell of a run that is stopped what is kept, and which command goes on with it."""
+    change = [] if config.run.name else [f"with --run.name {folder.name}"]
+    change += ["without --run.fresh"] if config.run.fresh else []
+    how = " ".join(["the same command", " and ".join(change)]).strip() + " continues there"
+    kept = f"the checkpoints of run {folder.name} are kept in {folder}"
+    try:
+        yield
+    except Interrupted as stopped:
+        raise Interrupted(stopped.step, how) from None
+    except (Exception, KeyboardInterrupt) as error:
+        if (lost := lost_ray()) is not None:  # whatever came of it
+            raise LostRayError(f"{lost}; {kept}, and {how}") from None
+        if isinstance(error, KeyboardInterrupt):
+            raise Stopped(f"stopped; {kept}, and {how}") from None
+        raise
+
+
+def _stop_this_process() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 class Claim(NamedTuple):
     """A run's folder that may be written, and is not yet."""
 
@@ -91,20 +146,22 @@ class Claim(NamedTuple):
         return self.folder
 
 
-def check_claim(config: RunConfig, *, prefix: str = "run", digest: str | None = None) -> Claim:
+def check_claim(
+    config: RunConfig, folder: Path | None = None, *, digest: str | None = None
+) -> Claim:
     """See whether a run may have its folder; writes nothing, so that a refused command does not.
 
     Args:
         config: resolved settings.
-        prefix: of the name of a run that has none.
+        folder: of :func:`own_folder`, which this process holds; None: it is asked for here.
         digest: of the data; None: it is not part of what the folder is for.
 
     Raises:
         ValueError: a run of this name was trained with other settings or other data; all of the
             differences are listed.
     """
-    name = config.run.name or time.strftime(f"{prefix}-%Y%m%d-%H%M%S")
-    folder = (Path(config.run.storage_path) / name).absolute()
+    folder = folder or own_folder(config)
+    name = folder.name
     record = folder / "config.toml"
     if not record.exists() or config.run.fresh:
         return Claim(folder, config, digest, ())
@@ -125,9 +182,11 @@ def check_claim(config: RunConfig, *, prefix: str = "run", digest: str | None = 
     return Claim(folder, config, digest, tuple(predated(written)))
 
 
-def claim_folder(config: RunConfig, *, prefix: str = "run", digest: str | None = None) -> Path:
+def claim_folder(
+    config: RunConfig, folder: Path | None = None, *, digest: str | None = None
+) -> Path:
     """The run's folder, new or continued: :func:`check_claim`, and take it."""
-    return check_claim(config, prefix=prefix, digest=digest).take()
+    return check_claim(config, folder, digest=digest).take()
 
 
 def data_of(folder: Path) -> str | None:

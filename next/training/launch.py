@@ -19,7 +19,16 @@ from next.tracking.run import check_server, open_run, read_metrics, start_server
 from next.training.assessment import Assessment, Carried, with_curves
 from next.training.checkpoint import read_config, read_progress, require_data
 from next.training.cluster import check_cluster, connected, on_cluster, start_ray
-from next.training.folder import as_begun, changes, check_claim, run_folder
+from next.training.folder import (
+    Claim,
+    as_begun,
+    changes,
+    check_claim,
+    going_on,
+    holding,
+    own_folder,
+    run_folder,
+)
 from next.training.inputs import resolve, training_data
 from next.training.interruption import Bell, listening
 from next.training.loop import Outcome, Worker, train
@@ -74,8 +83,10 @@ def launch(config: RunConfig) -> RunResult:
     A run of the same name continues from its last checkpoint.
 
     Raises:
-        ValueError: settings, data or an earlier run of this name do not fit; raised before any
-            worker starts.
+        ValueError: settings, data or an earlier run of this name do not fit, or another process is
+            at work on it; raised before any worker starts.
+        Stopped: by SIGTERM or Ctrl-C; says what is kept and how to go on.
+        LostRayError: Ray's processes on this machine were ended; as ``Stopped``.
     """
     if config.data.uri is None:
         raise ValueError("data.uri is not set; give the folder that jobs/prepare.py wrote")
@@ -85,10 +96,15 @@ def launch(config: RunConfig) -> RunResult:
         check_cluster(config)
     elif config.scaling.num_workers == 1:
         device(config)
-    claim = check_claim(config, digest=manifest.digest)
-    configure_torch(config)
-    folder = claim.folder
+    folder = own_folder(config)
     home = store_address(config, folder.name)
+    with holding(folder, home), going_on(config, folder):
+        return _launch(manifest, check_claim(config, folder, digest=manifest.digest), home)
+
+
+def _launch(manifest: Manifest, claim: Claim, home: str | None) -> RunResult:
+    config, folder = claim.config, claim.folder
+    configure_torch(config)
     store = _store(config, folder)
     outcome, assessed = None, None
     if not config.run.fresh:

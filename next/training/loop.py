@@ -163,7 +163,7 @@ def train(
         losses: list[Losses] = []
         rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
         index = first
-        for batch in batches:
+        for batch in reporter.steps(batches):
             index += 1
             rates = set_learning_rates(optimizer, epoch + index / len(plan), config.optim)
             losses.append(training_step(batch_loss, optimizer, batch, config.optim, recording))
@@ -192,7 +192,7 @@ def train(
         if not evaluates:
             continue
 
-        with _rescuing(reporter, partial(snapshot, trained)):
+        with rescuing(reporter, partial(snapshot, trained)):
             found = evaluate(
                 network if average is None else average.network,
                 data.query,
@@ -387,11 +387,11 @@ def gather(local: Tensor) -> Tensor:
 
 
 @contextmanager
-def _rescuing(reporter: Reporter, take: TakeSnapshot) -> Iterator[None]:
-    """Hand over a checkpoint if the block raises; who continues from it begins with the block."""
+def rescuing(reporter: Reporter, take: TakeSnapshot) -> Iterator[None]:
+    """Hand over a checkpoint if the block raises or is stopped; who continues begins with it."""
     try:
         yield
-    except Exception:
+    except (Exception, KeyboardInterrupt):
         reporter.rescue(take)
         raise
 

@@ -23,7 +23,7 @@ from next.training.alignment import (
     plan_of_pairs,
     prepare_pairs,
 )
-from next.training.folder import check_claim
+from next.training.folder import Claim, check_claim, going_on, holding, own_folder
 from next.training.inputs import resolve
 from next.training.interruption import Bell, listening
 from next.training.launch import check_tracking, tracking_address
@@ -98,7 +98,13 @@ def pretrain(config: RunConfig, out: Path | None = None) -> Pretrained:
     mark = mark_of(config, manifest.digest)
     if out is not None:
         refuse_other(out, mark)
-    claim = check_claim(config, prefix="pretrain", digest=manifest.digest)
+    folder = own_folder(config, prefix="pretrain")
+    with holding(folder), going_on(config, folder):
+        return _pretrain(manifest, check_claim(config, folder, digest=manifest.digest), out, mark)
+
+
+def _pretrain(manifest: Manifest, claim: Claim, out: Path | None, mark: str) -> Pretrained:
+    config = claim.config
     out = (out or claim.folder / "weights.safetensors").absolute()
     pairs = prepare_pairs(config)
     check_tracking(config)

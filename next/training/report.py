@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
 
 from next.config import CheckpointConfig
+from next.training.agreement import Agreement
 from next.training.checkpoint import Row, Snapshot
-from next.training.interruption import Agreement, Ask, Bell, Interrupted
+from next.training.interruption import Ask, Bell, Interrupted
 from next.training.step_log import NonFiniteLossError, RouterCollapseError
 from next.training.store import BackgroundWriter, CheckpointStore
 
+Item = TypeVar("Item")
 Metrics = dict[str, float]
 TakeSnapshot = Callable[[], Snapshot]
 """Takes a snapshot in the memory of the one before: called when that one is written."""
@@ -39,6 +41,9 @@ class Reporter(Protocol):
 
     def rescue(self, take: TakeSnapshot) -> None:
         """Hand over a checkpoint because an error ends the run; waits for no other rank."""
+
+    def steps(self, batches: Iterable[Item]) -> Iterator[Item]:
+        """The batches of an epoch: a stop that is asked for meanwhile waits for the step's end."""
 
     def asked(self) -> Ask:
         """What the run is asked for, the same on every rank; called once a step."""
@@ -99,6 +104,13 @@ class FolderReporter:
 
     def rescue(self, take: TakeSnapshot) -> None:
         self._writer.submit(take)
+
+    def steps(self, batches: Iterable[Item]) -> Iterator[Item]:
+        self._bell.waits = True
+        try:
+            yield from batches
+        finally:
+            self._bell.waits = False
 
     def asked(self) -> Ask:
         return self._bell.answer()
@@ -178,6 +190,9 @@ class TrainReporter:
     def rescue(self, take: TakeSnapshot) -> None:
         if self._rank == 0:
             self._writer.submit(take)
+
+    def steps(self, batches: Iterable[Item]) -> Iterator[Item]:
+        yield from batches
 
     def asked(self) -> Ask:
         return self._asked()

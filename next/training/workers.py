@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import socket
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,8 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from next.config import RunConfig, from_toml, to_toml
 from next.data.shards import Manifest, open_manifest
 from next.evaluation.share import Share
+from next.session import end_ray
+from next.stopping import lost_ray
 from next.storage import open_folder
 from next.training.assessment import Carried, assess
 from next.training.cluster import (
@@ -57,6 +60,8 @@ for which the others would wait: so Ray ends all of them, and those that it star
 it."""
 
 
+_STOP_SECONDS = 60.0
+"""How long workers that are asked to stop may take for their start, a step and a checkpoint."""
 _LEFT_OUT = (DatasetsCallback, PlacementGroupCleanerCallback)
 
 
@@ -114,9 +119,8 @@ def train_on_workers(
         require_room(config.scaling)
         require_shared(config, checkpoints)
         with _marked(checkpoints) as marker:
-            return _fit(
-                config, folder, checkpoints, marker, tracked, bell or Bell(), assessed=assessed
-            )
+            bell = bell or Bell(waits=True)
+            return _fit(config, folder, checkpoints, marker, tracked, bell, assessed=assessed)
 
 
 @contextmanager
@@ -198,21 +202,28 @@ def repeating(trainer: Trainer, line: Line, bell: Bell | None = None) -> Any:
 
     Raises:
         ray.train.TrainingFailedError: workers died too often.
+        KeyboardInterrupt: they were asked to stop and did not; they are ended.
     """
     # Beside the main thread, which alone gets signals; Ray's own handling of Ctrl-C ends the
     # workers without a checkpoint.
-    with ThreadPoolExecutor(1, thread_name_prefix="fit") as thread:
-        fitting = thread.submit(trainer.fit)
-        try:
-            while not fitting.done():
-                with suppress(TimeoutError):
-                    fitting.exception(timeout=LISTEN_SECONDS)
-                if bell is not None and bell.answer() is Ask.STOP:
-                    line.stop()
-                line.repeat()
-        except BaseException:
-            ray.shutdown()  # or the thread would wait for workers that nobody waits for
-            raise
+    pool = ThreadPoolExecutor(1, thread_name_prefix="fit")
+    fitting = pool.submit(trainer.fit)
+    asked = 0.0
+    try:
+        while not fitting.done():
+            with suppress(TimeoutError):
+                fitting.exception(timeout=LISTEN_SECONDS)
+            if bell is not None and bell.answer() is Ask.STOP:
+                line.stop()
+                asked = asked or time.monotonic()
+                if time.monotonic() > asked + _STOP_SECONDS:
+                    raise KeyboardInterrupt
+            line.repeat()
+    except BaseException:
+        end_ray()  # or the thread would wait for workers that nobody waits for
+        pool.shutdown(wait=lost_ray() is None)  # it may ask a head that is gone
+        raise
+    pool.shutdown()
     line.hang_up()
     return fitting.result().return_value
 

@@ -14,25 +14,21 @@ from __future__ import annotations
 
 import time
 import tomllib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import tomli_w
-from filelock import FileLock, Timeout
 
 from next.config import RunConfig, from_toml, near_matches, override
+from next.lease import is_held
 from next.storage import open_folder, write_whole
-from next.training.folder import claim_folder
+from next.training.folder import claim_folder, own_folder
 from next.training.store import store_address
-from next.tuning.lease import CLAIMS, Lease
 from next.tuning.results import Setting, Trial, group, read_trials, starting_point
 from next.tuning.settings import RECORD, SweepConfig
 from next.tuning.space import Space
 from next.tuning.study import FILE, Studies, open_studies
-
-_LOCK = ".driver.lock"
 
 
 class Standing(NamedTuple):
@@ -76,17 +72,9 @@ def read_standing(folder: Path) -> Standing:
     )
 
 
-def _driven(folder: Path) -> str:
-    return f"sweep {folder.name} is being driven by another process; wait for it, or end it first"
-
-
 def is_driven(folder: Path) -> bool:
-    """Whether a driver is at work on a sweep."""
-    try:
-        with FileLock(folder / _LOCK, timeout=0):
-            return False
-    except Timeout:
-        return True
+    """Whether a driver is at work on a sweep, as far as its folder on this machine says."""
+    return is_held(folder)
 
 
 def find_sweep(storage: Path, name: str, *, stored: bool = False) -> Path:
@@ -131,28 +119,29 @@ def read_record(folder: Path) -> dict[str, Any]:
     return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
-def new_folder(base: RunConfig, space: Space, digest: str | None = None) -> Path:
-    """The folder of a new sweep, named by ``run.name`` or after its space and the time.
+def named(base: RunConfig, space: Space) -> RunConfig:
+    """The settings with ``run.name``: as given, or after the space and the time."""
+    if base.run.name is not None:
+        return base
+    return override(base, {"run.name": time.strftime(f"sweep-{space.name}-%Y%m%d-%H%M%S")})
+
+
+def new_folder(base: RunConfig, digest: str | None = None) -> Path:
+    """The folder of a new sweep, which this process holds; ``run.fresh`` sets an old one aside.
 
     Raises:
-        ValueError: a sweep or a run of this name exists, or another process is at work on it.
+        ValueError: a sweep or a run of this name exists.
     """
-    storage = Path(base.run.storage_path)
-    if base.run.name is None:
-        name = time.strftime(f"sweep-{space.name}-%Y%m%d-%H%M%S")
-        base = override(base, {"run.name": name})
-    folder = storage / str(base.run.name)
+    folder = own_folder(base)
     if (folder / "config.toml").exists() and not base.run.fresh:
         what = "sweep" if (folder / RECORD).exists() else "run"
         raise ValueError(
-            f"a {what} named {base.run.name!r} exists in {storage}; "
+            f"a {what} named {base.run.name!r} exists in {folder.parent}; "
             + ("go on with it by `jobs/sweep.py resume`, " if what == "sweep" else "")
             + "choose another run.name, or set run.fresh"
         )
-    if (folder / RECORD).exists() and is_driven(folder):  # fresh would move it away
-        raise ValueError(_driven(folder))
     _clear_store(base)
-    return claim_folder(base, digest=digest)
+    return claim_folder(base, folder, digest=digest)
 
 
 def _clear_store(base: RunConfig) -> None:
@@ -165,10 +154,8 @@ def _clear_store(base: RunConfig) -> None:
     if address is None:
         return
     store = open_folder(address)
-    if not set(store.names()) - {CLAIMS}:
+    if not store.names():
         return
-    with Lease(store, str(base.run.name)):  # who drives it is said first
-        pass
     if not base.run.fresh:
         raise ValueError(
             f"{store.uri} holds a sweep or a run of this name already; go on with a sweep by "
@@ -197,22 +184,3 @@ def write_record(
             }
         ),
     )
-
-
-@contextmanager
-def driving(folder: Path) -> Iterator[None]:
-    """Hold a sweep for one driver.
-
-    Raises:
-        ValueError: another one is at work.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / _LOCK, timeout=1.0)  # who asks holds it for an instant
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ValueError(_driven(folder)) from None
-    try:
-        yield
-    finally:
-        lock.release()

@@ -22,10 +22,10 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
+from next.lease import Lease
 from next.storage import open_folder, write_whole
 from next.training.store import StoreError
 from next.tuning.home import Home
-from next.tuning.lease import Lease
 from next.tuning.search import Search
 from next.tuning.settings import RECORD
 from next.tuning.study import FILE
@@ -49,7 +49,7 @@ class StoredRecord:
 
     def __init__(self, folder: Path, lease: Lease) -> None:
         self.folder = folder
-        self.store = lease.store
+        self.store = lease.held
         self._lease = lease
         self._count = max(_count(self._read_count()), _count(_read(folder / _COUNT_HERE)))
         self._texts: dict[str, bytes] = {}

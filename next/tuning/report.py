@@ -127,7 +127,7 @@ def _lead(
     winner = next(s for s in found.settings if s.name == summary.winner)
     counts = ", ".join(
         f"{states.count(state)} {state}"
-        for state in ("finished", "pruned", "failed", "running")
+        for state in ("finished", "pruned", "failed", "running", "waiting")
         if state in states
     )
     hours = sum(trial.seconds for trial in found.trials) / 3600

@@ -19,14 +19,14 @@ from next.storage import write_whole
 from next.tuning.search import DEFAULT, best_of, read_curve
 from next.tuning.study import Studies
 
-State = Literal["finished", "pruned", "failed", "running"]
+State = Literal["finished", "pruned", "failed", "running", "waiting"]
 
 _STATES: dict[TrialState, State] = {
     TrialState.COMPLETE: "finished",
     TrialState.PRUNED: "pruned",
     TrialState.FAIL: "failed",
     TrialState.RUNNING: "running",
-    TrialState.WAITING: "running",
+    TrialState.WAITING: "waiting",
 }
 
 
@@ -182,7 +182,7 @@ def group(
         setting = settings.setdefault(name, Setting(name, own))
         setting.runs.append(trial)
     sign = -1.0 if first_way(objectives) == "max" else 1.0
-    order = {"finished": 1, "pruned": 2, "running": 2, "failed": 3}
+    order = {"finished": 1, "pruned": 2, "running": 2, "waiting": 2, "failed": 3}
     fit = fit_seeds(list(settings.values()))
 
     def place(setting: Setting) -> tuple[int, float]:

@@ -107,6 +107,8 @@ class Search(Searcher):
         self.choose = choose
         self.live: dict[str, Live] = {}
         """By the id that Tune gave."""
+        self.finished = False
+        """Whether the search has come to its end by itself."""
         self.ended: list[Live] = []
         """Runs that ended in this session."""
         self.on_end: Callable[[Live], None] = lambda run: None
@@ -164,6 +166,7 @@ class Search(Searcher):
             return None
         begun = self._next()
         if begun is None:
+            self.finished = not self.live
             return None if self.live else Searcher.FINISHED
         begun.began = time.monotonic()
         self.live[trial_id] = begun
@@ -284,6 +287,14 @@ class Search(Searcher):
         counts = run.trial.user_attrs
         died, lost = counts.get("deaths", 0), counts.get("machines_lost", 0)
         return died <= self.sweep.retries and lost <= _MOST_MACHINES
+
+    def note_time(self) -> None:
+        """Keep how long the sweep, and each run that has not ended, has taken so far."""
+        now = time.monotonic()
+        for run in self.live.values():
+            before = float(run.trial.user_attrs.get("seconds", 0.0))
+            run.trial.set_user_attr("seconds", round(before + now - run.began, 3))
+        self.studies.search.set_user_attr("spent_seconds", round(self.spent_seconds(), 3))
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Nothing: the scheduler has reported it already, and also the last result."""

@@ -183,19 +183,27 @@ def draw(suggest: Callable[[optuna.trial.BaseTrial], dict[str, Any]], trial: opt
 
 
 def unfinished(study: optuna.Study) -> list[optuna.Trial]:
-    """Trials that a driver began and did not see the end of.
+    """Trials that a driver began and did not see the end of; from now on they are running.
 
     A repetition that was asked for, but not said what of, is closed: it never began. A trial of
     the search that was not wholly drawn is drawn to its end by whoever goes on with it.
     """
     left = []
-    for frozen in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+    begun = (TrialState.RUNNING, TrialState.WAITING)
+    for frozen in study.get_trials(deepcopy=False, states=begun):
+        study._storage.set_trial_state_values(frozen._trial_id, TrialState.RUNNING)
         trial = optuna.Trial(study, frozen._trial_id)
         if study.study_name.endswith(_SEEDS) and "repeats" not in frozen.user_attrs:
             study.tell(trial, state=TrialState.FAIL)
             continue
         left.append(trial)
     return left
+
+
+def set_waiting(study: optuna.Study) -> None:
+    """Have the trials wait that a driver leaves, which :func:`unfinished` gives to the next one."""
+    for frozen in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        study._storage.set_trial_state_values(frozen._trial_id, TrialState.WAITING)
 
 
 def inherit(

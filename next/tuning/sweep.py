@@ -9,10 +9,11 @@ the end. Whatever dies, :func:`resume_sweep` goes on from the study file.
 from __future__ import annotations
 
 import logging
+import shlex
 import shutil
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,8 @@ import ray
 from next.config import RunConfig, from_toml, override
 from next.data.shards import Manifest, open_manifest
 from next.evaluation.queries import measurable
+from next.lease import Lease
+from next.stopping import LostRayError, Stopped, lost_ray
 from next.storage import open_folder, require_own_disk
 from next.tracking.presence import hangs
 from next.tracking.run import (
@@ -37,7 +40,7 @@ from next.training.alignment import prepare_pairs
 from next.training.assessment import Assessment
 from next.training.checkpoint import read_config
 from next.training.cluster import check_cluster, on_cluster
-from next.training.folder import data_of
+from next.training.folder import data_of, own_folder
 from next.training.inputs import resolve, training_data
 from next.training.launch import check_tracking, read_history, run_tags, tracking_address
 from next.training.placement import assess_in_place
@@ -48,15 +51,14 @@ from next.training.store import persist, store_address
 from next.training.tower_weights import mark_of, write_weights
 from next.tuning.comparison import comparison_link, record_pictures, set_up_comparison
 from next.tuning.folder import (
-    driving,
     is_driven,
+    named,
     new_folder,
     read_record,
     read_standing,
     write_record,
 )
 from next.tuning.home import Home, mirror
-from next.tuning.lease import Lease
 from next.tuning.pictures import draw_overview
 from next.tuning.progress import Progress
 from next.tuning.record import StoredRecord, StoredSearch, fetch_record
@@ -67,7 +69,7 @@ from next.tuning.search import DEFAULT, Repeat, Search
 from next.tuning.seeds import first_metric, next_racer
 from next.tuning.settings import RECORD, SweepConfig
 from next.tuning.space import Space, describe_space, load_space, space_difference
-from next.tuning.study import FILE, Studies, create_studies, inherit, open_studies
+from next.tuning.study import FILE, Studies, create_studies, inherit, open_studies, set_waiting
 from next.tuning.summary import Summary, leaderboard, on_test, summarise
 from next.tuning.tuner import run_trials
 
@@ -179,8 +181,10 @@ def run_sweep(
     """
     manifest, base = prepare_sweep(base, sweep)
     description = checked_space(space, base, sweep, manifest)
-    folder = new_folder(base, space, manifest.digest)
-    with _driving(folder, store_address(base, folder.name), sweep.lease_s) as record:
+    base = named(base, space)
+    folder = own_folder(base)
+    with _driving(folder, store_address(base, folder.name), sweep.lease_s) as stored:
+        record = stored(new_folder(base, manifest.digest))
         write_record(folder, space, sweep, description)
         studies = create_studies(folder / FILE, folder.name, space.objectives, sweep)
         say(f"sweep {folder.name}: {sweep.trials} trials over {', '.join(description)}")
@@ -229,7 +233,7 @@ def resume_sweep(
         return _fork(folder, fork, known, say)
     if not (folder / RECORD).is_file():
         _require_record(folder, store)
-    with _driving(folder, store, _lease_seconds(folder, store)) as record:
+    with _driving(folder, store, _lease_seconds(folder, store)) as stored:
         if store is not None and fetch_record(folder, store):
             say(f"the record of sweep {folder.name} is taken from {open_folder(store).uri}")
         known = _known(folder, storage, changes, space)
@@ -248,7 +252,7 @@ def resume_sweep(
         return _drive(
             _Sweep(
                 *(folder, known.base, known.space, varied, known.sweep),
-                *(studies, known.manifest, say, record),
+                *(studies, known.manifest, say, stored(folder)),
             )
         )
 
@@ -348,18 +352,23 @@ def _lease_seconds(folder: Path, store: str | None) -> float:
 
 
 @contextmanager
-def _driving(folder: Path, store: str | None, lease_s: float) -> Iterator[StoredRecord | None]:
-    """Hold a sweep for one driver, on this machine and in its store; gives what stores its record.
+def _driving(
+    folder: Path, store: str | None, lease_s: float
+) -> Iterator[Callable[[Path], StoredRecord | None]]:
+    """Hold a sweep for one driver, on this machine and in its store.
+
+    Gives what makes, of the sweep's folder once it is there, what brings its record to the store;
+    without a store it makes nothing.
 
     Raises:
         ValueError: another driver is at work.
     """
-    with driving(folder):
-        if store is None:
-            yield None
-            return
-        with Lease(open_folder(store), folder.name, lease_s) as lease:
-            yield StoredRecord(folder, lease)
+    places: list[str | Path] = [folder] if store is None else [folder, store]
+    with ExitStack() as stack:
+        for place in places:
+            lease = Lease(open_folder(place), f"sweep {folder.name}", does="driven", life_s=lease_s)
+            stack.enter_context(lease)
+        yield lambda made: None if store is None else StoredRecord(made, lease)
 
 
 def prepare_sweep(base: RunConfig, sweep: SweepConfig) -> tuple[Manifest, RunConfig]:
@@ -429,7 +438,7 @@ def _fork(old: Path, name: str, known: _Known, say: Say) -> SweepResult:
     source = open_studies(old / FILE, old.name, sweep)
     # Not fresh, whatever the old one was: that would set a sweep of the new name aside.
     base = override(known.base, {"run.name": name, "run.fresh": False})
-    folder = new_folder(base, space, known.manifest.digest)
+    folder = own_folder(base)
 
     def resolved(settings: Mapping[str, Any]) -> dict[str, Any] | None:
         try:
@@ -437,7 +446,8 @@ def _fork(old: Path, name: str, known: _Known, say: Say) -> SweepResult:
         except ValueError:
             return None
 
-    with _driving(folder, store_address(base, name), sweep.lease_s) as record:
+    with _driving(folder, store_address(base, name), sweep.lease_s) as stored:
+        record = stored(new_folder(base, known.manifest.digest))
         write_record(folder, space, sweep, description)
         studies = create_studies(folder / FILE, name, space.objectives, sweep)
         taken = 0
@@ -469,7 +479,48 @@ def _origin(frozen: optuna.trial.FrozenTrial, old: Path) -> dict[str, str]:
 
 
 def _drive(it: _Sweep) -> SweepResult:
-    """Search, race, assess, report."""
+    """Search, race, assess, report; where that is ended from outside, say how to go on.
+
+    Raises:
+        Stopped: by SIGTERM or Ctrl-C.
+        LostRayError: Ray's processes on this machine were ended.
+    """
+    try:
+        return _search_and_assess(it)
+    except BaseException as error:
+        _leave(it)
+        if (lost := lost_ray()) is not None:  # whatever came of it
+            raise LostRayError(f"{lost}: {_kept(it)}") from None
+        if isinstance(error, KeyboardInterrupt):
+            raise Stopped(f"sweep {it.folder.name} was stopped: {_kept(it)}") from None
+        raise
+
+
+def _leave(it: _Sweep) -> None:
+    """Have the record say that what ran waits for whoever goes on; else its death says so."""
+    try:
+        for study in it.studies:
+            set_waiting(study)
+        if it.record is not None:
+            it.record.save()
+    except Exception as error:  # what ended the sweep is what is told
+        _log.debug("the record of sweep %s does not say that it waits: %s", it.folder.name, error)
+
+
+def _kept(it: _Sweep) -> str:
+    """What a sweep has so far, and the command that goes on with it."""
+    trials, _ = it.standing()
+    ended = sum(trial.state in ("finished", "pruned", "failed") for trial in trials)
+    resume = shlex.join(
+        ["jobs/sweep.py", "resume", it.folder.name, "--storage_path", str(it.folder.parent)]
+    )
+    return (
+        f"{ended} of {it.sweep.trials} trials have ended and are kept, {len(trials) - ended} more "
+        f"go on from their checkpoints, and nothing is assessed; go on by `{resume}`"
+    )
+
+
+def _search_and_assess(it: _Sweep) -> SweepResult:
     base, folder = it.base, it.folder
     experiment = base.tracking.experiment or it.manifest.benchmark.name
     metric = first_metric(it.objectives)

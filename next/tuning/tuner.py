@@ -14,6 +14,7 @@ from ray import tune
 from ray.tune.execution import class_cache
 
 from next.config import RunConfig, to_toml
+from next.session import end_ray
 from next.training.cluster import on_cluster, require_room, start_ray
 from next.training.nodes import own_facts
 from next.tuning.forkserver import forking
@@ -58,6 +59,8 @@ def run_trials(
         places = Places(base, sweep, *node_resources(), most_places(base))
         search = new_search(places)
         progress.watch(search)
+        for left in folder.glob("tune-*"):  # by a driver that was killed; this one is alone
+            shutil.rmtree(left, ignore_errors=True)
         session = time.strftime("tune-%Y%m%d-%H%M%S")
         trainable = tune.with_parameters(
             run_trial,
@@ -86,9 +89,16 @@ def run_trials(
                 verbose=0,
             ),
         )
-        with following(places, search.wanted), copying_no_credentials():
-            tuner.fit()
-        shutil.rmtree(folder / session, ignore_errors=True)  # the study is the record
+        try:
+            with following(places, search.wanted), copying_no_credentials():
+                tuner.fit()
+            if not search.finished:  # SIGUSR1, for which Tune ends as if the search were over
+                raise KeyboardInterrupt
+        except BaseException:
+            search.note_time()
+            raise
+        finally:
+            shutil.rmtree(folder / session, ignore_errors=True)  # the study is the record
 
 
 @contextmanager
@@ -104,7 +114,7 @@ def _ray(base: RunConfig, sweep: SweepConfig, progress: Progress) -> Iterator[No
     finally:
         progress.enter(("ending Ray, " if started else "") + "completing the runs in MLflow")
         if started:
-            ray.shutdown()
+            end_ray()
 
 
 @contextmanager

@@ -6,12 +6,15 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+_LAST_SECONDS = 5.0
+
 
 @contextmanager
 def watching(look: Callable[[], None], every_s: float, name: str) -> Iterator[None]:
     """Call ``look`` every so many seconds while the block runs, in a thread of its own.
 
-    The end of the block waits for a look that is under way.
+    The end of the block waits for a look that is under way, but not for one that asks a head of
+    Ray's that is gone.
 
     Args:
         look: what to do; where it raises, there is no further look.
@@ -30,4 +33,4 @@ def watching(look: Callable[[], None], every_s: float, name: str) -> Iterator[No
         yield
     finally:
         done.set()
-        thread.join()
+        thread.join(_LAST_SECONDS)

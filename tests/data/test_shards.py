@@ -378,7 +378,7 @@ def test_a_killed_process_leaves_nothing_that_looks_finished_and_the_next_one_fi
 
 
 def test_two_processes_cannot_write_one_folder(writing, write):
-    with pytest.raises(FileExistsError, match=r"out is being written by another process"):
+    with pytest.raises(ValueError, match=rf"out is being written by \S+ \(process {writing.pid}\)"):
         write()
 
 

@@ -25,7 +25,8 @@ from ray.cluster_utils import Cluster
 
 from next.config import RunConfig, override, to_toml
 from next.data.shards import open_manifest
-from next.tracking.run import read_metrics
+from next.stopping import INTERRUPTED
+from next.tracking.run import read_metrics, read_status
 from next.training.inputs import resolve
 from next.training.interruption import Ask, Bell
 from tests.conftest import TINY
@@ -154,9 +155,14 @@ class Drill:
             self.process.wait()
             self.process = None
 
-    def asks_to_stop(self) -> None:
+    def stops(self, number: signal.Signals) -> None:
+        """Is asked to stop, and does."""
         assert self.process is not None
-        self.process.send_signal(signal.SIGTERM)
+        self.process.send_signal(number)
+        assert self.ends() == INTERRUPTED, self.said()[-3000:]
+        assert f"stopped after step {len(self.losses())} with a checkpoint" in self.said()
+        assert read_status(self.folder) == "KILLED"
+        self.gave_everything_back()
 
     def values(self) -> dict[tuple[int, str], float]:
         """What the run came to, by step and name; what is there twice is an error."""

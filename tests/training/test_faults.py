@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -12,7 +13,6 @@ from ray.util.state import list_actors, list_tasks
 from next.config import override, to_toml
 from next.tracking.run import read_status
 from next.training.cluster import check_address, require_room, start_ray
-from next.training.interruption import INTERRUPTED
 from next.training.launch import launch
 from tests.training.conftest import (
     ROOT,
@@ -108,20 +108,17 @@ def test_a_run_whose_workers_and_driver_die_ends_with_the_bits_of_an_undisturbed
     run.kill()
     run.gave_everything_back()
 
-    run.start()
-    run.trains()
-    run.asks_to_stop()
-    assert run.ends() == INTERRUPTED
-    assert f"stopped after step {len(run.losses())} with a checkpoint" in run.said()
-    assert read_status(run.folder) == "KILLED"
-    run.gave_everything_back()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        run.start()
+        run.trains()
+        run.stops(number)
 
     run.start()
     assert_ended_as_if_nothing_had_happened(run, undisturbed)
     said = run.said()
     assert said.count("ended: ") >= 3, "each worker that died is told of"
     _, *lives = said.split("training on 2 workers")
-    assert len(lives) == 6
+    assert len(lives) == 7
     assert all("ended: " in life for life in lives[:3]), "why Ray starts workers again is told"
 
 

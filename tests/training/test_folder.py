@@ -1,8 +1,12 @@
 """Runs that an older version began, and the record of a run."""
 
 import json
+import os
 import shutil
+import signal
 import sys
+import threading
+import time
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -12,8 +16,19 @@ import pytest
 from next.config import LEGACY, flatten, from_toml, override, predated, to_toml
 from next.data.shards import open_manifest
 from next.model.network import NEXT
-from next.training.folder import as_begun, changes, check_claim, claim_folder, data_of
+from next.stopping import LostRayError, Stopped
+from next.tracking.run import read_metrics, read_status
+from next.training.folder import (
+    as_begun,
+    changes,
+    check_claim,
+    claim_folder,
+    data_of,
+    going_on,
+    holding,
+)
 from next.training.inputs import resolve
+from next.training.interruption import Interrupted
 from next.training.launch import launch
 
 OLDER = {"model.semantic.text_skip": False}
@@ -157,3 +172,67 @@ def test_a_claim_that_is_refused_or_not_taken_writes_nothing(tiny_config):
         with pytest.raises(ValueError, match="was started with"):
             claim_folder(override(config, settings), digest=digest * 64)
     assert {path: path.read_bytes() for path in claim.folder.iterdir()} == before
+
+
+def test_a_run_that_another_process_trains_is_neither_moved_nor_continued(tiny_config, tmp_path):
+    folder = claim_folder(resolve(tiny_config, open_manifest(tiny_config.data.uri)))
+    before = sorted(folder.rglob("*"))
+    held = rf"run tiny in {folder} is being written by \S+ \(process {os.getpid()}\) since"
+    with holding(folder):
+        for fresh in (False, True):
+            with pytest.raises(ValueError, match=held):
+                launch(override(tiny_config, {"run.fresh": fresh}))
+    assert sorted(folder.rglob("*")) == before
+    assert list(folder.parent.iterdir()) == [folder]
+
+    kept = {"checkpoint.storage_path": str(tmp_path / "kept")}
+    elsewhere = {"run.storage_path": str(tmp_path / "other")}
+    with (
+        holding(folder, str(tmp_path / "kept" / "tiny")),
+        pytest.raises(ValueError, match=rf"run tiny in {tmp_path}/kept/tiny is being written by"),
+    ):
+        launch(override(tiny_config, kept | elsewhere))
+
+
+@pytest.mark.parametrize(
+    ("settings", "how"),
+    [
+        ({}, "the same command continues there"),
+        ({"run.name": None}, "the same command with --run.name tiny continues there"),
+        ({"run.fresh": True}, "the same command without --run.fresh continues there"),
+    ],
+)
+def test_who_is_stopped_hears_which_command_goes_on(tiny_config, settings, how, monkeypatch):
+    config = override(tiny_config, settings)
+    folder = Path(config.run.storage_path) / "tiny"
+    kept = rf"the checkpoints of run tiny are kept in {folder}, and {how}$"
+    with (
+        pytest.raises(Interrupted, match=f"^stopped after step 7 with a checkpoint; {how}$"),
+        going_on(config, folder),
+    ):
+        raise Interrupted(7)
+    with pytest.raises(Stopped, match=f"^stopped; {kept}"), going_on(config, folder):
+        raise KeyboardInterrupt
+    monkeypatch.setattr("next.stopping._lost", ["the raylet"])
+    with pytest.raises(LostRayError, match=f"^the raylet; {kept}"), going_on(config, folder):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_in_one_process_stops_with_a_checkpoint_and_is_killed_in_its_journal(
+    tiny_config, number
+):
+    folder = Path(tiny_config.run.storage_path) / "tiny"
+    without_end = {"optim.epochs": 10_000, "selection.every": 10_000, "tracking.every_steps": 1}
+
+    def stop() -> None:
+        while not (folder / "journal.jsonl").exists() or not read_metrics(folder):
+            time.sleep(0.02)  # pytest ends a test that waits for ever
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=stop, daemon=True).start()
+    with pytest.raises(Interrupted, match="the same command continues there") as told:
+        launch(override(tiny_config, without_end))
+    assert read_status(folder) == "KILLED"
+    last = (folder / "checkpoints" / "last").resolve()
+    assert last.name == f"step-{told.value.step:08d}"

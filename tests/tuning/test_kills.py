@@ -1,10 +1,14 @@
 """Sweeps whose driver is killed again and again, at drawn moments, and forked when they ended."""
 
 import random
+import signal
+import sqlite3
 import subprocess
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from next.config import RunConfig, override, to_toml
@@ -53,6 +57,27 @@ class Sweep:
         driver.wait()
         self.check()
 
+    def ends_by(self, end: Callable[[subprocess.Popen], None], code: int) -> str:
+        """Its driver starts, and ends with this code when this happens to it; its last line."""
+        driver = self.start()
+        try:
+            wait_for(lambda: running(self.folder), driver, self._log)
+            end(driver)
+            assert driver.wait(120) == code, self.said()
+        finally:
+            driver.kill()
+            driver.wait()
+        assert "Traceback" not in self.said()
+        assert "on the test split" not in self.said(), "only what ended by itself is assessed"
+        assert not (self.folder / "checkpoints").exists()
+        assert not running(self.folder)
+        assert not list(self.folder.glob("tune-*"))
+        self.check()
+        last: str = self.said().splitlines()[-1]
+        resume = f"go on by `jobs/sweep.py resume {self.folder.name} --storage_path {self.storage}`"
+        assert last.endswith(f"go on from their checkpoints, and nothing is assessed; {resume}")
+        return last
+
     def ends(self, *flags: str) -> None:
         driver = sweep_job(*flags, home=self._home, log=self._log) if flags else self.start()
         try:
@@ -84,13 +109,36 @@ class Sweep:
             assert [epoch for epoch, _ in trial.curve] == list(range(1, EPOCHS + 1))
 
 
+def running(folder: Path) -> list[tuple[int, int, str]]:
+    """Trials that run, or that a driver left without a word."""
+    record = folder / "study.db"
+    try:
+        return [row for row in rows(folder) if row[2] == "RUNNING"] if record.exists() else []
+    except sqlite3.OperationalError:  # it is being made
+        return []
+
+
+def kill_its(name: str) -> Callable[[subprocess.Popen], None]:
+    def kill(driver: subprocess.Popen) -> None:
+        [process] = [one for one in psutil.Process(driver.pid).children() if one.name() == name]
+        process.kill()
+
+    return kill
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(1000)
 def test_a_driver_that_is_killed_at_any_moment_loses_and_doubles_nothing(tiny_config, tmp_path):
     config = override(tiny_config, {"run.name": "often", "optim.epochs": EPOCHS})
     sweep, moments = Sweep(config, tmp_path, trials=6), random.Random(6)
-    for _ in range(3):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        last = sweep.ends_by(lambda driver, sent=number: driver.send_signal(sent), code=75)
+        assert "sweep often was stopped: " in last
+    last = sweep.ends_by(kill_its("raylet"), code=1)
+    assert "error: Ray's raylet (process " in last
+    assert "state-dump" not in sweep.said()
+    for _ in range(2):
         sweep.lives(seconds=moments.uniform(5, 22))
     sweep.ends()
     sweep.holds(trials=6)
@@ -119,7 +167,7 @@ def test_a_driver_that_is_killed_at_any_moment_loses_and_doubles_nothing(tiny_co
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(1000)
-def test_a_trial_of_two_workers_goes_on_after_its_driver_was_killed(tiny_config, tmp_path):
+def test_a_trial_of_two_workers_goes_on_after_rays_head_was_killed(tiny_config, tmp_path):
     workers = {"scaling.num_workers": 2, "scaling.cpus_per_worker": 0.5}
     config = override(tiny_config, {"run.name": "pair", "optim.epochs": EPOCHS} | workers)
     sweep = Sweep(config, tmp_path, trials=1)
@@ -127,8 +175,11 @@ def test_a_trial_of_two_workers_goes_on_after_its_driver_was_killed(tiny_config,
     wait_for(
         lambda: list(sweep.folder.glob("trials/*/checkpoints/step-*")), driver, tmp_path / "log.txt"
     )
-    driver.kill()
-    driver.wait()
+    kill_its("gcs_server")(driver)
+    assert driver.wait(120) == 1, sweep.said()
+    last = sweep.said().splitlines()[-1]
+    assert last.startswith("error: Ray's GCS (process ")
+    assert "0 of 1 trials have ended and are kept, 1 more go on from their checkpoints" in last
     sweep.check()
     sweep.ends()
     sweep.holds(trials=1)

@@ -9,10 +9,10 @@ import pytest
 from optuna.trial import TrialState
 
 from next.config import override, to_toml
+from next.lease import Lease, LostLeaseError
 from next.storage import open_folder
 from next.training.store import StoreError
 from next.tuning.folder import write_record
-from next.tuning.lease import Lease, LostLeaseError
 from next.tuning.record import StoredRecord, StoredSearch, fetch_record
 from next.tuning.resources import Places
 from next.tuning.settings import SweepConfig
@@ -32,7 +32,7 @@ class Head:
             BASE, {"checkpoint.storage_path": store, "checkpoint.patience_s": patience_s}
         )
         self.address = open_folder(store).below("search").address
-        self.lease = Lease(open_folder(self.address), "search").__enter__()
+        self.lease = Lease(open_folder(self.address), "sweep search", does="driven").__enter__()
         self.taken = fetch_record(self.folder, self.address)
         space = Space("mine", suggest, folder / "mine.py", {"val/mAP": "max"})
         if (self.folder / "study.db").exists():
@@ -176,7 +176,7 @@ def test_a_driver_that_was_given_up_stores_nothing_more(tmp_path):
     one.lease._withdraw()
     with pytest.raises(OSError, match="is gone, or was emptied"):
         one.lease.check()
-    two = Lease(open_folder(one.address), "search").__enter__()
+    two = Lease(open_folder(one.address), "sweep search").__enter__()
     with pytest.raises(LostLeaseError, match="another one goes on with it"):
         one.search.suggest("b")
     one.ends()

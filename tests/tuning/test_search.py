@@ -12,7 +12,7 @@ from next.tuning.results import read_trials
 from next.tuning.search import DEFAULT, Repeat, Search, how_it_died, is_lost_machine
 from next.tuning.settings import SweepConfig
 from next.tuning.space import Space
-from next.tuning.study import create_studies, open_studies
+from next.tuning.study import create_studies, open_studies, set_waiting
 
 BASE = override(RunConfig(), {"optim.epochs": 4, "optim.warmup_epochs": 1})
 CPUS = [{"CPU": 8.0}]
@@ -113,6 +113,31 @@ def test_a_killed_driver_leaves_nothing_doubled_and_nothing_lost(tmp_path):
     frozen = again.studies.search.trials
     assert [trial.state for trial in frozen] == [TrialState.COMPLETE] * 4
     assert frozen[1].user_attrs["curve"][0] == [2, [20.0]], "what was reported before is kept"
+
+
+def test_what_a_stopped_driver_leaves_waits_in_the_study_and_goes_on_with_the_next_one(tmp_path):
+    sweep = SweepConfig(trials=3, noise_share=0.34, race_share=0)
+    first = make_search(tmp_path, sweep)
+    assert not first.finished
+    begun = [first.suggest("a"), first.suggest("b")]
+    assert {task["name"] for task in begun} == {"default-seed0", "trial-0000"}
+    first.note_time()
+    for study in first.studies:
+        set_waiting(study)
+    states = [trial.state.name for study in first.studies for trial in study.trials]
+    assert states == ["WAITING", "WAITING"]
+
+    second = make_search(tmp_path, sweep, new=False)
+    states = [trial.state.name for study in second.studies for trial in study.trials]
+    assert states == ["RUNNING", "RUNNING"]
+    assert [second.suggest("a"), second.suggest("b")] == begun
+    for trial_id in ("a", "b"):
+        run_to_end(second, trial_id)
+    assert second.suggest("c")["name"] == "trial-0001", "none is drawn twice"
+    run_to_end(second, "c")
+    assert not second.finished
+    assert second.suggest("d") == "FINISHED"
+    assert second.finished
 
 
 def test_failures_pruning_and_divergence_are_told_as_what_they_are(tmp_path):

@@ -1,0 +1,58 @@
+"""Signals within a process: what they raise, and when they no longer do."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from next.stopping import heeding
+
+
+def receive(number: signal.Signals, seconds: float = 10) -> None:
+    os.kill(os.getpid(), number)
+    time.sleep(seconds)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_block_and_means_what_it_did_after_it(number):
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt, match=number.name), heeding():
+        receive(number)
+    assert signal.getsignal(number) == before
+
+
+def test_a_second_signal_ends_the_unwinding_unless_it_came_along_with_the_first(monkeypatch):
+    unwound = []
+
+    def end() -> None:
+        receive(signal.SIGTERM, seconds=0.01)
+        unwound.append("to its end")
+        monkeypatch.setattr("next.stopping._TOGETHER_SECONDS", 0.0)
+        receive(signal.SIGTERM)
+
+    def be_stopped() -> None:
+        with heeding() as asked:
+            try:
+                receive(signal.SIGINT)
+            finally:
+                assert asked.is_set()
+                end()
+
+    with pytest.raises(KeyboardInterrupt, match="SIGTERM"):
+        be_stopped()
+    assert unwound == ["to its end"]
+
+
+def test_another_thread_than_the_first_has_no_signals_to_heed():
+    found = []
+
+    def block() -> None:
+        with heeding() as asked:
+            found.append(asked.is_set())
+
+    thread = threading.Thread(target=block)
+    thread.start()
+    thread.join()
+    assert found == [False]
