@@ -81,17 +81,20 @@ def plain(encoded: bytes, depth: Depth | None = None) -> bytes:
 
     Raises:
         Undefined: it has more than 8 bits a channel, and there is no ``depth``.
-        ValueError: its channels cannot be read at their full depth, or it has too many pixels.
-        OSError: it cannot be decoded.
+        ValueError: it cannot be decoded, its channels cannot be read at their full depth, or it
+            has too many pixels.
     """
-    with opened(encoded) as image:
-        look = look_at(encoded, image)
-        if look.plain:
-            return encoded
-        if look.deep:
-            shown = _scaled(encoded, image, depth)
-        else:
-            shown = image.convert("RGBA") if look.transparent else _opaque(image)
+    try:
+        with opened(encoded) as image:
+            look = look_at(encoded, image)
+            if look.plain:
+                return encoded
+            if look.deep:
+                shown = _scaled(encoded, image, depth)
+            else:
+                shown = image.convert("RGBA") if look.transparent else _opaque(image)
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"cannot be decoded ({error})") from None
     if shown.mode == "RGBA":
         black = Image.new("RGBA", shown.size, (0, 0, 0, 255))
         shown = Image.alpha_composite(black, shown).convert("RGB")

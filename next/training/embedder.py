@@ -129,7 +129,7 @@ class Embedder:
                     f"row {row}, column image_{self.modalities[modality]}: the image {error}; "
                     f"scale it to 8 bits as the card of its training data does (depth)"
                 ) from None
-            except (OSError, ValueError) as error:
+            except ValueError as error:
                 raise ValueError(
                     f"row {row}, column image_{self.modalities[modality]}: {error}"
                 ) from None
