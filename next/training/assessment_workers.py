@@ -28,6 +28,7 @@ from next.training.cluster import connected, require_room, require_shared, worke
 from next.training.nodes import own_facts, require_versions
 from next.training.process import configure_torch
 from next.training.relay import Line, on_the_line
+from next.training.rendezvous import torch_config
 from next.training.workers import Trainer, repeating
 
 _log = logging.getLogger(__name__)
@@ -116,6 +117,7 @@ def _on_workers(
                 "line": line.name,
                 "versions": own_facts().versions,
             },
+            torch_config=torch_config(),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=scaling.min_workers,
                 use_gpu=scaling.use_gpu,

@@ -46,6 +46,7 @@ from next.training.loop import Outcome, Worker, train
 from next.training.nodes import own_facts, require_versions
 from next.training.process import configure_torch
 from next.training.relay import LISTEN_SECONDS, JournalWriter, Line, on_the_line
+from next.training.rendezvous import torch_config
 from next.training.report import TrainReporter
 from next.training.step_log import NonFiniteLossError, RouterCollapseError
 from next.training.store import CheckpointStore
@@ -175,6 +176,7 @@ def _fit(
             "line": line.name,
             "versions": own_facts().versions,
         },
+        torch_config=torch_config(),
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.scaling.num_workers,
             use_gpu=config.scaling.use_gpu,

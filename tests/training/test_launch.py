@@ -25,6 +25,7 @@ from next.training.checkpoint import load_network
 from next.training.folder import claim_folder
 from next.training.inputs import resolve
 from next.training.launch import launch
+from tests.exposure import LOOPBACK, listeners
 
 ROOT = Path(__file__).resolve().parents[2]
 RAY_WARNINGS = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
@@ -259,9 +260,12 @@ def test_two_workers_of_ray_train_come_to_what_one_process_comes_to(tiny_config,
         "scaling.cpus_per_worker": 0.5,
         "tracking.enabled": True,
     }
-    done = run_script(tmp_path, override(tiny_config, settings))
+    with listeners() as places:  # of Ray, its workers, their process group, and MLflow
+        done = run_script(tmp_path, override(tiny_config, settings))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "URL http://127.0.0.1:" in done.stdout
+    assert len(places) > 12
+    assert [who for (ip, _), who in places.items() if ip not in LOOPBACK] == []
     folder = Path(tiny_config.run.storage_path) / "two"
     stored = json.loads((folder / "result.json").read_text())
     torch.testing.assert_close(
