@@ -267,7 +267,7 @@ class StructureConfig(Section):
 class RoutingConfig(Section):
     """What both kinds of experts share."""
 
-    temperature: float = Field(default=1.0, gt=0, le=1e6)
+    temperature: float = Field(default=1.0, gt=0, le=1e30)
     """Divides the scores before the routing softmax; small: sharp, large: even."""
     init: Literal["normal", "orthogonal"] = "normal"
     """orthogonal: the routers start so that different experts look along orthogonal directions of
