@@ -115,7 +115,8 @@ def main(argv: Sequence[str]) -> int:
     for seed in range(job.seeds):
         for name, settings in methods.items():
             config = to_toml(override(base, {**settings, "seed": seed}))
-            made = hashlib.sha256(f"{manifest.digest} {config}".encode()).hexdigest()[:16]
+            # By name, too: shuffled captions are no setting, so those runs have NEXT's settings.
+            made = hashlib.sha256(f"{manifest.digest} {name} {config}".encode()).hexdigest()[:16]
             found = earlier.get(name, {}).get(str(seed))
             if found is not None and found["made_of"] == made:
                 results[name][str(seed)] = found
