@@ -28,6 +28,7 @@ def test_every_flag_of_the_readme_is_a_flag_of_its_job():
     from next.config import setting_names
 
     job_flags = {
+        "draw",
         *("card", "source", "out", "data", "dry-run", "check", "peek", "verify-order", "world"),
         "draw",
         *("space", "trials", "checkpoint", "missing", "model", "run", "when", "models", "recipe"),
