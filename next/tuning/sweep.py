@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import optuna
 import ray
@@ -64,7 +64,7 @@ from next.tuning.progress import Progress
 from next.tuning.record import StoredRecord, StoredSearch, fetch_record
 from next.tuning.report import report_sweep
 from next.tuning.resources import Places
-from next.tuning.results import Setting, Trial, group, read_trials, starting_point
+from next.tuning.results import Setting, State, Trial, group, read_trials, starting_point
 from next.tuning.search import DEFAULT, Repeat, Search
 from next.tuning.seeds import first_metric, next_racer
 from next.tuning.settings import RECORD, SweepConfig
@@ -276,7 +276,7 @@ def plan_resume(
         "driver": "at work" if is_driven(folder) else "none",
         "data_digest": known.manifest.digest,
         "trials": known.sweep.trials,
-        **{state: states.count(state) for state in ("finished", "pruned", "failed", "running")},
+        **{state: states.count(state) for state in get_args(State)},
         "varied": list(known.description),
         "space_changed": known.changed,
     }
