@@ -620,7 +620,19 @@ def _bring_to_disk(draft: Path) -> None:
     if draft.is_dir():
         for item in draft.iterdir():
             _bring_to_disk(item)
+    else:  # safetensors makes files that nobody else may read, whatever the user's umask says
+        draft.chmod(draft.stat().st_mode | (0o666 & ~_umask()))
     _sync(draft)
+
+
+def _umask() -> int:
+    """Of this process; ``os.umask`` would change it to tell it, for all threads."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+    except OSError:
+        return 0o077
+    [line] = [line for line in status.splitlines() if line.startswith("Umask:")]
+    return int(line.split()[1], 8)
 
 
 def _sync(path: Path) -> None:

@@ -30,7 +30,6 @@ def test_every_flag_of_the_readme_is_a_flag_of_its_job():
     job_flags = {
         "draw",
         *("card", "source", "out", "data", "dry-run", "check", "peek", "verify-order", "world"),
-        "draw",
         *("space", "trials", "checkpoint", "missing", "model", "run", "when", "models", "recipe"),
     }
     flags = set(re.findall(r"--([a-z][\w.-]*)", README)) - {"help", "json"}

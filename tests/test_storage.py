@@ -478,3 +478,18 @@ def test_a_local_name_that_is_not_utf_8_is_named(tmp_path, ask):
     Path(os.fsdecode(bytes(tmp_path / "deep") + b"/a\xff.txt")).write_bytes(b"")
     with pytest.raises(ValueError, match=r"/deep/a\\xff\.txt: the name is not UTF-8; rename it"):
         getattr(open_folder(tmp_path), ask)(*(["deep"] if ask == "names" else []))
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_others_may_read_a_file_as_the_umask_says_whoever_wrote_it(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        with storage.drafting(tmp_path / "weights") as draft:
+            draft.touch(0o600)
+        with storage.drafting(tmp_path / "folder") as draft:
+            draft.mkdir()
+            (draft / "weights").touch(0o600)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "weights").stat().st_mode & 0o777 == mode
+    assert (tmp_path / "folder" / "weights").stat().st_mode & 0o777 == mode

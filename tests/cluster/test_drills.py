@@ -71,7 +71,9 @@ def test_a_sweep_outlives_a_machine_and_then_its_head(cluster: Cluster, recipe, 
     for worker in cluster.workers.values():
         worker.run(f"{ACTIVATE}ray stop --force", 100)
     cluster.wait_for_nodes(*cluster.workers)
-    resumed = cluster.submit(job("sweep resume").replace("resume search", f"resume {name}"))
+    resumed = cluster.submit(
+        job("sweep resume").replace("resume search", f"resume {name}"), timeout=1200
+    )
     assert resumed.returncode == 0, resumed.stdout[-5000:]
     assert_whole(cluster, name)
 
