@@ -30,6 +30,7 @@ def test_prepare_writes_the_same_shards_as_one_machine_does(prepared, demo_shard
     assert digest == open_manifest(str(demo_shards)).digest
 
 
+@pytest.mark.cluster
 def test_the_doctor_finds_nothing_that_stands_in_the_way(cluster, recipe):
     [line] = re.findall(r"^python jobs/doctor.*$", commands("submit"), re.MULTILINE)
     submit = commands("submit")
@@ -53,6 +54,7 @@ def read_result(cluster, name: str) -> dict:
     return json.loads(cluster.head.path(f"{RUNS}/{name}/result.json").read_text())
 
 
+@pytest.mark.cluster
 def test_two_workers_outlive_a_cut_of_the_link_between_them(cluster, recipe, demo_shards, tmp_path):
     settings = {"data.uri": str(demo_shards), "run.storage_path": str(tmp_path)}
     undisturbed = launch(override(RunConfig(), TINY | settings | {"optim.epochs": EPOCHS}))
@@ -88,6 +90,7 @@ def test_two_workers_outlive_a_cut_of_the_link_between_them(cluster, recipe, dem
     assert len(evaluated) == len(set(evaluated)) == EPOCHS, "no score is lost, none is doubled"
 
 
+@pytest.mark.cluster
 def test_evaluate_finds_the_scores_of_the_run_and_promote_makes_it_the_champion(cluster, recipe):
     cluster.wait_for_nodes(*cluster.workers)
     if not cluster.head.path(f"{RUNS}/first/result.json").exists():
@@ -105,6 +108,7 @@ def test_evaluate_finds_the_scores_of_the_run_and_promote_makes_it_the_champion(
     assert alias["model_version"]["version"] == "1"
 
 
+@pytest.mark.cluster
 def test_caption_asks_from_every_machine_and_keeps_the_answers_where_the_driver_is(
     cluster, recipe, demo_raw
 ):
@@ -127,6 +131,7 @@ def test_caption_asks_from_every_machine_and_keeps_the_answers_where_the_driver_
     assert cluster.head.path(f"{RUNS}/captions/text/train_RGB.json").is_file()
 
 
+@pytest.mark.cluster
 def test_mlflow_of_the_page_answers_on_the_head(cluster):
     server = cluster.head.start(commands("mlflow"))
     url = f"http://{cluster.head.address}:5000/health"

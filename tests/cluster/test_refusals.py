@@ -29,6 +29,7 @@ def test_a_sweep_without_a_store_is_refused_with_the_setting_that_mends_it(clust
     assert_nothing_began(cluster, "unstored")
 
 
+@pytest.mark.cluster
 def test_a_store_that_one_machine_cannot_write_is_refused_and_the_machine_is_named(cluster, recipe):
     with cluster.services.machine.network():
         keys = cluster.services.s3.new_user("s3:Get*", "s3:List*")
@@ -50,6 +51,7 @@ def test_a_store_that_one_machine_cannot_write_is_refused_and_the_machine_is_nam
     assert_nothing_began(cluster, name)
 
 
+@pytest.mark.cluster
 def test_a_machine_whose_clock_is_an_hour_ahead_is_named(cluster, recipe):
     ahead = cluster.add_worker(6, ahead_s=3600)
     try:
@@ -64,6 +66,7 @@ def test_a_machine_whose_clock_is_an_hour_ahead_is_named(cluster, recipe):
     assert_nothing_began(cluster, "ahead")
 
 
+@pytest.mark.cluster
 def test_a_machine_with_another_torch_is_named(cluster, recipe):
     other = cluster.add_worker(6, PYTHONPATH="/srv/other")
     metadata = other.path("/srv/other/torch-2.14.0.dist-info/METADATA")
