@@ -267,7 +267,7 @@ class StructureConfig(Section):
 class RoutingConfig(Section):
     """What both kinds of experts share."""
 
-    temperature: float = Field(default=1.0, gt=0, le=1e30)
+    temperature: float = Field(default=1.0, gt=0, le=1e21)
     """Divides the scores before the routing softmax; small: sharp, large: even."""
     init: Literal["normal", "orthogonal"] = "normal"
     """orthogonal: the routers start so that different experts look along orthogonal directions of
@@ -330,9 +330,9 @@ class OptimConfig(Section):
 
     name: Literal["adam", "adamw"] = "adam"
     """adam: weight decay joins the gradient (as the field does); adamw: decoupled."""
-    lr: float = Field(default=3.5e-4, gt=0, le=1e3)
+    lr: float = Field(default=3.5e-4, gt=0, le=1e21)
     """Peak learning rate of everything but the visual tower."""
-    tower_lr: float = Field(default=5e-6, gt=0, le=1e3)
+    tower_lr: float = Field(default=5e-6, gt=0, le=1e21)
     """Peak learning rate of the visual tower."""
     weight_decay: float = Field(default=1e-4, ge=0, le=1e3)
     """Weight decay of what ``decay`` says."""
@@ -351,7 +351,7 @@ class OptimConfig(Section):
     """Linear warm-up, in epochs; None: a fifth of ``epochs``, at most 10."""
     final_lr_share: float = Field(default=0.01, ge=0, le=1)
     """Learning rate at the end, as a share of the group's peak (peers: of ``schedule_lr``)."""
-    schedule_lr: float | None = Field(default=None, gt=0, le=1e3)
+    schedule_lr: float | None = Field(default=None, gt=0, le=1e21)
     """peers: the rate whose shares the schedule begins and ends with; None: ``lr``."""
     lr_noise: bool = False
     """peers: multiply the learning rates of an epoch by a random number of 0.33 to 1.67, as the

@@ -156,7 +156,7 @@ def test_a_process_of_this_machine_that_sleeps_is_never_given_up(tmp_path):
     held._ended.set()
     held._thread.join()
     time.sleep(1)
-    with pytest.raises(ValueError, match=r"with a sign of life 1 s ago"):
+    with pytest.raises(ValueError, match=r"with a sign of life [1-9] s ago"):
         driver(open_folder(tmp_path / "search"), 0.4).__enter__()
     assert not Holder.this_process(0.4).has_left(1.0)
     held.__exit__()

@@ -24,7 +24,7 @@ WHAT = [
     {},
     {"model.aggregation.heads": 5},
     {"model.semantic.expansion": 1e9},
-    {"optim.lr": 1e30, "optim.tower_lr": 1e30},
+    {"optim.lr": 1e20, "optim.tower_lr": 1e20},
     {"optim.lr": 10.0, "optim.warmup_epochs": 0.0, "optim.collapse_steps": 3} | COLD,
     {},
 ]
