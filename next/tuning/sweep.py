@@ -406,17 +406,9 @@ def checked_space(
     Raises:
         ValueError: as there, or pretraining does not have what the space varies or asks for.
     """
-    training = sweep.task == "training"
-
-    def fit(trial: RunConfig) -> None:
-        if training:
-            resolve(trial, manifest)
-        else:
-            check_pretraining(trial)
-
-    varied = describe_space(space, base, fit)
     if sweep.task == "training":
-        return varied
+        return describe_space(space, base, lambda trial: resolve(trial, manifest))
+    varied = describe_space(space, base)
     fixed = sorted(set(varied) & set(ONLY))
     if fixed:
         raise ValueError(
@@ -429,7 +421,7 @@ def checked_space(
             f"{space.path}: OBJECTIVES names {', '.join(strange)}, which pretraining does not "
             f"report; choose from {', '.join(REPORTED)}"
         )
-    return varied
+    return describe_space(space, base, check_pretraining)
 
 
 def _fork(old: Path, name: str, known: _Known, say: Say) -> SweepResult:

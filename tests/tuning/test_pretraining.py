@@ -77,9 +77,9 @@ def test_what_pretraining_has_not_is_refused_before_a_sweep_starts(
     body = SPACE.format(name=name, low=0.1, high=0.2)
     path.write_text(f'OBJECTIVES = {{"{objective}": "max"}}\n{body}')
     sweep = SweepConfig(task="pretraining")
-    _, base = prepare_sweep(override(tiny_config, QUICK), sweep)
+    manifest, base = prepare_sweep(override(tiny_config, QUICK), sweep)
     with pytest.raises(ValueError, match=message):
-        checked_space(load_space(path), base, sweep)
+        checked_space(load_space(path), base, sweep, manifest)
 
 
 @pytest.mark.ray
