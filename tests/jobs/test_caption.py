@@ -216,7 +216,7 @@ def test_what_a_user_gets_wrong_ends_with_one_line_and_code_2(demo_raw, models, 
 def test_an_endpoint_that_is_down_ends_a_run_before_anything_is_written(demo_raw, models, tmp_path):
     with pytest.raises(ConnectionError, match="cannot be reached"):
         run(demo_raw, models("http://127.0.0.1:1/v1", names=["m"]), tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out").rglob("*")] == ["ledger", "lock"]
+    assert [path.name for path in (tmp_path / "out").rglob("*")] == ["ledger"]
 
 
 def test_a_budget_of_nothing_is_refused(demo_raw, models, tmp_path, capsys):
