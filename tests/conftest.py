@@ -34,6 +34,8 @@ hypothesis.settings.load_profile("default")
 # it. So all clusters that tests start ask for tokens, as Ray's local ones do by themselves.
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+# Ray's workers would let every other test go first (niceness 15) and run into their limits.
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - so Ray reads it
 
 TINY = {
     "model.backbone.name": "next-tiny",
