@@ -242,7 +242,7 @@ class SemanticConfig(Section):
     """Number of experts E; each gives one token."""
     tokens_per_expert: int | None = Field(default=None, ge=1, le=2**20)
     """Patches that an expert samples in each modality (the largest weights); None: all."""
-    expansion: float = Field(default=2.0, gt=0, le=2**10)
+    expansion: float = Field(default=2.0, gt=0, le=1e12)
     """Hidden width of an expert's MLP, in units of the token width."""
     mixer_hidden: int = Field(default=8, ge=1, le=2**16)
     """Hidden width of the mix of text scores along the modality axis."""
@@ -260,7 +260,7 @@ class StructureConfig(Section):
     """Number of experts E."""
     slots: int = Field(default=2, ge=1, le=2**10)
     """Slots S of each expert; the branch gives E * S tokens."""
-    expansion: float = Field(default=2.0, gt=0, le=2**10)
+    expansion: float = Field(default=2.0, gt=0, le=1e12)
     """Hidden width of an expert's MLP, in units of the token width."""
 
 
@@ -279,7 +279,7 @@ class AggregationConfig(Section):
 
     heads: int = Field(default=4, ge=1, le=2**10)
     """Attention heads; must divide the token width."""
-    expansion: float = Field(default=2.0, gt=0, le=2**10)
+    expansion: float = Field(default=2.0, gt=0, le=1e12)
     """Hidden width of the MLP, in units of the token width."""
 
 
