@@ -24,7 +24,8 @@ TRIALS = 8
 ENDED = ("COMPLETE", "PRUNED")
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.cluster)])
+@pytest.mark.cluster
+@pytest.mark.parametrize("workers", [1, 2])
 def test_a_sweep_outlives_a_machine_and_then_its_head(cluster: Cluster, recipe, workers):
     """A machine of trials is lost and another joins; then the head is lost, and a new one goes on.
 
