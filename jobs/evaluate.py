@@ -171,7 +171,7 @@ def _missing(
 
 def _in_this_process(job: EvaluateJob, config: RunConfig) -> bool:
     """Whether no worker of Ray is asked for; then torch is made ready here."""
-    from next.training.cluster import on_cluster
+    from next.local_ray import on_cluster
     from next.training.process import configure_torch
 
     here = job.workers is None and not on_cluster()

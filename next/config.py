@@ -86,6 +86,12 @@ class Section(BaseModel):
         return value
 
 
+def _known_store(address: str | None) -> str | None:
+    if address is not None:
+        require_store(address)
+    return address
+
+
 class DataConfig(Section):
     """What is read, and how it is laid out on this node."""
 
@@ -123,12 +129,7 @@ class DataConfig(Section):
             raise ValueError("must name each modality once, and one at least")
         return modalities
 
-    @field_validator("uri")
-    @classmethod
-    def _is_a_store(cls, uri: str | None) -> str | None:
-        if uri is not None:
-            require_store(uri)
-        return uri
+    _is_a_store = field_validator("uri")(_known_store)
 
 
 class BatchConfig(Section):
@@ -503,12 +504,7 @@ class CheckpointConfig(Section):
     patience_s: float = Field(default=600, ge=0, le=1e9)
     """Seconds for which one that cannot be written (disk full, storage away) is tried again."""
 
-    @field_validator("storage_path")
-    @classmethod
-    def _is_a_store(cls, path: str | None) -> str | None:
-        if path is not None:
-            require_store(path)
-        return path
+    _is_a_store = field_validator("storage_path")(_known_store)
 
 
 class RunSection(Section):

@@ -19,6 +19,24 @@ from next.storage import drafting
 _LOCK_SECONDS = 60.0
 
 
+def on_cluster() -> bool:
+    """Whether a cluster is given; else Ray, if it is needed at all, runs on this machine alone."""
+    return os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
+
+
+def join_or_start_ray(cpus: int) -> None:
+    """The cluster that ``RAY_ADDRESS`` names, else :func:`start_local_ray`; ended as that is."""
+    if not on_cluster():
+        start_local_ray(cpus)
+        return
+    import ray
+
+    from next.session import beginning
+
+    with beginning():
+        ray.init(log_to_driver=False)
+
+
 def start_local_ray(cpus: int) -> None:
     """Start Ray on loopback; who needs it must end it with :func:`next.session.end_ray`.
 

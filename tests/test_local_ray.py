@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from next.local_ray import on_cluster
 from tests.exposure import LOOPBACK, lines_of_all_processes, listeners
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -115,3 +116,13 @@ def test_no_token_is_made_where_another_one_is_given_or_none_is_wanted(
     monkeypatch.setenv(variable, value)
     make_token()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("address", "given"), [(None, False), ("", False), ("local", False), ("auto", True)]
+)
+def test_an_address_of_local_is_no_cluster(monkeypatch, address, given):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if address is not None:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    assert on_cluster() is given

@@ -34,8 +34,8 @@ from next.captioning.models import ModelConfig
 from next.captioning.source import FolderSource, Picture, ShardSource, Source
 from next.captioning.spending import LEASE_S, BudgetConfig, Grant, Purse, Spending
 from next.data.layout import Sample
-from next.local_ray import start_local_ray
-from next.session import beginning, end_ray
+from next.local_ray import join_or_start_ray
+from next.session import end_ray
 
 _T = TypeVar("_T")
 _Columns = Mapping[str, Any]
@@ -357,9 +357,5 @@ def _start_ray(workers: int) -> bool:
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     if ray.is_initialized():
         return False
-    if os.environ.get("RAY_ADDRESS"):
-        with beginning():
-            ray.init(log_to_driver=False)
-        return True
-    start_local_ray((os.cpu_count() or 1) + workers)
+    join_or_start_ray((os.cpu_count() or 1) + workers)
     return True

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from next.addresses import redacted
 from next.config import BackboneConfig, RunConfig, ScalingConfig
-from next.local_ray import start_local_ray
+from next.local_ray import join_or_start_ray, on_cluster
 from next.storage import Folder, open_folder
 
 _log = logging.getLogger(__name__)
@@ -42,11 +42,6 @@ _NODES_SECONDS = 30.0
 _LOOK_SECONDS = 60.0
 
 
-def on_cluster() -> bool:
-    """Whether a cluster is given; else Ray, if it is needed at all, runs on this machine alone."""
-    return os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
-
-
 def start_ray(cpus: float) -> None:
     """The cluster that ``RAY_ADDRESS`` names, or a Ray on this machine alone.
 
@@ -59,15 +54,8 @@ def start_ray(cpus: float) -> None:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if on_cluster():
-        import ray
-
-        from next.session import beginning
-
         check_address(os.environ["RAY_ADDRESS"])
-        with beginning():
-            ray.init(log_to_driver=False)
-        return
-    start_local_ray(max(os.cpu_count() or 1, math.ceil(cpus)))
+    join_or_start_ray(max(os.cpu_count() or 1, math.ceil(cpus)))
 
 
 @contextmanager

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 from next.config import RunConfig
 from next.data.benchmark import Benchmark
 from next.data.shards import Manifest, open_manifest
+from next.local_ray import on_cluster
 from next.storage import require_own_disk, write_whole
 from next.tracking.provenance import provenance_tags
 from next.tracking.run import check_server, open_run, read_metrics, start_server, view_command
 from next.training.assessment import Assessment, Carried, with_curves
 from next.training.checkpoint import read_config, read_progress, require_data
-from next.training.cluster import check_cluster, connected, on_cluster, start_ray
+from next.training.cluster import check_cluster, connected, start_ray
 from next.training.folder import (
     Claim,
     as_begun,

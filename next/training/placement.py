@@ -12,8 +12,9 @@ from typing import Literal
 
 from next.config import RunConfig, from_toml, to_toml
 from next.data.shards import Manifest, open_manifest
+from next.local_ray import on_cluster
 from next.training.assessment import Assessment, Carried, assess, with_curves
-from next.training.cluster import in_a_workers_place, on_cluster
+from next.training.cluster import in_a_workers_place
 from next.training.process import assessing_device, configure_torch, device
 from next.training.store import CheckpointStore
 

@@ -29,13 +29,13 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from next.config import RunConfig, from_toml, to_toml
 from next.data.shards import Manifest, open_manifest
 from next.evaluation.share import Share
+from next.local_ray import on_cluster
 from next.session import end_ray
 from next.stopping import lost_ray
 from next.storage import open_folder
 from next.training.assessment import Carried, assess
 from next.training.cluster import (
     connected,
-    on_cluster,
     require_room,
     require_shared,
     worker_resources,

@@ -19,7 +19,8 @@ import ray
 from ray import tune
 
 from next.config import RunConfig
-from next.training.cluster import most_workers, on_cluster, worker_resources
+from next.local_ray import on_cluster
+from next.training.cluster import most_workers, worker_resources
 from next.training.nodes import fitting
 from next.tuning.demand import Demand
 from next.tuning.reservations import worker_groups

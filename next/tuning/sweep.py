@@ -25,6 +25,7 @@ from next.config import RunConfig, from_toml, override
 from next.data.shards import Manifest, open_manifest
 from next.evaluation.queries import measurable
 from next.lease import Lease
+from next.local_ray import on_cluster
 from next.stopping import LostRayError, Stopped, lost_ray
 from next.storage import open_folder, require_own_disk
 from next.tracking.presence import hangs
@@ -39,7 +40,7 @@ from next.tracking.run import (
 from next.training.alignment import prepare_pairs
 from next.training.assessment import Assessment
 from next.training.checkpoint import read_config
-from next.training.cluster import check_cluster, on_cluster
+from next.training.cluster import check_cluster
 from next.training.folder import data_of, own_folder
 from next.training.inputs import resolve, training_data
 from next.training.launch import check_tracking, read_history, run_tags, tracking_address

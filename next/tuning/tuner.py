@@ -14,8 +14,9 @@ from ray import tune
 from ray.tune.execution import class_cache
 
 from next.config import RunConfig, to_toml
+from next.local_ray import on_cluster
 from next.session import end_ray
-from next.training.cluster import on_cluster, require_room, start_ray
+from next.training.cluster import require_room, start_ray
 from next.training.nodes import own_facts
 from next.tuning.forkserver import forking
 from next.tuning.progress import Progress

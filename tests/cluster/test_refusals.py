@@ -14,6 +14,19 @@ pytestmark = [
 ]
 
 
+def submitted_beside(cluster: Cluster, number: int, recipe: str, name: str) -> str:
+    """What a sweep says that is refused because of a machine, which is switched off then."""
+    try:
+        cluster.wait_for_nodes(*cluster.workers)
+        line = job("sweep", run__name=name, recipe=recipe, space="tune_spaces/quick.py")
+        done = cluster.submit(line)
+    finally:
+        cluster.kill_worker(number)
+    assert done.returncode == 1, done.stdout
+    assert_nothing_began(cluster, name)
+    return str(done.stdout)
+
+
 def assert_nothing_began(cluster: Cluster, name: str) -> None:
     assert cluster.services.keys(f"s3://data/checkpoints/{name}/") == []
     assert not cluster.head.path(f"/srv/runs/{name}/sweep.toml").exists()
@@ -34,36 +47,20 @@ def test_a_store_that_one_machine_cannot_write_is_refused_and_the_machine_is_nam
     with cluster.services.machine.network():
         keys = cluster.services.s3.new_user("s3:Get*", "s3:List*")
     reader = cluster.add_worker(5, **keys)
-    try:
-        cluster.wait_for_nodes(*cluster.workers)
-        name = "read-only"
-        done = cluster.submit(
-            job("sweep", run__name=name, recipe=recipe, space="tune_spaces/quick.py")
-        )
-    finally:
-        cluster.kill_worker(5)
-    assert done.returncode == 1, done.stdout
+    said = submitted_beside(cluster, 5, recipe, "read-only")
     assert (
         f"checkpoint.storage_path must be read and written by every node of the cluster, but on "
         f"node {reader.address}: s3://data/checkpoints"
-    ) in done.stdout
-    assert "read-only for these credentials" in done.stdout
-    assert_nothing_began(cluster, name)
+    ) in said
+    assert "read-only for these credentials" in said
 
 
 @pytest.mark.cluster
 def test_a_machine_whose_clock_is_an_hour_ahead_is_named(cluster, recipe):
     ahead = cluster.add_worker(6, ahead_s=3600)
-    try:
-        cluster.wait_for_nodes(*cluster.workers)
-        line = job("sweep", run__name="ahead", recipe=recipe, space="tune_spaces/quick.py")
-        done = cluster.submit(line)
-    finally:
-        cluster.kill_worker(6)
-    assert done.returncode == 1, done.stdout
-    assert ahead.address in done.stdout
-    assert re.search(r"its clock is 3[56]\d\d s ahead of the driver's", done.stdout), done.stdout
-    assert_nothing_began(cluster, "ahead")
+    said = submitted_beside(cluster, 6, recipe, "ahead")
+    assert ahead.address in said
+    assert re.search(r"its clock is 3[56]\d\d s ahead of the driver's", said), said
 
 
 @pytest.mark.cluster
@@ -72,13 +69,6 @@ def test_a_machine_with_another_torch_is_named(cluster, recipe):
     metadata = other.path("/srv/other/torch-2.14.0.dist-info/METADATA")
     metadata.parent.mkdir(parents=True)
     metadata.write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.14.0\n")
-    try:
-        cluster.wait_for_nodes(*cluster.workers)
-        line = job("sweep", run__name="other", recipe=recipe, space="tune_spaces/quick.py")
-        done = cluster.submit(line)
-    finally:
-        cluster.kill_worker(6)
-    assert done.returncode == 1, done.stdout
-    assert other.address in done.stdout
-    assert "torch is 2.14.0, the driver has " in done.stdout
-    assert_nothing_began(cluster, "other")
+    said = submitted_beside(cluster, 6, recipe, "other")
+    assert other.address in said
+    assert "torch is 2.14.0, the driver has " in said
