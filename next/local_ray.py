@@ -88,7 +88,7 @@ def make_token() -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name("auth_token.lock"), timeout=_LOCK_SECONDS):
         if not path.exists():
-            with drafting(path) as draft:
+            with drafting(path, private=True) as draft:
                 made = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
                 with os.fdopen(made, "w", encoding="utf-8") as file:
                     file.write(generate_new_authentication_token())

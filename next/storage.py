@@ -526,7 +526,7 @@ def is_draft(name: str) -> bool:
     return _DRAFT.fullmatch(name) is not None
 
 
-def commit(draft: Path, target: Path, *, over: bool = False) -> None:
+def commit(draft: Path, target: Path, *, over: bool = False, private: bool = False) -> None:
     """Bring a finished draft to the disk and give it the name of ``target``.
 
     :func:`drafting` does it at the end of its block; this is for drafts whose names are fixed,
@@ -536,11 +536,13 @@ def commit(draft: Path, target: Path, *, over: bool = False) -> None:
         draft: file, folder or link beside ``target``.
         target: an older file or link of this name is replaced.
         over: an older folder is replaced too. It cannot be at once: for a moment there is none.
+        private: files keep the mode that they were made with; else others may read them as the
+            umask says, whoever made them.
 
     Raises:
         OSError: the disk does not take it, or ``target`` is a folder that holds something.
     """
-    _bring_to_disk(draft)
+    _bring_to_disk(draft, private)
     if over and target.is_dir() and not target.is_symlink():
         aside = target.with_name(_draft_name(target))
         target.rename(aside)
@@ -552,7 +554,7 @@ def commit(draft: Path, target: Path, *, over: bool = False) -> None:
 
 
 @contextmanager
-def drafting(path: str | Path, *, over: bool = False) -> Iterator[Path]:
+def drafting(path: str | Path, *, over: bool = False, private: bool = False) -> Iterator[Path]:
     """The name of a draft beside ``path``, which the block makes; it gets its name at the end.
 
     Nothing of what a failed block made is left, and until the end an older file stays.
@@ -560,6 +562,7 @@ def drafting(path: str | Path, *, over: bool = False) -> Iterator[Path]:
     Args:
         path: of a local file, folder or link.
         over: as in :func:`commit`.
+        private: as there.
 
     Raises:
         OSError: as :func:`commit`.
@@ -569,7 +572,7 @@ def drafting(path: str | Path, *, over: bool = False) -> Iterator[Path]:
     draft = path.with_name(_draft_name(path))
     try:
         yield draft
-        commit(draft, path, over=over)
+        commit(draft, path, over=over, private=private)
     finally:
         if draft.is_dir() and not draft.is_symlink():
             shutil.rmtree(draft, ignore_errors=True)
@@ -613,14 +616,16 @@ def _draft_name(path: Path) -> str:
     return f".{path.name}.{uuid.uuid4().hex}.partial"
 
 
-def _bring_to_disk(draft: Path) -> None:
+def _bring_to_disk(draft: Path, private: bool = False) -> None:
     """Every byte and name of a file or folder; a link is a name of the folder that it is in."""
     if draft.is_symlink():
         return
     if draft.is_dir():
         for item in draft.iterdir():
-            _bring_to_disk(item)
-    else:  # safetensors makes files that nobody else may read, whatever the user's umask says
+            _bring_to_disk(item, private)
+    elif (
+        not private
+    ):  # safetensors makes files that nobody else may read, whatever the user's umask says
         draft.chmod(draft.stat().st_mode | (0o666 & ~_umask()))
     _sync(draft)
 

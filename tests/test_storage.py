@@ -493,3 +493,14 @@ def test_others_may_read_a_file_as_the_umask_says_whoever_wrote_it(tmp_path, uma
         os.umask(before)
     assert (tmp_path / "weights").stat().st_mode & 0o777 == mode
     assert (tmp_path / "folder" / "weights").stat().st_mode & 0o777 == mode
+
+
+def test_a_private_file_is_never_readable_by_others(tmp_path, monkeypatch):
+    monkeypatch.setattr("pathlib.Path.chmod", None)
+    before = os.umask(0o022)
+    try:
+        with storage.drafting(tmp_path / "token", private=True) as draft:
+            draft.touch(0o600)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "token").stat().st_mode & 0o777 == 0o600
