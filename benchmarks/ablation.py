@@ -33,7 +33,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from next.cli import Settings, demo_shards, named_options, parse, run_defaults, run_job
+from next.cli import Settings, parse, run_defaults, run_job, with_demo_data
 from next.config import RunConfig, from_toml, override, to_toml
 from next.data.captions import CaptionSampler
 from next.data.samples import SampleSet
@@ -99,9 +99,7 @@ class AblationJob:
 
 def main(argv: Sequence[str]) -> int:
     """Parse, run what is not there yet, print."""
-    if "data" not in named_options(argv, "data") and not {"-h", "--help"} & set(argv):
-        variant = named_options(argv, "benchmark").get("benchmark", "demo")
-        argv = [*argv, "--data", str(demo_shards(Path("demo"), variant=variant))]
+    argv = with_demo_data(argv)
     job = parse(AblationJob, argv, default=AblationJob(config=run_defaults(argv)))
     if job.data is None:
         raise ValueError("--data must be followed by a folder of shards, or left out")

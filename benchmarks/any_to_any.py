@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-from next.cli import Settings, demo_shards, named_options, parse, run_defaults, run_job
+from next.cli import Settings, parse, run_defaults, run_job, with_demo_data
 from next.config import RunConfig, override
 from next.data.shards import Manifest, open_manifest
 from next.evaluation.missing import MissingMatrix
@@ -68,9 +68,7 @@ class AnyToAnyJob:
 
 def main(argv: Sequence[str]) -> int:
     """Parse, train what is not there yet, rank, print."""
-    if "data" not in named_options(argv, "data") and not {"-h", "--help"} & set(argv):
-        variant = named_options(argv, "benchmark").get("benchmark", "demo")
-        argv = [*argv, "--data", str(demo_shards(Path("demo"), variant=variant))]
+    argv = with_demo_data(argv)
     job = parse(AnyToAnyJob, argv, default=AnyToAnyJob(config=run_defaults(argv)))
     if job.data is None:
         raise ValueError("--data must be followed by a folder of shards, or left out")

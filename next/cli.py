@@ -290,6 +290,15 @@ def draw_demo(raw: Path, seed: int, variant: str) -> None:
             write_demo(raw, size, seed=seed, difficulty=difficulty, progress=progress)
 
 
+def with_demo_data(argv: Sequence[str]) -> Sequence[str]:
+    """A command line without ``--data`` with the shards of its ``--benchmark``, drawn in demo/."""
+    named = named_options(argv, "data", "benchmark")
+    if "data" in named or {"-h", "--help"} & set(argv):
+        return argv
+    shards = demo_shards(Path("demo"), variant=named.get("benchmark", "demo"))
+    return [*argv, "--data", str(shards)]
+
+
 def demo_card(variant: str) -> Benchmark:
     """The card of a variant: that of the demo, by a name of its own."""
     card = load_card(DEMO_CARD)
