@@ -118,6 +118,7 @@ def importance_bars(path: Path, shares: Mapping[str, Importance], method: str, n
         axes.text(
             right if inside else 98, place + (0 if inside else 0.28), said, va="center",
             ha="left" if inside else "right", fontsize=11,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
         )  # fmt: skip
     axes.set_yticks(range(len(ranked)), [wrap(name, 32) for name, _ in ranked], fontsize=11)
     axes.set(xlabel="importance, %", xlim=(0, 112), ylim=(-0.7, len(ranked) - 0.3))
@@ -176,7 +177,7 @@ def contour(path: Path, trials: Sequence[Trial], across: str, up: str, metric: s
     for axis, values, log in (("x", xs, log_x), ("y", ys, log_y)):
         _scale(axes, axis, values, log)
     axes.set(xlabel=across, ylabel=up)
-    axes.set_title(f"{metric}: dots are trials, crosses were pruned", fontsize=13)
+    axes.set_title(wrap(f"{metric}: dots are trials, crosses were pruned", 30), fontsize=13)
     figure.colorbar(ScalarMappable(norm, "viridis"), ax=axes, label=f"{metric}, %")
     say_below(figure, pruned_note(shown))
     return save(figure, path)
@@ -344,10 +345,12 @@ def _final(trial: Trial) -> float:
 
 
 def _norm(scores: np.ndarray) -> Normalize:
+    """The range of final scores; a point to either side where there is one score alone."""
     known = scores[~np.isnan(scores)]
     if not len(known):
         return Normalize(0.0, 1.0)
-    return Normalize(float(known.min()), max(float(known.max()), float(known.min()) + 1e-6))
+    low, high = float(known.min()), float(known.max())
+    return Normalize(low, high) if high > low else Normalize(low - 1, high + 1)
 
 
 def _spans_decades(values: np.ndarray) -> bool:

@@ -60,3 +60,13 @@ def test_charts_of_pruned_trials_alone_are_drawn_without_a_colour(drawn, tmp_pat
     charts.contour(tmp_path / "contour.png", pruned, ACROSS, UP, "val/mAP")
     charts.parallel_coordinates(tmp_path / "parallel.png", pruned, [ACROSS, UP], "val/mAP")
     assert {line.get_color() for line in drawn[1].axes[0].lines} == {charts.NEUTRAL}
+
+
+def test_one_final_score_alone_has_a_scale_that_can_be_read(drawn, tmp_path):
+    alone = [TRIALS[0], TRIALS[4]]
+    charts.contour(tmp_path / "contour.png", alone, ACROSS, UP, "val/mAP")
+    assert drawn[0].axes[1].get_ylim() == (69.0, 71.0)
+    charts.parallel_coordinates(tmp_path / "parallel.png", alone, [ACROSS, UP], "val/mAP")
+    [axes] = drawn[1].axes
+    assert {"71.0", "69.0"} <= {text.get_text() for text in axes.texts}
+    assert max(np.nan_to_num(line.get_ydata()[-1], nan=-1) for line in axes.lines) == 0.5
