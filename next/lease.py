@@ -224,6 +224,11 @@ class Lease:
                 folder.rmdir()
 
 
+def holds(held: Folder, key: str) -> bool:
+    """Whether the lease of this key, whose claim lies within the folder, holds it still."""
+    return key in _claims(held, "lease")
+
+
 def is_held(path: Path) -> bool:
     """Whether a process that lives holds a local folder."""
     place, name = _beside(open_folder(path))

@@ -3,7 +3,7 @@
 Ray's own handling of SIGTERM ends a driver by an abort with pages of stack, its errors bring pages
 of the raylet's state, and a driver whose head is gone waits for a minute before it ends without a
 word. So a process that starts Ray keeps its own handlers, gets one line of each of Ray's errors,
-and is interrupted within a second when one of Ray's processes has ended.
+and is interrupted at once when one of Ray's processes has ended.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from __future__ import annotations
 import atexit
 import json
 import logging
+import os
+import select
 import shutil
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -122,22 +124,42 @@ class _Watch:
 
     def __init__(self, node: Any) -> None:
         self.node = node
-        self._ended = threading.Event()
+        self._ended, self._end = os.pipe()
         self._before = signal.signal(signal.SIGUSR2, self._raise)
-        atexit.register(self._ended.set)  # before Ray's own, which ends its processes
+        atexit.register(self._say_end)  # before Ray's own, which ends its processes
         self._thread = threading.Thread(target=self._look, name="ray-watch", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
         """Look no more."""
-        self._ended.set()
+        self._say_end()
         self._thread.join()
         with suppress(ValueError):  # in another thread
             signal.signal(signal.SIGUSR2, self._before)
-        atexit.unregister(self._ended.set)
+        atexit.unregister(self._say_end)
+
+    def _say_end(self) -> None:
+        with suppress(OSError):  # it has been read
+            os.close(self._end)
 
     def _look(self) -> None:
-        while not self._ended.wait(_LOOK_SECONDS) and ray.is_initialized():
+        with ExitStack() as opened:
+            opened.callback(os.close, self._ended)
+            poll = select.poll()
+            poll.register(self._ended)
+            for _, process in self.node.live_processes():
+                with suppress(AttributeError, OSError):  # no such files here, or it ends now
+                    process_end = os.pidfd_open(process.pid)
+                    opened.callback(os.close, process_end)
+                    poll.register(process_end)
+            self._look_whenever(poll)
+
+    def _look_whenever(self, poll: select.poll) -> None:
+        """At once: what Ray does next without a raylet may end this process without a word."""
+        while True:
+            woken = [file for file, _ in poll.poll(1000 * _LOOK_SECONDS)]
+            if self._ended in woken or not ray.is_initialized():
+                return
             for kind, process in self.node.dead_processes():
                 if kind in _WATCHED and ray.is_initialized():  # else somebody ends it now
                     lose_ray(
@@ -146,6 +168,8 @@ class _Watch:
                     )
                     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR2)
                     return
+            for file in woken:  # another process of Ray, which it does without
+                poll.unregister(file)
 
     def _raise(self, number: int, frame: object) -> None:
         raise KeyboardInterrupt

@@ -11,18 +11,17 @@ writers that outlived their driver.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
-from next.lease import Lease
+from next.lease import Lease, LostLeaseError, holds
 from next.storage import open_folder
 
 Status = Literal["answered", "refused", "garbled", "failed"]
@@ -76,13 +75,24 @@ class RowWriter(Protocol):
 
 
 class LedgerPart:
-    """Appends rows to a part of its own; safe to be killed at any moment."""
+    """Appends rows to a part of its own; safe to be killed at any moment.
 
-    def __init__(self, folder: str | Path) -> None:
+    Args:
+        folder: of the ledger.
+        key: of the run that it writes for, :attr:`Ledger.key`; None: nobody else can open it.
+
+    Raises:
+        LostLeaseError: another run has opened the ledger, and would not see this part.
+    """
+
+    def __init__(self, folder: str | Path, key: str | None = None) -> None:
         name = f"{time.time_ns():x}-{os.getpid():x}-{os.urandom(3).hex()}.jsonl"
         self.path = Path(folder) / name
         self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_EXCL, 0o644)
         fcntl.flock(self._file, fcntl.LOCK_EX)
+        if key is not None and not holds(open_folder(folder), key):
+            self.close()
+            raise LostLeaseError(f"another run goes on with the ledger {folder}; this one ends")
 
     def append(self, row: Row) -> None:
         """Write a row; it is the system's when this returns."""
@@ -122,10 +132,13 @@ class Ledger:
         self._read: set[Path] = set()
         self._wait_s = wait_s
         self._held = ExitStack()
+        self.key: str | None = None
+        """Of the lease by which it is held; None: it is only looked at."""
         if not look:
             self.folder.mkdir(parents=True, exist_ok=True)
             lease = Lease(open_folder(self.folder), "the ledger of captions", within=True)
             self._held.enter_context(lease)
+            self.key = lease.key
         try:
             self.refresh()
         except BaseException:
@@ -143,15 +156,24 @@ class Ledger:
         self._held.close()
 
     def refresh(self) -> None:
-        """Take up the parts that were written since; waits for those that are being written."""
-        for path in sorted(set(self.folder.glob("*.jsonl")) - self._read):
-            if not self._look:
-                self._wait_for_writer(path)
-            number = len(self._parts)
-            self._parts.append(path)
-            self._read.add(path)
-            for offset, _, row in _rows(path):
-                self._places[row.key] = (number, offset, row.status)
+        """Take up the parts that were written since; waits for those that are being written.
+
+        Another one may be begun while it waits.
+        """
+        while new := sorted(set(self.folder.glob("*.jsonl")) - self._read):
+            for path in new:
+                with suppress(FileNotFoundError):  # an empty part that was closed
+                    self._take_up(path)
+                self._read.add(path)
+
+    def _take_up(self, path: Path) -> None:
+        if not self._look:
+            self._wait_for_writer(path)
+        found = list(_rows(path))
+        number = len(self._parts)
+        self._parts.append(path)
+        for offset, _, row in found:
+            self._places[row.key] = (number, offset, row.status)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -216,7 +238,7 @@ class LedgerTail:
         """Keys of the rows that were written since the last call, but not of failed ones."""
         for path in sorted(self._folder.glob("*.jsonl")):
             if path.name not in self._known:
-                with contextlib.suppress(FileNotFoundError):  # an empty part that was closed
+                with suppress(FileNotFoundError):  # an empty part that was closed
                     for _, end, row in _rows(path, self._offsets.get(path, 0)):
                         self._offsets[path] = end
                         if row.status != "failed":

@@ -29,7 +29,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from next.captioning.endpoint import Endpoint
 from next.captioning.engine import Asked, Questions, ask_all, first_cause, first_open
-from next.captioning.ledger import LedgerPart, LedgerTail, Row
+from next.captioning.ledger import Ledger, LedgerPart, LedgerTail, Row
 from next.captioning.models import ModelConfig
 from next.captioning.source import FolderSource, Picture, ShardSource, Source
 from next.captioning.spending import LEASE_S, BudgetConfig, Grant, Purse, Spending
@@ -56,7 +56,7 @@ IMAGES_A_CALL = 16
 def run_on_ray(
     source: Source,
     questions: Questions,
-    ledger: str | Path,
+    ledger: Ledger,
     budget: BudgetConfig,
     report: Callable[[Asked], None],
     *,
@@ -67,7 +67,7 @@ def run_on_ray(
     Args:
         source: images; every machine must be able to read them at the same place.
         questions: prompts, models and what is finished.
-        ledger: folder on this machine, which the caller holds.
+        ledger: on this machine, held by the caller.
         budget: of all workers together.
         report: called in this process for each image that is done.
         workers: processes; a model's concurrency and limits are shared out evenly.
@@ -85,8 +85,8 @@ def run_on_ray(
     purse = None
     if budget.tokens is not None or budget.money is not None:
         purse = ray.remote(num_cpus=0)(Purse).remote(budget, lease_s=LEASE_S)
-    folder = str(Path(ledger).resolve())
-    known = tuple(sorted(Path(ledger).glob("*.jsonl")))
+    folder = str(ledger.folder.resolve())
+    known = tuple(ledger.parts())
     here = ray.get_runtime_context().get_node_id()
     job = _Job(
         models=questions.models,
@@ -94,8 +94,9 @@ def run_on_ray(
         finished=frozenset(questions.finished),
         known_parts=known,
         ledger=folder,
+        key=ledger.key,
         here=here,
-        keeper=None if own else _start_keeper(folder, known, here),
+        keeper=None if own else _start_keeper(folder, ledger.key, known, here),
         share=1 / workers,
         purse=purse,
     )
@@ -139,6 +140,8 @@ class _Job(NamedTuple):
     known_parts: tuple[Path, ...]
     ledger: str
     """Folder on the driver's machine."""
+    key: str | None
+    """By which the driver holds the ledger."""
     here: str
     """The driver's node."""
     keeper: Any
@@ -172,8 +175,9 @@ class _FarPurse:
 class _Keeper:
     """What the workers of one process write to the ledger, and hear of it."""
 
-    def __init__(self, folder: str, known: Sequence[Path]) -> None:
+    def __init__(self, folder: str, key: str | None, known: Sequence[Path]) -> None:
         self._folder = folder
+        self._key = key
         self._tail = LedgerTail(folder, known)
         self._part: LedgerPart | None = None
         self._answered: list[bytes] = []
@@ -181,7 +185,7 @@ class _Keeper:
     def append(self, row: Row) -> None:
         """Write an answer."""
         if self._part is None:
-            self._part = LedgerPart(self._folder)
+            self._part = LedgerPart(self._folder, self._key)
         self._part.append(row)
 
     def answered(self, known: int) -> list[bytes]:
@@ -217,9 +221,10 @@ class _FarKeeper:
             raise error.cause from None
 
 
-def _start_keeper(folder: str, known: Sequence[Path], node: str) -> Any:
+def _start_keeper(folder: str, key: str | None, known: Sequence[Path], node: str) -> Any:
     place = NodeAffinitySchedulingStrategy(node, soft=False)
-    return ray.remote(num_cpus=0)(_Keeper).options(scheduling_strategy=place).remote(folder, known)
+    keeper = ray.remote(num_cpus=0)(_Keeper).options(scheduling_strategy=place)
+    return keeper.remote(folder, key, known)
 
 
 class _Worker:
@@ -263,7 +268,7 @@ class _Worker:
         if self._keeper is None:
             here = ray.get_runtime_context().get_node_id() == self._job.here
             if here or self._job.keeper is None:
-                self._keeper = _Keeper(self._job.ledger, self._job.known_parts)
+                self._keeper = _Keeper(self._job.ledger, self._job.key, self._job.known_parts)
             else:
                 self._keeper = _FarKeeper(self._job.keeper)
         answered = self._keeper.answered(self._heard)

@@ -146,7 +146,7 @@ class Captioner:
             totals.left = run_on_ray(
                 self.source,
                 questions,
-                ledger.folder,
+                ledger,
                 self.config.budget,
                 report,
                 workers=self.config.workers,

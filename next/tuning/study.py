@@ -7,6 +7,7 @@ whatever kills the driver, the file says which runs are done and which have to g
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +27,8 @@ FILE = "study.db"
 
 _SEEDS = " seeds"
 _LOCK_SECONDS = 5.0
+# What a signal interrupts is raised; the pool would tell of it by pages of its own.
+logging.getLogger("sqlalchemy.pool").setLevel(logging.CRITICAL)
 
 
 class Studies(NamedTuple):
@@ -202,6 +205,7 @@ def unfinished(study: optuna.Study) -> list[optuna.Trial]:
 
 def set_waiting(study: optuna.Study) -> None:
     """Have the trials wait that a driver leaves, which :func:`unfinished` gives to the next one."""
+    study._storage.remove_session()  # one that was interrupted can do no more
     for frozen in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         study._storage.set_trial_state_values(frozen._trial_id, TrialState.WAITING)
 

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from next.captioning.ledger import Ledger, LedgerPart, LedgerTail, Row, row_key
+from next.lease import LostLeaseError
 
 
 def row(image="a", status="answered", **fields):
@@ -99,10 +100,37 @@ def test_a_run_waits_for_a_writer_that_outlived_its_run(tmp_path):
     closer.join()
 
 
+def test_a_part_that_is_begun_while_a_run_waits_is_taken_up(tmp_path):
+    first, second = LedgerPart(tmp_path), []
+
+    def close() -> None:
+        second.append(LedgerPart(tmp_path))
+        second[0].append(row("b"))
+        first.close()
+        time.sleep(0.3)
+        second[0].close()
+
+    first.append(row("a"))
+    closer = threading.Timer(0.3, close)
+    closer.start()
+    with Ledger(tmp_path, wait_s=10) as ledger:
+        assert row("b").key in ledger
+    closer.join()
+
+
+def test_a_worker_begins_no_part_once_another_run_has_the_ledger(tmp_path):
+    with Ledger(tmp_path) as ledger:
+        LedgerPart(tmp_path, ledger.key).close()
+    with Ledger(tmp_path), pytest.raises(LostLeaseError, match="another run goes on with"):
+        LedgerPart(tmp_path, ledger.key)
+    assert not list(tmp_path.glob("*.jsonl"))
+
+
 def test_a_row_is_on_file_when_append_returns(tmp_path):
     script = f"""
 import os, signal
 from next.captioning.ledger import LedgerPart, Row
+from next.lease import LostLeaseError
 part = LedgerPart({str(tmp_path)!r})
 for image in "ab":
     part.append(Row(**({row()._asdict()!r} | {{"image": image}})))

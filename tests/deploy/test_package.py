@@ -50,7 +50,7 @@ def test_the_package_is_small_and_leaves_out_data_runs_and_environments(packed):
     names = zipfile.ZipFile(packed).namelist()
     assert [name for name in names if name in PLANTED] == []
     assert not [name for name in names if name.startswith((".git/", ".venv", "tests/", "deploy/"))]
-    assert packed.stat().st_size < 2_000_000, "Ray stores, it does not compress"
+    assert packed.stat().st_size < 2_500_000, "Ray stores, it does not compress"
 
 
 def test_the_package_holds_all_that_a_job_reads_from_the_project(packed):
