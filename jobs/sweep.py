@@ -16,7 +16,7 @@ import tyro
 from next.cli import REQUIRED, Settings, parse, run_defaults, run_job
 from next.config import RunConfig, override
 from next.tuning.settings import SweepConfig
-from next.tuning.space import load_space
+from next.tuning.space import judged_by, load_space
 
 if TYPE_CHECKING:
     from next.tuning.results import State
@@ -140,7 +140,7 @@ def _start(argv: Sequence[str]) -> int:
     from next.tuning.sweep import checked_space, prepare_sweep, run_sweep
 
     if job.dry_run:
-        manifest, config = prepare_sweep(config, job.sweep)
+        manifest, config = prepare_sweep(judged_by(config, space), job.sweep)
         plan = {
             "data_digest": manifest.digest,
             "space": space.name,
@@ -230,6 +230,7 @@ def _shown(value: Any) -> str:
 def _row(folder: Path) -> dict[str, Any]:
     """One sweep of the list; one whose study cannot be read says why."""
     from next.tuning.folder import is_driven, read_standing
+    from next.tuning.seeds import first_metric
     from next.tuning.summary import summarise
 
     try:
@@ -243,6 +244,7 @@ def _row(folder: Path) -> dict[str, Any]:
         "of": found.sweep.trials,
         **counts,
         "driver": "at work" if is_driven(folder) else "none",
+        "metric": first_metric(found.objectives),
         "best": None,
         "score": None,
         "half_width": None,

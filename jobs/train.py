@@ -43,7 +43,7 @@ def _train(job: TrainJob, config: RunConfig) -> int:
     from next.training.launch import launch
 
     result = launch(config)
-    scores = result.assessment.metrics | {"val/mAP": result.outcome.best}
+    scores = result.assessment.metrics | {config.selection.metric: result.outcome.best}
     if job.json:
         found = {
             "folder": str(result.folder),

@@ -402,9 +402,27 @@ class OptimConfig(Section):
         return self
 
 
+Metric = Literal[
+    "val/mAP",
+    "val/mINP",
+    "val/rank1",
+    "val/rank5",
+    "val/rank10",
+    "train/loss",
+    "train/seconds_per_step",
+]
+"""What is reported after each evaluation, and can choose."""
+
+
 class SelectionConfig(Section):
     """How the best epoch and the best trial are chosen."""
 
+    metric: Metric = "val/mAP"
+    """Decides which epoch is the best one, whose checkpoint is kept and assessed. In a sweep it is
+    the first of its space's OBJECTIVES."""
+    mode: Literal["auto", "max", "min"] = "auto"
+    """Whether the largest or the smallest value is best; auto: the largest of ``val/``, the
+    smallest of ``train/``."""
     split: Literal["val", "test"] = "val"
     """val: held-out train identities; test: as the public codes do, which flatters the result."""
     draw: Literal["evaluable", "any"] = "evaluable"
@@ -427,6 +445,16 @@ class SelectionConfig(Section):
     """Evaluate each so many epochs (and after the last)."""
     batch: int = Field(default=128, ge=1, le=2**20)
     """Samples of one evaluation forward."""
+
+    def rank(self, value: float) -> float:
+        """A value of ``metric`` such that larger is better.
+
+        Example:
+            >>> SelectionConfig(metric="train/loss").rank(2.0)
+            -2.0
+        """
+        largest = self.metric.startswith("val/") if self.mode == "auto" else self.mode == "max"
+        return value if largest else -value
 
     @model_validator(mode="after")
     def _val_needs_identities(self) -> SelectionConfig:

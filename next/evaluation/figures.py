@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -41,7 +41,7 @@ class TrialPoint:
     parameters: Mapping[str, Any]
     """Dotted setting -> value, only what the sweep varies; a conditional one may be missing."""
     score: float | None
-    """Best value of the objective, in percent; None if the trial reported nothing."""
+    """Best value of the objective; None if the trial reported nothing."""
     pruned: bool = False
     """Stopped before its time."""
 
@@ -54,6 +54,7 @@ def learning_curves(
     loss: str = "train/loss",
     scores: Mapping[str, str] | None = None,
     xlabel: str = "step",
+    chosen: int | None = None,
 ) -> Path:
     """Training loss above, validation scores below, over one axis of steps.
 
@@ -61,9 +62,10 @@ def learning_curves(
         path: PNG to write.
         rows: (step, metrics) as they were logged; a metric may be missing in any row.
         loss: name of the metric of the upper panel.
-        scores: metric -> label of the lower panel's lines, percentages; the first one's best
-            value is marked. Default: ``val/mAP`` and ``val/rank1``.
+        scores: metric -> label of the lower panel's lines, percentages; on the first one the
+            chosen step is marked. Default: ``val/mAP`` and ``val/rank1``.
         xlabel: what a step is.
+        chosen: step of the checkpoint that was chosen; None: where the first score is best.
 
     Raises:
         ValueError: no row holds any of the metrics.
@@ -98,9 +100,10 @@ def learning_curves(
             **_marker(len(steps)),
         )
         if index == 0:
+            marked = best if chosen is None else int(np.argmin(np.abs(np.array(steps) - chosen)))
             lower.plot(
-                steps[best],
-                values[best],
+                steps[marked],
+                values[marked],
                 "o",
                 color=COLOURS[0],
                 markersize=12,
@@ -156,12 +159,33 @@ def cmc_curve(path: str | Path, runs: Mapping[str, np.ndarray], *, ranks: int = 
     return save(figure, path)
 
 
+def with_unit(metric: str) -> str:
+    """A metric as the label of an axis; scores of a split are percent.
+
+    Example:
+        >>> with_unit("val/rank1"), with_unit("train/loss")
+        ('val/rank1, %', 'train/loss')
+    """
+    return metric if metric.startswith("train/") else f"{metric}, %"
+
+
+def score_text(metric: str, value: float) -> str:
+    """A value of a metric beside a mark; percentages to a tenth.
+
+    Example:
+        >>> score_text("val/mAP", 50.0), score_text("train/loss", 0.24951)
+        ('50.0', '0.2495')
+    """
+    return f"{value:.4g}" if metric.startswith("train/") else f"{value:.1f}"
+
+
 @house_style()
 def sweep_overview(
     path: str | Path,
     trials: Sequence[TrialPoint],
     *,
     objective: str = "val/mAP",
+    mode: Literal["max", "min"] = "max",
     note: str = "",
 ) -> Path:
     """The objective against each swept setting; pruned trials are grey crosses.
@@ -172,7 +196,8 @@ def sweep_overview(
     Args:
         path: PNG to write.
         trials: of one sweep, in the order in which they started.
-        objective: name of the score, for the axis; larger is better.
+        objective: name of the score, for the axis.
+        mode: whether its largest or its smallest value is best.
         note: how the scores of pruned trials came about.
 
     Raises:
@@ -185,7 +210,8 @@ def sweep_overview(
     if not names:
         raise ValueError("there is nothing to draw: the trials have no swept setting")
     finished = [trial for trial in scored if not trial.pruned]
-    best = max(finished or scored, key=lambda trial: trial.score or 0.0)
+    sign = 1.0 if mode == "max" else -1.0
+    best = max(finished or scored, key=lambda trial: sign * (trial.score or 0.0))
     columns = min(2, len(names))
     rows = math.ceil(len(names) / columns)
     figure = plot_figure(max(4.8, 3.2 * columns), 0.9 + 2.6 * rows)
@@ -198,13 +224,16 @@ def sweep_overview(
     for axes in grid[len(names) :]:
         axes.set_axis_off()
     for axes in grid[::columns]:
-        axes.set_ylabel(f"{objective}, %")
+        axes.set_ylabel(with_unit(objective))
     scores = [float(trial.score) for trial in scored if trial.score is not None]
-    room = max(1.0, 0.08 * (max(scores) - min(scores)))
-    grid[0].set_ylim(max(0, min(scores) - room), min(100, max(scores) + room))
+    percent = with_unit(objective).endswith("%")
+    room = max(1.0 if percent else 1e-9, 0.08 * (max(scores) - min(scores)))
+    top = max(scores) + room
+    grid[0].set_ylim(max(0, min(scores) - room), min(100, top) if percent else top)
     pruned = sum(trial.pruned for trial in scored)
+    reached = score_text(objective, float(best.score or 0.0))
     figure.suptitle(
-        f"{len(trials)} trials, {pruned} pruned (x); best {best.score:.1f} (star)",
+        f"{len(trials)} trials, {pruned} pruned (x); best {reached} (star)",
         fontsize=14,
         fontweight="bold",
     )

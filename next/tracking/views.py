@@ -10,27 +10,27 @@ from __future__ import annotations
 import base64
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 SWEEP = "next.sweep"
 """Tag of a trial: the key of its sweep."""
 
 _PREFIX = "mlflow.sharedViewState."
-_SCORE = "val/mAP"
 _TEST = "test/mAP"
 _SECTIONS = {"search": (1, 380), "figures": (1, 460), "val": (2, 360), "train": (3, 360)}
 """From top to bottom, with charts in a row and their height in pixels; a chart that MLflow adds by
 itself goes to the section of its metric's prefix."""
 
 
-def experiment_tags(note: str) -> dict[str, str]:
+def experiment_tags(note: str, metric: str) -> dict[str, str]:
     """What an experiment says of itself, and the metric that MLflow shows first.
 
     Args:
         note: Markdown.
+        metric: that of its latest sweep.
     """
-    return {"mlflow.note.content": note, "mlflow.experiment.primaryMetric.name": _SCORE}
+    return {"mlflow.note.content": note, "mlflow.experiment.primaryMetric.name": metric}
 
 
 def sweep_view(
@@ -38,6 +38,7 @@ def sweep_view(
     key: str,
     began: float,
     *,
+    objectives: Mapping[str, str],
     parameters: Sequence[str],
     axes: Sequence[str],
     numeric: Sequence[str],
@@ -50,14 +51,20 @@ def sweep_view(
         key: the parent's :attr:`next.tracking.run.Run.key`; the trials carry it as their tag
             ``next.sweep``, by which the view finds them.
         began: when the sweep began, in seconds since 1970.
+        objectives: metric -> ``max`` or ``min``; the first one orders the table and is drawn, all
+            are columns.
         parameters: settings that it varies; columns of the table, in that order.
         axes: those of ``parameters`` that every trial has, axes of the parallel coordinates;
             MLflow leaves a trial out that lacks one of them.
         numeric: those of ``axes`` that are numbers; the first two span the contour plot.
         images: keys of the pictures of the image grid, in that order.
     """
-    cards = [_parallel(axes), *_contours(numeric), _curve(_SCORE, "val")]
-    cards += [_curve("train/loss", "train")]
+    score = next(iter(objectives))
+    curves = dict.fromkeys((score, *(("val/mAP",) if score.startswith("train/") else ())))
+    cards = [_parallel(axes, score), *_contours(numeric, score)]
+    cards += [
+        _curve(metric, metric.split("/")[0]) for metric in dict.fromkeys((*curves, "train/loss"))
+    ]
     cards += [_card("IMAGE", "figures", imageKeys=[key], step=0) for key in images]
     for number, card in enumerate(cards):
         card["uuid"] = f"next-chart-{number}"
@@ -66,12 +73,13 @@ def sweep_view(
         for section, (columns, height) in _SECTIONS.items()
     ]
     sections += [_section("Model metrics"), _section("System metrics", display=False)]
+    columns = dict.fromkeys((*objectives, "val/mAP", "val/rank1", _TEST))
     state = {
         "searchFilter": f"tags.`{SWEEP}` = '{key}'",
-        "orderByKey": f"metrics.`{_SCORE}`",
-        "orderByAsc": False,
+        "orderByKey": f"metrics.`{score}`",
+        "orderByAsc": objectives[score] == "min",
         "selectedColumns": [
-            *(f"metrics.`{metric}`" for metric in (_SCORE, "val/rank1", _TEST)),
+            *(f"metrics.`{metric}`" for metric in columns),
             *(f"params.`{parameter}`" for parameter in parameters),
             "tags.`next.pruned`",
         ],
@@ -101,22 +109,22 @@ def sweep_view(
     return {_PREFIX + key: json.dumps(view)}
 
 
-def _parallel(parameters: Sequence[str]) -> dict[str, Any]:
+def _parallel(parameters: Sequence[str], score: str) -> dict[str, Any]:
     return _card(
         "PARALLEL",
         "search",
         selectedParams=list(parameters),
-        selectedMetrics=[_SCORE],
+        selectedMetrics=[score],
         showAllRuns=True,
-        displayName=f"what was varied, and {_SCORE}",
+        displayName=f"what was varied, and {score}",
     )
 
 
-def _contours(numeric: Sequence[str]) -> list[dict[str, Any]]:
+def _contours(numeric: Sequence[str], metric: str) -> list[dict[str, Any]]:
     if len(numeric) < 2:
         return []
     axes = [{"key": key, "type": "PARAM"} for key in numeric[:2]]
-    score = {"key": _SCORE, "type": "METRIC"}
+    score = {"key": metric, "type": "METRIC"}
     return [_card("CONTOUR", "search", xaxis=axes[0], yaxis=axes[1], zaxis=score)]
 
 

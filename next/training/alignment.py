@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -120,8 +119,7 @@ def align(
             scores = measure(network, pairs, config)
         log.row(scores, progress.step)
         metrics = scores | {"epoch": done, "step": progress.step, "train/loss": train_loss}
-        best = max(scores["val/mAP"], progress.best if progress.best is not None else -math.inf)
-        progress = replace(progress, metrics=metrics, best=best)
+        progress = progress.judged(metrics, config.selection)
         _log.info(
             "epoch %d/%d  loss %.3f  image to caption: rank1 %.1f (chance %.1f)  mAP %.1f  %.1f s",
             *(done, config.optim.epochs, train_loss, scores["val/rank1"]),

@@ -26,7 +26,7 @@ from next.evaluation.whitening import Kind, Whitening, fit_whitening
 from next.model.network import NEXT
 from next.storage import write_whole
 from next.training.attributes import caption_attributes
-from next.training.checkpoint import load_network, read_progress, text_of
+from next.training.checkpoint import load_network, parse_state, read_progress, text_of
 from next.training.inputs import TestData, test_data, training_data
 
 _log = logging.getLogger(__name__)
@@ -71,7 +71,10 @@ class Carried(NamedTuple):
 
 
 def with_curves(
-    assessment: Assessment, folder: Path, history: Sequence[tuple[int, Mapping[str, float]]]
+    assessment: Assessment,
+    folder: Path,
+    history: Sequence[tuple[int, Mapping[str, float]]],
+    checkpoint: Path,
 ) -> Assessment:
     """The same with the learning curves before the other pictures; drawn where the journal is.
 
@@ -79,10 +82,14 @@ def with_curves(
         assessment: of a run.
         folder: the picture goes to ``figures`` below it.
         history: (step, metrics) of the training; empty: nothing is drawn.
+        checkpoint: the one that was assessed, whose step is marked.
     """
     if not history:
         return assessment
-    curves = learning_curves(folder / "figures" / "learning_curves.png", history)
+    record = checkpoint / "state.json"
+    step = parse_state(str(record), record.read_bytes())["progress"]["step"]
+    picture = folder / "figures" / "learning_curves.png"
+    curves = learning_curves(picture, history, chosen=step)
     return assessment._replace(pictures=[curves, *assessment.pictures])
 
 

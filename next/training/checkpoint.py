@@ -22,7 +22,7 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,7 +59,7 @@ class Progress:
     metrics: dict[str, float] = field(default_factory=dict)
     """What was last reported."""
     best: float | None = None
-    """Best value of the selection metric so far."""
+    """Best value of ``selection.metric`` so far."""
     step_in_epoch: int = 0
     """Optimizer steps completed of the epoch that is under way; 0 between epochs."""
     loss_sum: float = 0.0
@@ -76,6 +76,15 @@ class Progress:
         return self.step_in_epoch == 0 and self.metrics.get("step") == self.step
 
 
+    rank: float | None = None
+    """The value of ``selection.metric`` in ``metrics``, such that larger is better; None: nothing
+    was evaluated, or an older version wrote this, which chose by the largest ``val/mAP``."""
+
+    def judged(self, metrics: dict[str, float], selection: SelectionConfig) -> Progress:
+        """The same with what its own weights were evaluated to."""
+        value = metrics[selection.metric]
+        best = value if self.best is None else max(self.best, value, key=selection.rank)
+        return replace(self, metrics=metrics, best=best, rank=selection.rank(value))
 class Snapshot(NamedTuple):
     """All that a checkpoint holds, in memory of its own."""
 

@@ -138,11 +138,12 @@ def _launch(manifest: Manifest, claim: Claim, home: str | None) -> RunResult:
                     config, checkpoint, store.uri, manifest, folder, history=history
                 )
             else:
-                assessment = with_curves(assessed.put(folder), folder, history)
+                assessment = with_curves(assessed.put(folder), folder, history, checkpoint)
             record_assessment(run, assessment, step=outcome.step)
             run.set_tags({"next.checkpoint_uri": str(checkpoint)})
-            write_result(folder, outcome, assessment, manifest.benchmark)
-            write_card(folder, config, manifest, assessment, outcome.best)
+            selected: dict[str, float] = {config.selection.metric: outcome.best}
+            write_result(folder, outcome, assessment, manifest.benchmark, selected)
+            write_card(folder, config, manifest, assessment, selected)
             url = run.url
         register_best(folder, config, uri)
     serve = None if config.tracking.uri else view_command(folder.parent / "mlflow")
@@ -192,11 +193,23 @@ def run_tags(config: RunConfig, manifest: Manifest) -> dict[str, str]:
 
 
 def write_result(
-    folder: Path, outcome: Outcome, assessment: Assessment, benchmark: Benchmark
+    folder: Path,
+    outcome: Outcome,
+    assessment: Assessment,
+    benchmark: Benchmark,
+    selected: dict[str, float],
 ) -> None:
-    """``result.json``: the scores, for scripts; with the losses of all sessions of the run."""
+    """``result.json``: the scores, for scripts; with the losses of all sessions of the run.
+
+    Args:
+        folder: of the run.
+        outcome: of its training.
+        assessment: of its best checkpoint.
+        benchmark: of its data.
+        selected: ``selection.metric`` and its value at the best epoch.
+    """
     found = {
-        "selection": {"val/mAP": outcome.best},
+        "selection": selected,
         "test": assessment.metrics,
         "steps": outcome.step,
         "losses": _losses(folder, outcome),

@@ -7,7 +7,6 @@ are gathered with their gradient, and every rank computes neck, heads and losses
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -96,7 +95,7 @@ def train(
     reporter: Reporter,
     worker: Worker = ALONE,
     log_metrics: Callable[[dict[str, float], int], None] = lambda metrics, step: None,
-    on_evaluation: Callable[[Evaluation, int], None] = lambda found, step: None,
+    on_evaluation: Callable[[Evaluation, Progress], None] = lambda found, progress: None,
 ) -> Outcome:
     """Train one run from its latest checkpoint (or from nothing) to its last epoch.
 
@@ -106,7 +105,7 @@ def train(
         reporter: gets metrics and checkpoints, and says when to stop.
         worker: rank, world size and device of this process.
         log_metrics: gets ``(metrics, step)`` for every optimizer step, on rank 0.
-        on_evaluation: gets ``(evaluation, step)``, with the features, on every rank.
+        on_evaluation: gets ``(evaluation, progress)``, with the features, on every rank.
 
     Raises:
         NonFiniteLossError: naming the steps and the parts of the loss.
@@ -202,20 +201,20 @@ def train(
                 device=worker.device,
                 share=Share(worker.rank, worker.world),
             )
-        on_evaluation(found, progress.step)
         scores = {f"val/{name}": value for name, value in found.metrics.as_dict().items()}
         metrics = scores | {"epoch": done, "step": progress.step, "train/loss": train_loss}
-        best = max(metrics["val/mAP"], progress.best if progress.best is not None else -math.inf)
-        progress = replace(progress, metrics=metrics, best=best)
-        log.row(scores, progress.step)
+        pace = {"train/seconds_per_step": seconds / max(1, len(plan) - first)}
+        chooses = config.selection.metric in pace  # else it is no part of what a run came to
+        progress = progress.judged(metrics | pace if chooses else metrics, config.selection)
+        on_evaluation(found, progress)
+        log.row(scores | pace, progress.step)
         if worker.rank == 0:
             _log.info(
                 "epoch %d/%d  loss %.3f  val mAP %.1f  rank1 %.1f  %.1f s  plan %s",
                 done, config.optim.epochs, train_loss, metrics["val/mAP"],
                 metrics["val/rank1"], seconds, progress.plan_hash[:8],
             )  # fmt: skip
-        pace = seconds / max(1, len(plan) - first)  # no part of what a run came to
-        reporter.report(metrics | {"train/seconds_per_step": pace}, snapshot)
+        reporter.report(metrics | pace, snapshot)
 
     assert progress.best is not None
     return Outcome(log.losses, progress.metrics, progress.best, progress.step)

@@ -65,7 +65,7 @@ def assess_in_place(
             _assess,
             *(to_toml(config), store, checkpoint.name, manifest.folder.address, split),
         ).put(folder)
-    return with_curves(found, folder, history)
+    return with_curves(found, folder, history, checkpoint)
 
 
 def _batches(config: RunConfig, manifest: Manifest, split: Literal["test", "val"]) -> int:

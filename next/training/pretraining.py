@@ -183,6 +183,11 @@ def check_pretraining(config: RunConfig) -> tuple[Manifest, RunConfig]:
     for name, only in ONLY.items():
         if values[name] != only:
             raise ValueError(f"{name} must be {only} in pretraining, but got {values[name]}")
+    if config.selection.metric not in REPORTED:
+        raise ValueError(
+            f"selection.metric must be one of {', '.join(REPORTED)} in pretraining, which reports "
+            f"no other, but got {config.selection.metric}"
+        )
     if config.data.uri is None:
         raise ValueError("data.uri is not set; give the folder that jobs/prepare.py wrote")
     if not is_clip(config.model.backbone.name):

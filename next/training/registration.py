@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -36,7 +37,7 @@ def write_card(
     config: RunConfig,
     manifest: Manifest,
     assessment: Assessment,
-    best: float,
+    selected: Mapping[str, float],
     *,
     seed_spread: tuple[float, int] | None = None,
 ) -> ModelCard:
@@ -47,15 +48,16 @@ def write_card(
         config: resolved.
         manifest: the data that it was trained and measured on.
         assessment: of the best checkpoint.
-        best: its score on the held-out identities.
-        seed_spread: standard deviation of that score from seed to seed and its degrees of freedom,
+        selected: what it was chosen by (``selection.metric``, in a sweep the first objective), and
+            its value.
+        seed_spread: standard deviation of that value from seed to seed and its degrees of freedom,
             where several seeds were run.
     """
     modalities = list(config.data.modalities or ())
     card = ModelCard(
         benchmark=manifest.benchmark.name,
         data_digest=manifest.digest,
-        scores={"val/mAP": best} | assessment.metrics,
+        scores={**selected, **assessment.metrics},
         interval=assessment.interval,
         modalities=modalities,
         subsets=[
@@ -67,7 +69,7 @@ def write_card(
         seed=config.seed,
         run=folder.name,
         subset_scores=assessment.subsets,
-        seed_spread={"val/mAP": seed_spread} if seed_spread else {},
+        seed_spread=dict.fromkeys(selected, seed_spread) if seed_spread else {},
     )
     write_whole(folder / CARD, json.dumps(asdict(card), indent=2))
     return card
@@ -112,6 +114,7 @@ def read_card(folder: Path) -> ModelCard:
 
     Raises:
         FileNotFoundError: the run is not finished.
+        ValueError: the card is not what was written.
     """
     record = folder / CARD
     if not record.exists():

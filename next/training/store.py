@@ -189,7 +189,7 @@ class CheckpointStore:
         return None
 
     def _scores(self) -> dict[str, float | None]:
-        """Score of each checkpoint that was written to its end, by name."""
+        """Score, larger is better, of each checkpoint that was written to its end, by name."""
         scores: dict[str, float | None] = {}
         for name in self.folder.names():
             record = f"{name}/state.json"
@@ -200,7 +200,10 @@ class CheckpointStore:
             except ValueError:
                 progress = {}  # torn; whoever wants to read it is told
             evaluated = name.endswith("-evaluated")
-            scores[name] = progress.get("metrics", {}).get("val/mAP") if evaluated else None
+            score = progress.get("rank")
+            if score is None:  # an older version's
+                score = progress.get("metrics", {}).get("val/mAP")
+            scores[name] = score if evaluated else None
         return scores
 
     def _remove(self, name: str) -> None:

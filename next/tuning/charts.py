@@ -27,6 +27,7 @@ from next.evaluation.canvas import (
     say_below,
     wrap,
 )
+from next.evaluation.figures import score_text, with_unit
 from next.tuning.importance import Importance
 from next.tuning.results import Trial
 
@@ -70,8 +71,10 @@ def parallel_coordinates(
         for height, text in ticks:
             axes.text(place + 0.04, height, text, fontsize=10, va="center")
     for height, score in ((1.0, norm.vmax), (0.0, norm.vmin)):
-        if not np.isnan(scores).all():
-            axes.text(len(varied) + 0.04, height, f"{score:.1f}", fontsize=10, va="center")
+        if score is not None and not np.isnan(scores).all():
+            axes.text(
+                len(varied) + 0.04, height, score_text(metric, score), fontsize=10, va="center"
+            )
     names = [wrap(name.replace(".", ". "), 11, 3).replace(". ", ".") for name in (*varied, metric)]
     axes.set_xticks(range(len(names)), names, fontsize=10)
     axes.set(ylim=(-0.06, 1.06), xlim=(-0.2, len(varied) + 0.6))
@@ -178,7 +181,7 @@ def contour(path: Path, trials: Sequence[Trial], across: str, up: str, metric: s
         _scale(axes, axis, values, log)
     axes.set(xlabel=across, ylabel=up)
     axes.set_title(wrap(f"{metric}: dots are trials, crosses were pruned", 30), fontsize=13)
-    figure.colorbar(ScalarMappable(norm, "viridis"), ax=axes, label=f"{metric}, %")
+    figure.colorbar(ScalarMappable(norm, "viridis"), ax=axes, label=with_unit(metric))
     say_below(figure, pruned_note(shown))
     return save(figure, path)
 
@@ -219,7 +222,7 @@ def trade_off(path: Path, trials: Sequence[Trial], objectives: Mapping[str, str]
             trials[row].name, (points[row, 1], points[row, 0]), xytext=(6, 6),
             textcoords="offset points", fontsize=10,
         )  # fmt: skip
-    axes.set(xlabel=second, ylabel=f"{first}, %")
+    axes.set(xlabel=second, ylabel=with_unit(first))
     axes.margins(x=0.18, y=0.12)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
     axes.set_title("Trade-off: none beats a trial on the line in both", fontsize=13)
@@ -254,7 +257,7 @@ def curve_fan(path: Path, trials: Sequence[Trial], best: str, metric: str) -> Pa
                 **style,
             )  # fmt: skip
             label = ""
-    axes.set(xlabel="epoch", ylabel=f"{metric}, %", title="Learning curves of all runs")
+    axes.set(xlabel="epoch", ylabel=with_unit(metric), title="Learning curves of all runs")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     figure.legend(loc="outside lower center", ncols=3)
     return save(figure, path)

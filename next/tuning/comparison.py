@@ -17,6 +17,7 @@ from next.training.launch import read_history
 from next.training.placement import assess_in_place
 from next.training.record import record_assessment
 from next.tuning.home import Home
+from next.tuning.seeds import first_metric
 from next.tuning.space import Space
 
 PICTURES = (
@@ -35,14 +36,15 @@ PICTURES = (
 _NOTE = """\
 **{benchmark}**: sweeps and runs of NEXT, multi-modal re-identification with experts.
 
-* *Views* (above, on the right) holds one set-up for each sweep: its trials by `val/mAP`, what was
-  varied as columns, parallel coordinates and contour, pictures side by side.
+* *Views* (above, on the right) holds one set-up for each sweep: its trials by its first objective
+  (`{metric}` in the latest one), what was varied as columns, parallel coordinates and contour,
+  pictures side by side.
 * `val/*` is measured on held-out **train** identities and chooses epoch and trial; `test/*` is
   measured once, for the chosen checkpoint, and stands in the sweep's own run.
-* All scores are percent. A step is an optimizer step; `system/*` counts seconds.
+* `val/*` and `test/*` are percent. A step is an optimizer step; `system/*` counts seconds.
 * Parameters are only what a sweep varies; the whole configuration is the artifact `config.toml`.
 * A comparison of runs that you choose yourself begins with the metric that they logged first; put
-  `val/mAP` in its place there (the views have it already).
+  `{metric}` in its place there (the views have it already).
 """
 
 
@@ -50,14 +52,15 @@ def set_up_comparison(
     parent: Run, name: str, benchmark: str, space: Space, varied: list[str]
 ) -> None:
     """Describe the experiment, and save the view of this sweep in it."""
-    drawn = drawn_settings(space)
+    drawn, metric = drawn_settings(space), first_metric(space.objectives)
     axes = [setting for setting in varied if setting in drawn.always]
     parent.describe_experiment(
-        experiment_tags(_NOTE.format(benchmark=benchmark))
+        experiment_tags(_NOTE.format(benchmark=benchmark, metric=metric), metric)
         | sweep_view(
             name,
             parent.key,
             time.time(),
+            objectives=space.objectives,
             parameters=varied,
             axes=axes,
             numeric=[setting for setting in axes if setting in drawn.numeric],

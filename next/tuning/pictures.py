@@ -32,7 +32,7 @@ from next.tuning.features import read_axes, read_features
 from next.tuning.folder import Standing
 from next.tuning.importance import METHOD, comparable, importances
 from next.tuning.page import Picture
-from next.tuning.results import Trial
+from next.tuning.results import Trial, first_way
 from next.tuning.search import DEFAULT
 from next.tuning.seeds import first_metric
 from next.tuning.settings import AXES, FEATURES
@@ -102,7 +102,11 @@ def draw_overview(folder: Path, trials: list[Trial], objectives: Mapping[str, st
     if any(point.pruned for point in points):
         note += "; a cross stands at the score of its epoch"
     return sweep_overview(
-        folder / "sweep.png", points, objective=first_metric(objectives), note=note
+        folder / "sweep.png",
+        points,
+        objective=first_metric(objectives),
+        mode="max" if first_way(objectives) == "max" else "min",
+        note=note,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,12 +28,14 @@ from next.tuning.summary import (
 )
 
 _SCORES = {
+_log = logging.getLogger(__name__)
+
     "training": """
-Scores are percent on identities held out of the train split, ± half of their 95 % interval; the
-test split is measured once, for the winner's best run, with its interval over queries.""",
+Scores of val/ are percent on identities held out of the train split, ± half of their 95 % interval;
+the test split is measured once, for the winner's best run, with its interval over queries.""",
     "pretraining": """
-Scores are percent on images of identities held out of the train split that look for captions of
-their identity, ± half of their 95 % interval; the test split is not measured.""",
+Scores of val/ are percent on images of identities held out of the train split that look for
+captions of their identity, ± half of their 95 % interval; the test split is not measured.""",
 }
 _HOW_THEY_ARE_COMPARED = """
 A seed moves all settings together, so they are compared on the same seeds (score = setting + seed +

@@ -10,25 +10,17 @@ import importlib.util
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import optuna
 
-from next.config import RunConfig, near_matches, override
+from next.config import Metric, RunConfig, near_matches, override
 
 Suggest = Callable[[optuna.trial.BaseTrial], dict[str, Any]]
 
 METRIC = "val/mAP"
 """What trials are compared by where a space does not say."""
-REPORTED = (
-    METRIC,
-    "val/mINP",
-    "val/rank1",
-    "val/rank5",
-    "val/rank10",
-    "train/loss",
-    "train/seconds_per_step",
-)
+REPORTED: tuple[str, ...] = get_args(Metric)
 """What a trial reports after each evaluation, and so can be optimised."""
 
 _DRY_SAMPLES = 200
@@ -96,6 +88,25 @@ def load_space(path: str | Path) -> Space:
     objectives = vars(module).get("OBJECTIVES", {METRIC: "max"})
     _check_objectives(path, objectives)
     return Space(path.stem, suggest, path, objectives)
+
+
+def judged_by(base: RunConfig, space: Space) -> RunConfig:
+    """The settings of a sweep whose trials choose their epoch by the space's first objective.
+
+    Raises:
+        ValueError: ``selection`` asks for another metric.
+    """
+    metric, mode = next(iter(space.objectives.items()))
+    wanted = {"selection.metric": metric, "selection.mode": mode}
+    asked = base.selection
+    if asked.metric not in (METRIC, metric) or asked.mode not in ("auto", mode):
+        raise ValueError(
+            f"selection.metric and selection.mode are those of the first objective in a sweep, "
+            f"which space {space.name!r} has as {metric} ({mode}), but got {asked.metric} "
+            f"({asked.mode}); leave them out, or write OBJECTIVES = "
+            f'{{"{asked.metric}": ...}} into {space.path}'
+        )
+    return override(base, wanted)
 
 
 Resolve = Callable[[RunConfig], object]

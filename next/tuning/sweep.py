@@ -69,7 +69,14 @@ from next.tuning.results import Setting, State, Trial, group, read_trials, start
 from next.tuning.search import DEFAULT, Repeat, Search
 from next.tuning.seeds import first_metric, next_racer
 from next.tuning.settings import RECORD, SweepConfig
-from next.tuning.space import Space, describe_space, load_space, space_difference
+from next.tuning.space import (
+    METRIC,
+    Space,
+    describe_space,
+    judged_by,
+    load_space,
+    space_difference,
+)
 from next.tuning.study import FILE, Studies, create_studies, inherit, open_studies, set_waiting
 from next.tuning.summary import Summary, leaderboard, on_test, summarise
 from next.tuning.tuner import run_trials
@@ -180,7 +187,7 @@ def run_sweep(
             before anything starts.
         RuntimeError: every trial failed.
     """
-    manifest, base = prepare_sweep(base, sweep)
+    manifest, base = prepare_sweep(judged_by(base, space), sweep)
     description = checked_space(space, base, sweep, manifest)
     base = named(base, space)
     folder = own_folder(base)
@@ -430,7 +437,9 @@ def _fork(old: Path, name: str, known: _Known, say: Say) -> SweepResult:
     space, sweep, description = known.space, known.sweep, known.description
     source = open_studies(old / FILE, old.name, sweep)
     # Not fresh, whatever the old one was: that would set a sweep of the new name aside.
-    base = override(known.base, {"run.name": name, "run.fresh": False})
+    plain = {"selection.metric": METRIC, "selection.mode": "auto"}  # of the space that it had
+    base = override(known.base, {"run.name": name, "run.fresh": False} | plain)
+    base = judged_by(base, space)
     folder = own_folder(base)
 
     def resolved(settings: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -640,7 +649,7 @@ def _assess(
         read_config(checkpoint),
         it.manifest,
         assessment,
-        score,
+        {summary.metric: score},
         seed_spread=(floor.spread, floor.freedom) if floor.freedom else None,
     )
     return _Ending(assessment, checkpoint, None)

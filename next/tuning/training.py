@@ -25,7 +25,7 @@ from next.tracking.provenance import git_tags
 from next.tracking.run import Run, open_run
 from next.tracking.views import SWEEP
 from next.training.alignment import align, prepare_pairs
-from next.training.checkpoint import read_progress
+from next.training.checkpoint import Progress, read_progress
 from next.training.inputs import for_fold, training_data
 from next.training.loop import Worker, train
 from next.training.process import configure_torch, device
@@ -246,16 +246,16 @@ class _Best:
 
     def __init__(self) -> None:
         self._found: Evaluation | None = None
-        self._step = -1
+        self._at = Progress()
 
-    def see(self, found: Evaluation, step: int) -> None:
+    def see(self, found: Evaluation, progress: Progress) -> None:
         """One more."""
-        if self._found is None or found.metrics.mAP > self._found.metrics.mAP:
-            self._found, self._step = found, step
+        if self._at.rank is None or float(progress.rank or 0.0) > self._at.rank:
+            self._found, self._at = found, progress
 
     def of(self, checkpoint: Path) -> Evaluation | None:
         """The evaluation of a checkpoint; None: another process made it, as of a resumed trial."""
-        return self._found if read_progress(checkpoint).step == self._step else None
+        return self._found if read_progress(checkpoint).step == self._at.step else None
 
 
 def _train_here(

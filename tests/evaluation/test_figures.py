@@ -64,6 +64,24 @@ def test_the_best_score_is_marked_and_named(tmp_path, drawn):
     assert lower.lines[1].get_xydata().tolist() == [[2, 42]]
 
 
+def test_the_step_that_was_chosen_is_marked_where_another_metric_chose_it(tmp_path, drawn):
+    saved = drawn(figures)
+    rows = [(1, {"val/mAP": 10.0}), (2, {"val/mAP": 42.0}), (3, {"val/mAP": 30.0})]
+    learning_curves(tmp_path / "curves.png", rows, chosen=3)
+    assert saved[0].axes[1].lines[1].get_xydata().tolist() == [[3, 30]]
+
+
+@pytest.mark.parametrize(("mode", "best"), [("max", 3.5), ("min", 0.25)])
+def test_the_star_of_a_sweep_is_the_best_in_the_direction_of_the_objective(
+    tmp_path, drawn, mode, best
+):
+    saved = drawn(figures)
+    trials = [TrialPoint({"lr": score}, score) for score in (1.0, 0.25, 3.5)]
+    sweep_overview(tmp_path / "sweep.png", trials, objective="train/loss", mode=mode)
+    assert f"best {best:.4g} (star)" in saved[0].get_suptitle()
+    assert saved[0].axes[0].get_ylabel() == "train/loss", "a loss is no percentage"
+
+
 def test_a_value_that_is_not_finite_is_left_out(tmp_path, drawn):
     saved = drawn(figures)
     learning_curves(

@@ -32,11 +32,12 @@ def sweep(server, tmp_path_factory):
     place = {"uri": server.uri, "experiment": "pages"}
     with open_run(**place, name="sweep", folder=folder / "sweep") as parent:
         parent.describe_experiment(
-            experiment_tags("# How to read these runs")
+            experiment_tags("# How to read these runs", "val/mAP")
             | sweep_view(
                 "the sweep",
                 parent.key,
                 time.time(),
+                objectives={"val/mAP": "max"},
                 parameters=NAMES,
                 axes=NAMES,
                 numeric=NAMES[:2],

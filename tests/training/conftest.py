@@ -171,7 +171,7 @@ class Drill:
             for name, value in row["values"].items():
                 assert (row["step"], name) not in found, f"{name} of step {row['step']} is doubled"
                 found[row["step"], name] = value
-        hurry = ("system/", "train/samples_per_second")
+        hurry = ("system/", "train/samples_per_second", "train/seconds_per_step")
         return {key: value for key, value in found.items() if not key[1].startswith(hurry)}
 
     def losses(self) -> list[float]:

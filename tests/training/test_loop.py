@@ -90,7 +90,7 @@ class Rows(list):
         found = {}
         for step, metrics in self:
             for name, value in metrics.items():
-                if name != "train/samples_per_second":
+                if name not in ("train/samples_per_second", "train/seconds_per_step"):
                     found.setdefault((step, name), value)
         return found
 

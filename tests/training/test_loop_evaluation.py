@@ -15,7 +15,7 @@ from next.config import RunConfig, from_toml, override, to_toml
 from next.data.shards import open_manifest
 from next.evaluation.protocol import Evaluation, evaluate
 from next.model.network import NEXT
-from next.training.checkpoint import load_network, read_progress
+from next.training.checkpoint import Progress, load_network, read_progress
 from next.training.inputs import training_data
 from next.training.interruption import Bell
 from next.training.loop import Outcome, Worker, train
@@ -40,7 +40,7 @@ def evaluating_member(rank: int, world: int, meeting: str, config: str, queue) -
         if isinstance(module, NEXT) and not module.training:
             seen.append(len(inputs[0]))
 
-    def keep(evaluation: Evaluation, step: int) -> None:
+    def keep(evaluation: Evaluation, progress: Progress) -> None:
         usage = evaluation.gallery.usage.semantic_entropy
         found.append((evaluation.query.features.copy(), usage, evaluation.metrics.as_dict()))
 

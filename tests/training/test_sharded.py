@@ -98,7 +98,7 @@ def member(rank: int, meeting: str, config: str, folder: str, queue) -> None:
             data,
             reporter,
             Worker(rank, 2),
-            on_evaluation=lambda found, step: scores.append(found.metrics.as_dict()),
+            on_evaluation=lambda found, progress: scores.append(found.metrics.as_dict()),
         ).losses
     queue.put((losses, scores))
     dist.destroy_process_group()

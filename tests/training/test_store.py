@@ -14,13 +14,15 @@ from next.training.checkpoint import Progress, Snapshot, read_progress
 from next.training.store import BackgroundWriter, CheckpointStore
 
 
-def snapshot(step: int, score: float | None = None, size: int = 10) -> Snapshot:
+def snapshot(
+    step: int, score: float | None = None, size: int = 10, rank: float | None = None
+) -> Snapshot:
     metrics = {} if score is None else {"val/mAP": score, "step": step}
     return Snapshot(
         {"weight": torch.full((size,), float(step))},
         None,
         {"optimizer": {}, "rng": torch.get_rng_state()},
-        Progress(0, step, metrics=metrics, step_in_epoch=0 if metrics else step),
+        Progress(0, step, metrics=metrics, step_in_epoch=0 if metrics else step, rank=rank),
         RunConfig(),
     )
 
@@ -69,6 +71,14 @@ def test_more_of_the_best_are_kept_if_asked_for(tmp_path):
     assert [name[:13] for name in names(store)[2:]] == [
         f"step-0000000{step}" for step in (2, 3, 4, 5)
     ]
+
+
+def test_the_best_is_the_one_that_the_selection_ranks_first_whatever_its_map(tmp_path):
+    store = CheckpointStore(tmp_path)
+    for step, score, rank in ((1, 10.0, -2.0), (2, 90.0, -3.0), (3, 20.0, -4.0), (4, 5.0, -5.0)):
+        store.save(snapshot(step, score, rank=rank))
+    assert read_progress(store.best()).step == 1
+    assert os.readlink(tmp_path / "best") == "step-00000001-evaluated"
 
 
 @pytest.mark.parametrize("damage", ["cut", "removed", "flipped", "record", "another score"])

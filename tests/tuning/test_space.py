@@ -2,11 +2,11 @@ from pathlib import Path
 
 import pytest
 
-from next.config import RunConfig
+from next.config import RunConfig, override
 from next.data.shards import open_manifest
 from next.training.inputs import resolve
 from next.tuning.comparison import drawn_settings
-from next.tuning.space import check_space, load_space
+from next.tuning.space import check_space, judged_by, load_space
 
 SPACES = Path(__file__).resolve().parents[2] / "tune_spaces"
 
@@ -83,6 +83,30 @@ def test_a_space_that_misbehaves_says_how(tmp_path, body, message):
     space = load_space(write(tmp_path, body))
     with pytest.raises(ValueError, match=message):
         check_space(space, RunConfig())
+
+
+OBJECTIVES = """
+OBJECTIVES = {"train/loss": "min", "val/mAP": "max"}
+def suggest(trial): return {"optim.lr": trial.suggest_float("optim.lr", 1e-4, 1e-2)}
+"""
+
+
+def test_the_first_objective_chooses_the_epoch_of_every_trial(tmp_path):
+    space = load_space(write(tmp_path, OBJECTIVES))
+    selection = judged_by(RunConfig(), space).selection
+    assert (selection.metric, selection.mode) == ("train/loss", "min")
+    assert judged_by(judged_by(RunConfig(), space), space).selection == selection
+    plain = judged_by(RunConfig(), load_space(SPACES / "quick.py")).selection
+    assert (plain.metric, plain.mode) == ("val/mAP", "max")
+
+
+@pytest.mark.parametrize(
+    "asked", [{"selection.metric": "val/rank1"}, {"selection.mode": "max"}], ids=str
+)
+def test_a_sweep_that_is_to_choose_its_epochs_by_another_metric_is_refused(tmp_path, asked):
+    space = load_space(write(tmp_path, OBJECTIVES))
+    with pytest.raises(ValueError, match=r"first objective in a sweep, which space 'mine' has as"):
+        judged_by(override(RunConfig(), asked), space)
 
 
 def test_a_missing_file_lists_what_is_there():

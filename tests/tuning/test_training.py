@@ -1,15 +1,19 @@
 """One trial in this process, without Ray."""
 
 import numpy as np
+import pytest
 
-from next.config import to_toml
+from next.config import override, to_toml
 from next.data.shards import open_manifest
-from next.training.checkpoint import read_config
+from next.training.checkpoint import read_config, read_progress
 from next.training.inputs import resolve
 from next.training.process import device
+from next.training.store import CheckpointStore
 from next.tuning.axes import measure_axes
 from next.tuning.home import Home
+from next.tuning.search import best_of
 from next.tuning.settings import AXES, FEATURES
+from next.tuning.space import Space, judged_by
 from next.tuning.training import train_trial
 
 
@@ -31,7 +35,8 @@ def test_what_a_trial_keeps_of_its_best_epoch_is_what_its_checkpoint_gives(tiny_
     own = tmp_path / "trials" / "trial-0000"
     kept = dict(np.load(own / FEATURES))
     usage = (own / AXES).read_bytes()
-    assert np.nanmean(kept["average_precision"]) * 100 > max(r["val/mAP"] for r in told) - 1e-3
+    best = max(report["val/mAP"] for report in told)
+    assert np.nanmean(kept["average_precision"]) == pytest.approx(best, abs=1e-3)
     best = Home(own, tiny_config).best()
     config = read_config(best)
     measure_axes(best, config, manifest, own, device=device(config), exhaustive=False)
@@ -40,3 +45,42 @@ def test_what_a_trial_keeps_of_its_best_epoch_is_what_its_checkpoint_gives(tiny_
     for name, values in kept.items():
         np.testing.assert_array_equal(values, again[name])
     assert (own / AXES).read_bytes() == usage
+
+
+@pytest.mark.parametrize(
+    ("metric", "mode"),
+    [
+        ("val/mAP", "min"),  # never the epoch of the largest
+        ("val/mAP", "max"),
+        ("train/loss", "min"),
+        ("train/loss", "max"),
+        ("train/seconds_per_step", "min"),
+    ],
+)
+def test_checkpoint_and_features_are_of_the_epoch_that_the_first_objective_ranks_best(
+    tiny_config, tmp_path, metric, mode
+):
+    manifest = open_manifest(str(tiny_config.data.uri))
+    (tmp_path / "sweep.toml").write_text("")
+    space = Space("quick", lambda trial: {}, tmp_path / "quick.py", {metric: mode})
+    config = judged_by(override(tiny_config, {"optim.epochs": 4}), space)
+    told = []
+    train_trial(
+        "trial-0000",
+        {"optim.lr": 3e-3},
+        base=to_toml(resolve(config, manifest)),
+        folder=str(tmp_path),
+        tracked={"uri": None, "experiment": "x", "parent": None},
+        free_axes=False,
+        report=told.append,
+    )
+    curve = [(report["epoch"], (report[metric],)) for report in told]
+    (expected,) = best_of(curve, mode)
+    chosen = next(report for report in told if report[metric] == expected)
+    assert len({report["val/mAP"] for report in told}) > 1, "the epochs differ"
+    own = tmp_path / "trials" / "trial-0000"
+    progress = read_progress(Home(own, config).best())
+    assert progress.metrics["epoch"] == chosen["epoch"]
+    assert read_progress(CheckpointStore(own / "checkpoints").latest()).best == expected
+    precision = np.load(own / FEATURES)["average_precision"]
+    assert np.nanmean(precision) == pytest.approx(chosen["val/mAP"], abs=1e-3)
