@@ -785,6 +785,23 @@ def from_toml(text: str) -> RunConfig:
     return override(RunConfig(), LEGACY | absent | settings)
 
 
+def read_written(path: Path) -> str:
+    """The text of a file that :func:`to_toml` or a like writer wrote, for :func:`from_toml`.
+
+    Raises:
+        ValueError: it is no TOML, which it was when it was written.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        tomllib.loads(text)
+    except ValueError as error:  # also bytes that are no UTF-8
+        raise ValueError(
+            f"{path} is damaged ({error}); bring it back from a copy (the checkpoints of a run or "
+            f"a trial hold its config.toml, too)"
+        ) from None
+    return text
+
+
 def predated(text: str) -> dict[str, Any]:
     """The settings of :data:`LEGACY` that a written configuration lacks, with what it means."""
     written = dotted(tomllib.loads(text))

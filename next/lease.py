@@ -276,11 +276,16 @@ def _claims(place: Folder, name: str) -> dict[str, _Claim]:
 
 
 def _holder(place: Folder, path: str) -> Holder | None:
-    """Who wrote a claim; None: it was withdrawn."""
+    """Who wrote a claim; None: it was withdrawn.
+
+    A damaged claim counts as another machine's, which is given up when it is silent for long.
+    """
     try:
         return Holder(**json.loads(place.read(path)))
     except FileNotFoundError:
         return None
+    except (TypeError, ValueError):
+        return Holder("a machine that a damaged claim does not name", 0, LIFE_SECONDS, 0.0, "")
     except OSError:  # so an object store says that it was withdrawn while it was read
         if place.size(path) is None:
             return None

@@ -27,11 +27,13 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import hashlib
+import json
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -601,6 +603,29 @@ def write_whole(path: str | Path, content: bytes | str) -> Path:
     with replacing(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
     return Path(path)
+
+
+def with_sum(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What is written as JSON or TOML, with the sha256 of what it means."""
+    return {**content, "sha256": _sum(content)}
+
+
+def without_sum(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of :func:`with_sum`; older versions wrote no sum, and are believed.
+
+    Raises:
+        ValueError: it is not what was written.
+    """
+    found = dict(content)
+    own = found.pop("sha256", None)
+    if own is not None and own != _sum(found):
+        raise ValueError("it is not what was written (its sha256 differs)")
+    return found
+
+
+def _sum(content: Mapping[str, Any]) -> str:
+    # Of what the text means: JSON gives back every number as it was.
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _abandon(file: Any) -> None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -103,6 +104,13 @@ def test_a_process_of_this_machine_that_is_gone_is_given_up_at_once(store):
         pass
 
 
+def test_a_process_that_has_the_number_of_one_that_is_gone_is_another_one():
+    own = Holder.this_process()
+    assert not own.is_gone()
+    assert replace(own, started=own.started - 100).is_gone()
+    assert not replace(own, system="another").is_gone(), "its number says nothing here"
+
+
 def test_of_many_that_come_at_once_one_holds_it(store):
     held, refused = [], []
     ready = threading.Barrier(5)
@@ -170,6 +178,22 @@ def test_who_loses_its_folder_to_another_machine_is_told(tmp_path, elsewhere):
         other = elsewhere(store)
         assert lost.wait(5)
         other.__exit__()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"host": "far"}', b"\0" * 90])
+def test_a_damaged_claim_holds_until_it_has_been_silent_for_long(tmp_path, content):
+    store = open_folder(tmp_path / "search")
+    claim = tmp_path / f".search.{'a' * 32}.claim"
+    claim.write_bytes(content)
+    assert is_held(tmp_path / "search")
+    with (
+        pytest.raises(ValueError, match=r"by a machine that a damaged claim does not name"),
+        driver(store),
+    ):
+        pass
+    os.utime(claim, (time.time() - 90, time.time() - 90))
+    with driver(store):
+        assert not claim.exists()
 
 
 def test_claims_lie_within_a_folder_beside_which_nothing_may_be_written(tmp_path):

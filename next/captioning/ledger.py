@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -96,8 +97,9 @@ class LedgerPart:
 
     def append(self, row: Row) -> None:
         """Write a row; it is the system's when this returns."""
-        line = json.dumps(row._asdict(), ensure_ascii=False, separators=(",", ":")) + "\n"
-        data = line.encode()
+        fields = row._asdict()
+        line = json.dumps(fields | {"crc32": _sum(fields)}, ensure_ascii=False)
+        data = f"{line}\n".encode()
         written = os.write(self._file, data)
         while written < len(data):
             written += os.write(self._file, data[written:])
@@ -188,7 +190,7 @@ class Ledger:
             return None
         with open(self._parts[place[0]], "rb") as file:
             file.seek(place[1])
-            return Row(**json.loads(file.readline()))
+            return _row(file.readline())
 
     def rows(self) -> Iterator[Row]:
         """The latest row of each key, in the order in which they lie."""
@@ -256,10 +258,31 @@ def _rows(path: Path, offset: int = 0) -> Iterator[tuple[int, int, Row]]:
             if not line.endswith(b"\n"):
                 return
             try:
-                yield offset, offset + len(line), Row(**json.loads(line))
+                yield offset, offset + len(line), _row(line)
             except (ValueError, TypeError) as error:
                 raise ValueError(
                     f"{path}: the row at byte {offset} is damaged ({error}); remove the line, and "
                     f"it is asked again"
                 ) from None
             offset += len(line)
+
+
+def _row(line: bytes) -> Row:
+    """The row of a line, which is what was written; that of an older version has no checksum.
+
+    Raises:
+        ValueError: it is damaged.
+        TypeError: it has other fields.
+    """
+    fields = json.loads(line)
+    if not isinstance(fields, dict):
+        raise ValueError("it is no row")
+    expected = fields.pop("crc32", None)
+    if expected is not None and expected != _sum(fields):
+        raise ValueError("its checksum differs")
+    return Row(**fields)
+
+
+def _sum(fields: dict[str, Any]) -> int:
+    # Of what the text means: JSON gives back every number as it was.
+    return zlib.crc32(json.dumps(fields, sort_keys=True).encode())

@@ -315,7 +315,7 @@ def _try_bind(port: int) -> socket.socket | None:
 def _read_state(folder: Path) -> dict[str, float]:
     try:
         return dict(json.loads((folder / "server.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+    except (OSError, TypeError, ValueError):
         return {}
 
 

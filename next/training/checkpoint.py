@@ -31,10 +31,17 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from next.config import OptimConfig, RunConfig, from_toml, to_toml
+from next.config import (
+    OptimConfig,
+    RunConfig,
+    SelectionConfig,
+    from_toml,
+    read_written,
+    to_toml,
+)
 from next.model.network import NEXT
 from next.model.weights import misfits
-from next.storage import drafting, write_whole
+from next.storage import drafting, with_sum, without_sum, write_whole
 from next.training.optimizer import WeightAverage, load_optimizer
 
 TEXT = "text.safetensors"
@@ -69,13 +76,6 @@ class Progress:
     rows: tuple[Row, ...] = ()
     """What was logged since the checkpoint before. It is logged again on resuming, because a
     process that dies may have written its checkpoint and not have handed over its metrics."""
-
-    @property
-    def evaluated(self) -> bool:
-        """Whether ``metrics`` are of the checkpoint's own weights."""
-        return self.step_in_epoch == 0 and self.metrics.get("step") == self.step
-
-
     rank: float | None = None
     """The value of ``selection.metric`` in ``metrics``, such that larger is better; None: nothing
     was evaluated, or an older version wrote this, which chose by the largest ``val/mAP``."""
@@ -85,6 +85,13 @@ class Progress:
         value = metrics[selection.metric]
         best = value if self.best is None else max(self.best, value, key=selection.rank)
         return replace(self, metrics=metrics, best=best, rank=selection.rank(value))
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether ``metrics`` are of the checkpoint's own weights."""
+        return self.step_in_epoch == 0 and self.metrics.get("step") == self.step
+
+
 class Snapshot(NamedTuple):
     """All that a checkpoint holds, in memory of its own."""
 
@@ -212,8 +219,9 @@ def parse_state(where: str, text: bytes) -> dict[str, Any]:
     """
     try:
         state: dict[str, Any] = json.loads(text)
-        own = state.pop("sha256", None)
         version, whole = state["format"], {"progress", "files"} <= state.keys()
+        if version <= _FORMAT:
+            state = without_sum(state)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{where} is torn: {error}; use another checkpoint") from None
     if version > _FORMAT:
@@ -221,23 +229,14 @@ def parse_state(where: str, text: bytes) -> dict[str, Any]:
             f"{where} has format {version}, but this version reads up to {_FORMAT}; use the "
             f"version of next-reid that wrote it"
         )
-    if not whole or (own is not None and own != _sum(state)):
-        raise ValueError(
-            f"{where} is torn: it is not what was written (its sha256 differs); use another "
-            f"checkpoint"
-        )
+    if not whole:
+        raise ValueError(f"{where} is torn: it lacks what a state has; use another checkpoint")
     return state
 
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:
     """Write ``state.json`` with a sum of its own."""
-    text = json.dumps(state | {"sha256": _sum(state)}, indent=2)
-    write_whole(folder / "state.json", text)
-
-
-def _sum(state: dict[str, Any]) -> str:
-    # Of what the text means: JSON gives back every number as it was.
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+    write_whole(folder / "state.json", json.dumps(with_sum(state), indent=2))
 
 
 def require_data(progress: Progress, digest: str) -> None:
@@ -255,7 +254,7 @@ def require_data(progress: Progress, digest: str) -> None:
 
 def read_config(folder: Path) -> RunConfig:
     """The resolved configuration of a checkpoint's run."""
-    return from_toml((Path(folder) / "config.toml").read_text(encoding="utf-8"))
+    return from_toml(read_written(Path(folder) / "config.toml"))
 
 
 def load_weights(folder: Path, network: nn.Module, file: str = "model.safetensors") -> None:

@@ -21,6 +21,7 @@ from next.config import (
     from_toml,
     override,
     predated,
+    read_written,
     to_toml,
 )
 from next.lease import Lease
@@ -63,7 +64,7 @@ def as_begun(config: RunConfig, record: Path) -> RunConfig:
     default, now = dict(flatten(RunConfig())), dict(flatten(config))
     older = {
         name: value
-        for name, value in predated(record.read_text(encoding="utf-8")).items()
+        for name, value in predated(read_written(record)).items()
         if now[name] == default[name]
     }
     if older:
@@ -165,7 +166,7 @@ def check_claim(
     record = folder / "config.toml"
     if not record.exists() or config.run.fresh:
         return Claim(folder, config, digest, ())
-    written = record.read_text(encoding="utf-8")
+    written = read_written(record)
     changed = changes(from_toml(written), config)
     if changed:
         raise ValueError(
@@ -196,7 +197,13 @@ def data_of(folder: Path) -> str | None:
     """
     record, journal = folder / DATA, folder / "journal.jsonl"
     if record.is_file():
-        return str(tomllib.loads(record.read_text(encoding="utf-8"))["digest"])
+        try:
+            return str(tomllib.loads(record.read_text(encoding="utf-8"))["digest"])
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                f"{record} is damaged ({error!r}); write the line that names the data's digest, "
+                f'digest = "...", as jobs/prepare.py --check prints it'
+            ) from None
     if not journal.is_file():
         return None
     with journal.open(encoding="utf-8", errors="replace") as lines:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from next.config import BackboneConfig, RunConfig
 from next.data.shards import Manifest
-from next.storage import write_whole
+from next.storage import with_sum, without_sum, write_whole
 from next.tracking.registry import ModelCard, Version, register, run_id_of
 from next.training.assessment import Assessment
 from next.training.checkpoint import read_config, text_of
@@ -71,7 +71,7 @@ def write_card(
         subset_scores=assessment.subsets,
         seed_spread=dict.fromkeys(selected, seed_spread) if seed_spread else {},
     )
-    write_whole(folder / CARD, json.dumps(asdict(card), indent=2))
+    write_whole(folder / CARD, json.dumps(with_sum(asdict(card)), indent=2))
     return card
 
 
@@ -122,7 +122,13 @@ def read_card(folder: Path) -> ModelCard:
             f"{folder} must be the folder of a finished run, but holds no {CARD}; "
             f"let the run end first"
         )
-    return ModelCard(**json.loads(record.read_text(encoding="utf-8")))
+    try:
+        return ModelCard(**without_sum(json.loads(record.read_text(encoding="utf-8"))))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{record} is damaged ({error}); give the command of the run or the sweep again, which "
+            f"measures its best checkpoint and writes the card anew"
+        ) from None
 
 
 def register_best(folder: Path, config: RunConfig, uri: str | None) -> None:

@@ -30,9 +30,7 @@ def read_features(path: Path) -> dict[str, np.ndarray] | None:
             if damaged:
                 raise ValueError(f"{damaged} has another checksum")
             found = {name: kept[name] for name in kept.files}
-        precision, pids = found["average_precision"], found["query_pid"]
-        if precision.ndim != 1 or precision.shape != pids.shape or precision.dtype.kind != "f":
-            raise ValueError(f"average_precision is {precision.dtype} {list(precision.shape)}")
+        _require_fit(found)
     # Readers of archives raise whatever a changed byte leads them to.
     except Exception as error:
         _log.warning(
@@ -43,6 +41,25 @@ def read_features(path: Path) -> dict[str, np.ndarray] | None:
         )
         return None
     return found
+
+
+def _require_fit(found: dict[str, np.ndarray]) -> None:
+    """Raise where the arrays are not those of one evaluation."""
+    kinds = {"average_precision": "f", "query_pid": "iu", "query": "f", "gallery": "f", "own": "bi"}
+    lacking = sorted(kinds.keys() - found.keys())
+    if lacking:
+        raise ValueError(f"it lacks {', '.join(lacking)}")
+    for name, kind in kinds.items():
+        if found[name].dtype.kind not in kind:
+            raise ValueError(f"{name} is {found[name].dtype}")
+    queries = found["average_precision"].shape
+    query, gallery = found["query"], found["gallery"]
+    shapes = query.ndim == gallery.ndim == 2 and query.shape[1] == gallery.shape[1]
+    if len(queries) != 1 or found["query_pid"].shape != queries or len(query) != queries[0]:
+        shapes = False
+    if not shapes:
+        listed = ", ".join(f"{name} {list(found[name].shape)}" for name in kinds)
+        raise ValueError(f"its shapes do not fit: {listed}")
 
 
 def write_axes(path: Path, axes: dict[str, Any]) -> None:
@@ -62,9 +79,14 @@ def read_axes(path: Path) -> dict[str, Any] | None:
         expected = axes.pop("crc32", None)
         if expected is not None and expected != _sum(axes):
             raise ValueError("its checksum differs")
-    except (AttributeError, TypeError, ValueError) as error:
+        if not isinstance(axes["usage"], dict):
+            raise ValueError("its usage is no table")
+        lacking = {"choices", "default", "by_axis"} - axes.keys() if "best" in axes else set()
+        if lacking:
+            raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         _log.warning(
-            "%s is damaged (%s), and its trial is shown without it; bring the file back "
+            "%s is damaged (%r), and its trial is shown without it; bring the file back "
             "from a copy",
             path,
             error,

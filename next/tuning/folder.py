@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 import tomllib
 from collections.abc import Mapping
@@ -20,15 +21,20 @@ from typing import Any, NamedTuple
 
 import tomli_w
 
-from next.config import RunConfig, from_toml, near_matches, override
+from next.config import RunConfig, from_toml, near_matches, override, read_written
 from next.lease import is_held
-from next.storage import open_folder, write_whole
+from next.storage import open_folder, with_sum, without_sum, write_whole
 from next.training.folder import claim_folder, own_folder
 from next.training.store import store_address
 from next.tuning.results import Setting, Trial, group, read_trials, starting_point
 from next.tuning.settings import RECORD, SweepConfig
 from next.tuning.space import Space
 from next.tuning.study import FILE, Studies, open_studies
+
+_BRING_BACK = (
+    "bring it back from a copy or from the sweep's store. Where it was changed on purpose, remove "
+    "the lines sha256 and settings of sweep.toml"
+)
 
 
 class Standing(NamedTuple):
@@ -55,7 +61,7 @@ def read_standing(folder: Path) -> Standing:
     """
     record = read_record(folder)
     sweep = SweepConfig(**record["sweep"])
-    base = from_toml((folder / "config.toml").read_text(encoding="utf-8"))
+    base = from_toml(read_written(folder / "config.toml"))
     studies = open_studies(folder / FILE, folder.name, sweep)
     trials = read_trials(studies, folder, record["objectives"], base.seed)
     return Standing(
@@ -112,11 +118,34 @@ def read_record(folder: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no sweep in ``folder``.
+        ValueError: it, or ``config.toml`` beside it, is not what was written.
     """
-    path = folder / RECORD
+    path, settings = folder / RECORD, folder / "config.toml"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no sweep (there is no sweep.toml)")
-    return tomllib.loads(path.read_text(encoding="utf-8"))
+    record = parse_record(str(path), path.read_bytes())
+    expected = record.pop("settings", None)  # older versions wrote none
+    if expected is not None and _sha256(settings) != expected:
+        raise ValueError(
+            f"{settings} is damaged (it is not what the sweep was started with); {_BRING_BACK}"
+        )
+    return record
+
+
+def parse_record(where: str, text: bytes) -> dict[str, Any]:
+    """The content of a ``sweep.toml``, which is what was written.
+
+    Args:
+        where: names it in errors.
+        text: what it holds.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        return without_sum(tomllib.loads(text.decode()))
+    except ValueError as error:
+        raise ValueError(f"{where} is damaged ({error}); {_BRING_BACK}") from None
 
 
 def named(base: RunConfig, space: Space) -> RunConfig:
@@ -172,15 +201,18 @@ def write_record(
     copy = folder / "space.py"
     if space.path.absolute() != copy:
         write_whole(copy, space.path.read_bytes())
-    write_whole(
-        folder / RECORD,
-        tomli_w.dumps(
-            {
-                "space": space.name,
-                "path": str(space.path.absolute()),
-                "objectives": dict(space.objectives),
-                "description": dict(description),
-                "sweep": sweep.model_dump(mode="json", exclude_none=True),
-            }
-        ),
-    )
+    record = {
+        "space": space.name,
+        "path": str(space.path.absolute()),
+        "objectives": dict(space.objectives),
+        "description": dict(description),
+        "sweep": sweep.model_dump(mode="json", exclude_none=True),
+    }
+    if (settings := folder / "config.toml").is_file():
+        record["settings"] = _sha256(settings)
+    write_whole(folder / RECORD, tomli_w.dumps(with_sum(record)))
+
+
+def _sha256(path: Path) -> str:
+    """Of a file; empty: there is none."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""

@@ -150,8 +150,10 @@ class Home:
         for place in places:
             if place.size(_SETTINGS) is None:
                 continue
-            other = from_toml(place.read(_SETTINGS).decode())
-            changed = changes(other, config)
+            try:
+                changed = changes(from_toml(place.read(_SETTINGS).decode()), config)
+            except ValueError as error:  # whatever the trial left cannot be told from another's
+                changed = f"{_SETTINGS} is damaged: {error}"
             if changed:
                 suffix = time.strftime("%Y%m%d-%H%M%S")
                 _log.warning("%s is of another trial: set aside.\n  %s", place.uri, changed)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from next.evaluation.noise import Basis
+from next.storage import without_sum
 from next.training.assessment import Assessment
 from next.tuning.features import read_axes
 from next.tuning.folder import Standing, read_standing
@@ -27,9 +28,9 @@ from next.tuning.summary import (
     write_summary,
 )
 
-_SCORES = {
 _log = logging.getLogger(__name__)
 
+_SCORES = {
     "training": """
 Scores of val/ are percent on identities held out of the train split, ± half of their 95 % interval;
 the test split is measured once, for the winner's best run, with its interval over queries.""",
@@ -98,10 +99,19 @@ def report_sweep(
 
 
 def _before(folder: Path) -> Mapping[str, Any]:
-    """What an earlier report said; empty: there is none."""
+    """What an earlier report said; empty: there is none, or it is damaged."""
     path = folder / "sweep.json"
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found
+    if not path.is_file():
+        return {}
+    try:
+        return without_sum(json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        _log.warning(
+            "%s is damaged (%s) and is written anew, without the test scores that it held; "
+            "`jobs/sweep.py resume %s` measures the winner again",
+            *(path, error, folder.name),
+        )
+        return {}
 
 
 def _test_scores(

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from next.evaluation.noise import Basis, pooled_spread, score_basis
+from next.storage import with_sum
 from next.training.assessment import Assessment
 from next.tuning.folder import Standing
 from next.tuning.results import Setting, Trial, plain, write_json
@@ -254,57 +255,59 @@ def write_summary(
     """
     return write_json(
         path,
-        {
-            "metric": summary.metric,
-            "winner": summary.winner,
-            "best_drawn": summary.best_drawn,
-            "advice": summary.advice() or None,
-            "winner_run": summary.run,
-            "score": summary.score,
-            "noise_floor": {
-                "standard_deviation": _finite(summary.floor.spread),
-                "degrees_of_freedom": summary.floor.freedom,
-                "on_one_seed": {
-                    "standard_deviation": _finite(summary.floor.fit.spread),
-                    "degrees_of_freedom": summary.floor.fit.freedom,
+        with_sum(
+            {
+                "metric": summary.metric,
+                "winner": summary.winner,
+                "best_drawn": summary.best_drawn,
+                "advice": summary.advice() or None,
+                "winner_run": summary.run,
+                "score": summary.score,
+                "noise_floor": {
+                    "standard_deviation": _finite(summary.floor.spread),
+                    "degrees_of_freedom": summary.floor.freedom,
+                    "on_one_seed": {
+                        "standard_deviation": _finite(summary.floor.fit.spread),
+                        "degrees_of_freedom": summary.floor.fit.freedom,
+                    },
                 },
-            },
-            "test": dict(test.metrics) or None,
-            "published": dict(published or {}),
-            "test_interval": {name: list(ends) for name, ends in test.interval.items()},
-            "measured_on": {
-                name: {part: _finite(value) for part, value in basis._asdict().items()}
-                for name, basis in ((METRIC, summary.basis), ("test/mAP", test.basis))
-                if basis is not None
-            },
-            "verdicts": [
-                {
-                    "ours": verdict.ours,
-                    "theirs": verdict.theirs,
-                    "separated": verdict.separated,
-                    "seeds": list(verdict.seeds),
-                    "shared_seeds": verdict.shared,
-                    "comparisons": verdict.comparisons,
-                    "text": str(verdict),
-                }
-                | {name: _finite(value) for name, value in asdict(verdict.difference).items()}
-                for verdict in summary.verdicts
-            ],
-            "varied": found.varied,
-            "leaderboard": [
-                {
-                    "name": setting.name,
-                    "score": summary.floor.level(setting),
-                    "half_width": _finite(summary.floor.half_width(setting)),
-                    "seeds": len(setting.fair),
-                    "raced": setting.raced,
-                    "state": setting.state,
-                    "settings": setting.settings,
-                }
-                for setting in found.settings
-            ],
-            "trials": [plain(trial) for trial in found.trials],
-        },
+                "test": dict(test.metrics) or None,
+                "published": dict(published or {}),
+                "test_interval": {name: list(ends) for name, ends in test.interval.items()},
+                "measured_on": {
+                    name: {part: _finite(value) for part, value in basis._asdict().items()}
+                    for name, basis in ((METRIC, summary.basis), ("test/mAP", test.basis))
+                    if basis is not None
+                },
+                "verdicts": [
+                    {
+                        "ours": verdict.ours,
+                        "theirs": verdict.theirs,
+                        "separated": verdict.separated,
+                        "seeds": list(verdict.seeds),
+                        "shared_seeds": verdict.shared,
+                        "comparisons": verdict.comparisons,
+                        "text": str(verdict),
+                    }
+                    | {name: _finite(value) for name, value in asdict(verdict.difference).items()}
+                    for verdict in summary.verdicts
+                ],
+                "varied": found.varied,
+                "leaderboard": [
+                    {
+                        "name": setting.name,
+                        "score": summary.floor.level(setting),
+                        "half_width": _finite(summary.floor.half_width(setting)),
+                        "seeds": len(setting.fair),
+                        "raced": setting.raced,
+                        "state": setting.state,
+                        "settings": setting.settings,
+                    }
+                    for setting in found.settings
+                ],
+                "trials": [plain(trial) for trial in found.trials],
+            }
+        ),
     )
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import shlex
 import shutil
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple, get_args
 import optuna
 import ray
 
-from next.config import RunConfig, from_toml, override
+from next.config import RunConfig, from_toml, override, read_written
 from next.data.shards import Manifest, open_manifest
 from next.evaluation.queries import measurable
 from next.lease import Lease
@@ -55,6 +54,7 @@ from next.tuning.folder import (
     is_driven,
     named,
     new_folder,
+    parse_record,
     read_record,
     read_standing,
     write_record,
@@ -313,7 +313,7 @@ def _known(
     """
     record = read_record(folder)
     base = override(
-        from_toml((folder / "config.toml").read_text(encoding="utf-8")),
+        from_toml(read_written(folder / "config.toml")),
         {"checkpoint.storage_path": storage, "run.storage_path": str(folder.parent)},
     )
     sweep = SweepConfig(**(record["sweep"] | dict(changes or {})))
@@ -336,11 +336,7 @@ def _known(
 
 def _storage_of(folder: Path) -> str | None:
     config = folder / "config.toml"
-    return (
-        from_toml(config.read_text(encoding="utf-8")).checkpoint.storage_path
-        if config.is_file()
-        else None
-    )
+    return from_toml(read_written(config)).checkpoint.storage_path if config.is_file() else None
 
 
 def _require_record(folder: Path, store: str | None) -> None:
@@ -355,7 +351,8 @@ def _lease_seconds(folder: Path, store: str | None) -> float:
     if (folder / RECORD).is_file():
         record = read_record(folder)
     elif store is not None:
-        record = tomllib.loads(open_folder(store).read(RECORD).decode())
+        kept = open_folder(store)
+        record = parse_record(f"{kept.uri}/{RECORD}", kept.read(RECORD))
     return SweepConfig(**record["sweep"]).lease_s
 
 

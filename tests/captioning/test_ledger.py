@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -61,6 +62,19 @@ def test_a_damaged_row_is_an_error_that_names_its_place(tmp_path):
         file.write(b"{}\n")
     with pytest.raises(ValueError, match=rf"row at byte {size} is damaged"):
         Ledger(tmp_path)
+
+
+def test_a_row_of_which_a_digit_was_changed_is_not_believed(tmp_path):
+    path = write(tmp_path, row("a", answer='{"colour": 0.91}'))
+    path.write_text(path.read_text().replace("0.91", "0.19"))
+    with pytest.raises(ValueError, match=r"row at byte 0 is damaged \(its checksum differs\); rem"):
+        Ledger(tmp_path)
+
+
+def test_a_row_of_an_older_version_has_no_checksum_and_is_read(tmp_path):
+    (tmp_path / "old.jsonl").write_text(json.dumps(row("a")._asdict()) + "\n")
+    with Ledger(tmp_path) as ledger:
+        assert ledger.get(row("a").key) == row("a")
 
 
 def test_rows_that_are_written_meanwhile_are_taken_up(tmp_path):

@@ -1,4 +1,8 @@
+import hashlib
 import json
+import os
+import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -118,6 +122,30 @@ def test_a_state_names_files_of_its_folder_alone(trained, config, tmp_path):
     (folder / "state.json").write_text(json.dumps(told))
     with pytest.raises(ValueError, match=r"must list files of its folder, but lists '\.\./secret'"):
         read_progress(folder)
+
+
+class Evil:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.place),)
+
+
+def test_a_pickle_in_the_place_of_the_optimizers_state_is_not_run(trained, config, tmp_path):
+    folder = save_checkpoint(tmp_path / "last", *trained, Progress(), config)
+    torch.save({"optimizer": Evil(tmp_path / "made"), "rng": None}, folder / "optimizer.pt")
+    state = json.loads((folder / "state.json").read_text())
+    del state["sha256"]
+    content = (folder / "optimizer.pt").read_bytes()
+    sha256 = hashlib.sha256(content).hexdigest()
+    state["files"]["optimizer.pt"] = f"{len(content)} bytes, sha256 {sha256}"
+    (folder / "state.json").write_text(json.dumps(state))
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        load_training_state(folder, *trained, config.optim)
+    assert not (tmp_path / "made").exists()
 
 
 def test_an_exported_checkpoint_has_a_sum_of_its_own(trained, config, tmp_path):

@@ -162,6 +162,24 @@ def test_what_an_older_version_was_started_with_is_read_from_its_journal(tiny_co
         check_claim(config, digest="b" * 64)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.toml", b"seed = 1\nthrea"),
+        ("config.toml", b"\0" * 300),
+        ("config.toml", b"seed = \xff"),
+        ("data.toml", b'digest = "ab'),
+        ("data.toml", b""),
+    ],
+)
+def test_a_record_that_was_torn_is_named_with_what_to_do(tiny_config, name, content):
+    config = resolve(tiny_config, open_manifest(tiny_config.data.uri))
+    folder = claim_folder(config, digest="a" * 64)
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"/{name} is damaged \(.*\); (bring it back|write the)"):
+        claim_folder(config, digest="a" * 64)
+
+
 def test_a_claim_that_is_refused_or_not_taken_writes_nothing(tiny_config):
     config = resolve(tiny_config, open_manifest(tiny_config.data.uri))
     claim = check_claim(config, digest="a" * 64)

@@ -11,10 +11,18 @@ from next.tuning.features import read_axes, read_features, write_axes
 @pytest.fixture
 def path(tmp_path):
     path = tmp_path / "features.npz"
-    np.savez_compressed(
-        path, average_precision=np.linspace(0, 1, 5), query_pid=np.arange(5), query=np.eye(5)
-    )
+    np.savez_compressed(path, **ODD | {"average_precision": np.linspace(0, 1, 5)})
     return path
+
+
+ODD = {
+    "average_precision": np.ones(5),
+    "query_pid": np.arange(5),
+    "query": np.eye(5, dtype=np.float16),
+    "gallery": np.ones((7, 5), dtype=np.float16),
+    "own": np.arange(5),
+}
+"""Of five queries; whole, and with something odd in place of a part."""
 
 
 def test_what_was_kept_is_read(path):
@@ -23,7 +31,7 @@ def test_what_was_kept_is_read(path):
 
 
 def flipped(path):
-    np.savez(path, average_precision=np.array([0.25, 0.5]), query_pid=np.arange(2))
+    np.savez(path, **ODD | {"average_precision": np.array([0.25, 0.5, 1, 1, 1])})
     content, old = path.read_bytes(), np.array(0.25).tobytes()
     assert content.count(old) == 1
     path.write_bytes(content.replace(old, np.array(0.75).tobytes()))
@@ -31,8 +39,7 @@ def flipped(path):
 
 def shortened(path):
     """NumPy then reads fewer bytes, and never comes to the checksum at their end."""
-    query = np.ones((500, 50))
-    np.savez(path, average_precision=np.ones(5), query_pid=np.arange(5), query=query)
+    np.savez(path, **ODD | {"gallery": np.ones((500, 50))})
     content = path.read_bytes()
     assert content.count(b"(500, 50)") == 1
     path.write_bytes(content.replace(b"(500, 50)", b"(400, 50)"))
@@ -48,9 +55,12 @@ def shortened(path):
         lambda path: path.write_bytes(bytes(300)),
         lambda path: path.write_text("<html>"),
         lambda path: np.savez(path, query_pid=np.arange(5)),
-        lambda path: np.savez(path, average_precision=np.ones(4), query_pid=np.arange(5)),
-        lambda path: np.savez(path, average_precision=np.array(["x"]), query_pid=np.arange(1)),
-        lambda path: np.savez(path, average_precision=np.array([{}]), query_pid=np.arange(1)),
+        lambda path: np.savez(path, **{n: a for n, a in ODD.items() if n != "gallery"}),
+        lambda path: np.savez(path, **ODD | {"average_precision": np.ones(4)}),
+        lambda path: np.savez(path, **ODD | {"query": np.ones((4, 5))}),
+        lambda path: np.savez(path, **ODD | {"gallery": np.ones((7, 3))}),
+        lambda path: np.savez(path, **ODD | {"average_precision": np.array(["x"] * 5)}),
+        lambda path: np.savez(path, **ODD | {"average_precision": np.array([{}] * 5)}),
     ],
     ids=[
         "flipped",
@@ -60,7 +70,10 @@ def shortened(path):
         "zeros",
         "page",
         "lacking",
+        "no gallery",
         "shapes",
+        "queries",
+        "widths",
         "texts",
         "objects",
     ],
@@ -82,14 +95,20 @@ def test_a_damaged_array_is_found_wherever_it_is(path):
         assert found is None or found["average_precision"].tolist() == [0, 0.25, 0.5, 0.75, 1]
 
 
-AXES = {"usage": {"semantic": [0.5, float("nan")]}, "best": [{"val/mAP": 31.5}]}
+AXES = {
+    "usage": {"semantic": [0.5, float("nan")]},
+    "choices": 2,
+    "default": {"val/mAP": 30.0},
+    "best": [{"val/mAP": 31.5}],
+    "by_axis": {},
+}
 
 
 def test_axes_come_back_as_they_were_written(tmp_path):
     write_axes(tmp_path / "axes.json", AXES)
     assert repr(read_axes(tmp_path / "axes.json")) == repr(AXES)
-    (tmp_path / "older.json").write_text(json.dumps({"usage": 1}))
-    assert read_axes(tmp_path / "older.json") == {"usage": 1}, "without a checksum"
+    (tmp_path / "older.json").write_text(json.dumps({"usage": {}}))
+    assert read_axes(tmp_path / "older.json") == {"usage": {}}, "without a checksum"
     assert read_axes(tmp_path / "none.json") is None
 
 
@@ -101,6 +120,9 @@ def test_axes_come_back_as_they_were_written(tmp_path):
         lambda text: "[]",
         lambda text: "",
         lambda text: "\0" * 40,
+        lambda text: '{"usage": 1}',
+        lambda text: '{"best": []}',
+        lambda text: '{"usage": {}, "best": []}',
     ],
 )
 def test_axes_that_were_changed_are_named_and_end_nothing(tmp_path, caplog, change):

@@ -146,6 +146,15 @@ def test_a_trial_of_other_settings_does_not_go_on_from_the_checkpoint_of_its_nam
     assert "set aside" in caplog.text
 
 
+def test_what_a_trial_left_whose_settings_are_torn_is_set_aside(tmp_path, caplog):
+    own = tmp_path / "sweep" / "trials" / NAME
+    (own / "artifacts").mkdir(parents=True)
+    (own / "artifacts" / "config.toml").write_text("seed = 1\nthrea")
+    assert Home(own, RunConfig()).clear_of_others(RunConfig())
+    assert "artifacts/config.toml is damaged" in caplog.text
+    assert not own.exists()
+
+
 def test_the_winner_without_a_checkpoint_is_an_error_that_says_what_to_do(stored, tmp_path):
     driver = Machine(tmp_path / "driver", stored)
     with pytest.raises(

@@ -300,6 +300,51 @@ def test_a_sweep_goes_on_with_its_own_data_alone(played, tmp_path):
         plan_resume(copy)
 
 
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("sweep.toml", "trials = ", "trials = 1"),
+        ("sweep.toml", 'space = "experts"', 'space = "other"'),
+        ("sweep.toml", "[sweep]", "[swe"),
+        ("config.toml", "seed = 0", "seed = 1"),
+    ],
+)
+def test_a_record_of_which_a_digit_was_changed_is_refused(played, tmp_path, name, old, new):
+    copy = tmp_path / "played"
+    shutil.copytree(played, copy)
+    text = (copy / name).read_text()
+    assert old in text
+    (copy / name).write_text(text.replace(old, new, 1))
+    message = rf"{name} is damaged \(.*\); bring it back from a copy or from the sweep's store"
+    with pytest.raises(ValueError, match=message):
+        read_standing(copy)
+    with pytest.raises(ValueError, match=message):
+        plan_resume(copy)
+
+
+def test_a_record_of_an_older_version_has_no_sum_and_is_read(played, tmp_path):
+    copy = tmp_path / "played"
+    shutil.copytree(played, copy)
+    lines = (copy / "sweep.toml").read_text().splitlines()
+    kept = [line for line in lines if not line.startswith(("sha256 = ", "settings = "))]
+    assert len(kept) == len(lines) - 2
+    (copy / "sweep.toml").write_text("\n".join(kept))
+    assert len(read_standing(copy).trials) == len(read_standing(played).trials)
+
+
+@pytest.mark.parametrize("change", [lambda text: text[:90], lambda text: text.replace("7", "8", 1)])
+def test_scores_on_test_that_were_changed_are_not_told_again(played, tmp_path, caplog, change):
+    copy = tmp_path / "played"
+    shutil.copytree(played, copy)
+    report_sweep(copy)
+    path = copy / "sweep.json"
+    path.write_text(change(path.read_text()))
+    report_sweep(copy)
+    assert f"{path} is damaged (" in caplog.text
+    assert "`jobs/sweep.py resume played` measures the winner again" in caplog.text
+    assert json.loads(path.read_text())["winner"], "it is written anew"
+
+
 def test_what_others_have_published_stands_beside_the_winner(played):
     known = {"NEXT (v4)": {"mAP": 82.4, "rank1": 86.6}}
     page, written = report_sweep(played, published=known)

@@ -84,13 +84,38 @@ def test_a_lucky_single_run_stands_below_what_was_raced():
     assert names == ["trial-0001", DEFAULT, "trial-0000"]
 
 
+def keep(folder, scores, pids) -> None:
+    """What a trial keeps of its queries."""
+    features = np.zeros((len(pids), 2), np.float16)
+    np.savez(
+        folder / FEATURES, average_precision=scores, query_pid=pids, query=features,
+        gallery=features, own=np.arange(len(pids)),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"\0" * 400])
+def test_damaged_features_of_a_racer_take_its_queries_and_not_the_race(tmp_path, content, caplog):
+    pids = np.repeat(np.arange(5), 4)
+    settings = []
+    for name, level in (("trial-0000", 55.0), ("trial-0001", 50.0)):
+        (tmp_path / name).mkdir()
+        keep(tmp_path / name, level + np.arange(20.0), pids)
+        settings.append(Setting(name, {}, [run(name, level, folder=tmp_path / name)]))
+    path = tmp_path / "trial-0000" / FEATURES
+    path.write_bytes(content)
+    assert next_racer([DEFAULTS, *settings], OBJECTIVES, runs=6, runs_left=6, seed=0) is not None
+    verdict = compare(*settings, noise_floor([DEFAULTS, *settings]), OBJECTIVES)
+    assert verdict.difference.queries == 0
+    assert f"{path} is damaged (" in caplog.text
+
+
 def test_queries_widen_the_interval(tmp_path):
     generator = np.random.default_rng(0)
     pids = np.repeat(np.arange(5), 4)
     for name, level in (("a", 55.0), ("b", 50.0)):
         (tmp_path / name).mkdir()
         scores = level + generator.normal(0, 25, size=20)
-        np.savez(tmp_path / name / FEATURES, average_precision=scores, query_pid=pids)
+        keep(tmp_path / name, scores, pids)
     a = Setting("a", {}, [run("a", 55.0, folder=tmp_path / "a")])
     b = Setting("b", {}, [run("b", 50.0, folder=tmp_path / "b")])
     plain = setting("a", 55.0), setting("b", 50.0)
@@ -110,7 +135,7 @@ def over_folds(tmp_path, name, gains, *, folds, spread):
         folder.mkdir()
         scores = 50 + gain + generator.normal(0, spread, size=20)
         pids = 100 * fold + np.repeat(np.arange(5), 4)
-        np.savez(folder / FEATURES, average_precision=scores, query_pid=pids)
+        keep(folder, scores, pids)
         runs.append(run(folder.name, 50 + gain, of=DEFAULT, seed=seed, folder=folder, fold=fold))
     return Setting(name, {}, runs)
 
