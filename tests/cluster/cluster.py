@@ -40,6 +40,8 @@ _QUICK = {
 fifteen instead of sixty. It kills nothing because of the memory that other tests take on this
 machine, lets no other test go before its workers, and keeps few objects."""
 _CLOCK = Path(__file__).with_name("clock.c")
+_STORE = Path(__file__).with_name("object_store.py")
+_FULL = "/srv/full"
 ACTIVATE = ". .venv/bin/activate\n" if (ROOT / ".venv").exists() else ""
 """First line of the page's blocks, in a checkout that has its own environment."""
 _PASSWORD = "a-long-enough-password"
@@ -127,6 +129,16 @@ class Services:
             "MLFLOW_TRACKING_USERNAME": "admin",
             "MLFLOW_TRACKING_PASSWORD": _PASSWORD,
         }
+
+    @contextmanager
+    def full(self) -> Iterator[None]:
+        """The object store's disk is full in the block: it can be read and not written."""
+        place = self.machine.path(_FULL)
+        place.touch()
+        try:
+            yield
+        finally:
+            place.unlink()
 
     def upload(self, folder: Path, uri: str, last: tuple[str, ...] = ()) -> None:
         """Copy a folder of the tests' machine into the object store."""
@@ -289,7 +301,7 @@ def services_of(machines: Machines) -> Services:
         pytest.skip("no PostgreSQL is installed (`make services` does it)")
     machine = machines.add(SERVICES, {"OMP_NUM_THREADS": "1"})
     store = f"http://{machine.address}:5001"
-    machine.serve([sys.executable, "-m", "moto.server", "-H", machine.address, "-p", "5001"])
+    machine.serve([sys.executable, str(_STORE), machine.address, "5001", _FULL])
     done = machine.run(
         f"""
         set -e

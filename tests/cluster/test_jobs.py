@@ -43,6 +43,7 @@ def test_the_doctor_finds_nothing_that_stands_in_the_way(cluster, recipe):
     assert "the cluster's 3 nodes" in done.stdout
 
 
+@pytest.mark.cluster
 def test_one_worker_trains_where_there_are_cpus_which_the_head_has_not(cluster, recipe):
     done = cluster.submit(job("train", run__name="one", scaling__num_workers="1", recipe=recipe))
     assert done.returncode == 0, done.stdout[-4000:]
@@ -88,6 +89,35 @@ def test_two_workers_outlive_a_cut_of_the_link_between_them(cluster, recipe, dem
     assert run.status == "FINISHED"
     evaluated = cluster.services.steps(run, "val/mAP")
     assert len(evaluated) == len(set(evaluated)) == EPOCHS, "no score is lost, none is doubled"
+
+
+@pytest.mark.cluster
+def test_a_run_whose_store_is_full_ends_and_goes_on_when_there_is_room(cluster, recipe):
+    cluster.wait_for_nodes(*cluster.workers)
+    settings = {"optim__epochs": f"{EPOCHS}", "checkpoint__patience_s": "3"}
+    line = job("train", run__name="full", scaling__num_workers="1", recipe=recipe, **settings)
+    submission = cluster.submitting(line)
+    said = lambda: cluster.services.machine.said(submission)  # noqa: E731
+    store = "s3://data/checkpoints/full/"
+    wait_for("a checkpoint", lambda: written(cluster, store), 500, said)
+    with cluster.services.full():
+        kept = written(cluster, store)
+        assert submission.wait(timeout=300) == 1, said()
+        assert "could not be written for 3 s (checkpoint.patience_s)" in said()
+        assert "XMinioStorageFull" in said()
+        assert set(kept) & set(written(cluster, store)), "what was there is as it was"
+    done = cluster.submit(line)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert read_result(cluster, "full")["test"]["test/mAP"] > 0
+    [run] = [run for run in cluster.services.runs("demo") if run.name == "full"]
+    assert run.status == "FINISHED"
+    evaluated = cluster.services.steps(run, "val/mAP")
+    assert len(evaluated) == len(set(evaluated)) == EPOCHS, "no score is lost, none is doubled"
+
+
+def written(cluster, store: str) -> list[str]:
+    """Checkpoints that were written to their end."""
+    return [key for key in cluster.services.keys(store) if key.endswith("state.json")]
 
 
 @pytest.mark.cluster

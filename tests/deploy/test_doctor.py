@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 def doctor(environment: dict[str, str], *flags: str) -> subprocess.CompletedProcess:
     own = environment | {"PYTHONPATH": str(ROOT)}
-    return run([sys.executable, "jobs/doctor.py", *flags], own, 60)
+    return run([sys.executable, "jobs/doctor.py", *flags], own, 200)
 
 
 def test_data_that_are_not_there_are_reported_with_all_other_checks(tmp_path):

@@ -21,14 +21,19 @@ from tests.tuning.test_sweep import sweep_job, wait_for
 TRIALS = 4
 
 
+def journals(folder: Path) -> list[Path]:
+    """Of the sweep's runs, so far."""
+    return [*folder.glob(FILE_NAME), *folder.glob(f"trials/*/{FILE_NAME}")]
+
+
 def logged(folder: Path) -> int:
     """Bytes of what the sweep's runs have logged."""
-    return sum(path.stat().st_size for path in folder.rglob(FILE_NAME))
+    return sum(path.stat().st_size for path in journals(folder))
 
 
 def delivered(folder: Path) -> int:
     """Bytes of that which the server has acknowledged."""
-    return sum(read_address(path.parent).delivered for path in folder.rglob(FILE_NAME))
+    return sum(read_address(path.parent).delivered for path in journals(folder))
 
 
 @pytest.mark.ray
@@ -77,7 +82,7 @@ def test_a_sweep_whose_server_and_driver_die_has_every_value_in_mlflow_once(tiny
                     driver.kill()
                     driver.wait()
                     (disk / "filler").unlink()
-                    runs = [path.parent for path in folder.rglob(FILE_NAME)]
+                    runs = [path.parent for path in journals(folder)]
                     assert delivered(folder) < logged(folder)
                     assert len(runs) <= TRIALS, "it was killed on the way"
 

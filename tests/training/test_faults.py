@@ -42,6 +42,7 @@ def assert_ended_as_if_nothing_had_happened(run: Drill, undisturbed: Drill) -> N
     run.gave_everything_back()
 
 
+@pytest.mark.cluster
 def test_an_elastic_run_goes_on_without_a_lost_node_and_takes_in_one_that_joins(
     cluster, drill, undisturbed
 ):
@@ -63,6 +64,7 @@ def test_an_elastic_run_goes_on_without_a_lost_node_and_takes_in_one_that_joins(
     run.gave_everything_back()
 
 
+@pytest.mark.cluster
 def test_a_run_whose_node_is_to_be_drained_writes_a_checkpoint_and_goes_on_elsewhere(
     cluster, drill, undisturbed
 ):
