@@ -17,11 +17,11 @@ from typing import Any, Literal
 
 import optuna
 from optuna.trial import TrialState
-from ray.exceptions import RayActorError, RayTaskError
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from next.config import RunConfig
+from next.tuning.deaths import how_it_died, is_lost_machine
 from next.tuning.resources import Places
 from next.tuning.settings import SweepConfig
 from next.tuning.space import Space
@@ -376,35 +376,6 @@ class Pruning(TrialScheduler):
     def debug_string(self) -> str:
         """For Tune's own output, which is off."""
         return "pruning by the study"
-
-
-def is_lost_machine(error: Any) -> bool:
-    """Whether a trial's process died because its machine was lost, taken away, or cut off."""
-    cause = error.as_instanceof_cause() if isinstance(error, RayTaskError) else error
-    return isinstance(cause, RayActorError) and (
-        cause.preempted or "its node has died" in str(cause)
-    )
-
-
-def how_it_died(error: Any) -> str:
-    """One line on why a trial's process ended, from Tune's error."""
-    if is_lost_machine(error):
-        return f"killed: its machine{_address(str(error))} was lost"
-    text = str(error or "")
-    memory = any(word in text for word in ("OutOfMemory", "running low on memory", "OOM"))
-    last = first_line(text, "OutOfMemory" if memory else "Error")
-    return f"{'out of memory' if memory else 'killed'}: {last or 'its process ended'}"
-
-
-def _address(text: str) -> str:
-    """`` 10.0.0.3``, from what Ray says of a dead actor; nothing where it does not say it."""
-    line = first_line(text, "ip: ")
-    return f" {line.removeprefix('ip: ')}" if line else ""
-
-
-def first_line(text: str, word: str) -> str:
-    """The first line of ``text`` that holds ``word``, at most 300 characters of it."""
-    return [*[line.strip() for line in text.splitlines() if word in line], ""][0][:300]
 
 
 def read_curve(attributes: Mapping[str, Any]) -> list[tuple[int, tuple[float, ...]]]:

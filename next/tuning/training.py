@@ -34,6 +34,7 @@ from next.training.report import FolderReporter
 from next.training.store import StoreError, persist
 from next.tuning import workers
 from next.tuning.axes import measure_axes
+from next.tuning.deaths import LostProcessError
 from next.tuning.forkserver import Report
 from next.tuning.home import ERROR, Home
 from next.tuning.settings import AXES, FEATURES, RECORD, Task
@@ -99,6 +100,9 @@ def train_trial(
         with _alone_in(own):  # a folder that was set aside took its lock along
             return _until_tune_ends_it(config, home, record, free_axes, report, task)
     except Exception as error:
+        lost = error if isinstance(error, LostProcessError) else LostProcessError.of(error)
+        if lost is not None:  # as if this one had died: Tune tells the search, and it goes on
+            raise lost from None
         if isinstance(error, OSError) and _store_fails(home, error):
             return _report({"interrupted": f"{name}: {error}"}, report)
         return _failed(name, home, error, report)

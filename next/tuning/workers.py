@@ -22,6 +22,7 @@ from next.training.interruption import Ask, Bell, Interrupted
 from next.training.process import configure_torch, device
 from next.training.workers import train_on_workers
 from next.tuning.axes import measure_axes
+from next.tuning.deaths import LostProcessError
 from next.tuning.forkserver import Report
 from next.tuning.home import Home
 from next.tuning.settings import AXES, FEATURES
@@ -74,16 +75,22 @@ def train_trial(
 def measure_trial(config: RunConfig, folder: Path, *, exhaustive: bool) -> None:
     """:func:`next.tuning.axes.measure_axes` in the place of one worker, on whichever node."""
     needs = worker_resources(config.scaling)
-    task = ray.remote(num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0), max_retries=0)(_measure)
+    task = ray.remote(num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0), max_retries=3)(_measure)
     # By default it would be held to what the trial's actor has reserved, which is next to nothing.
     placed = task.options(scheduling_strategy="DEFAULT")
     ray.get(placed.remote(to_toml(config), str(folder), exhaustive))
 
 
 def first_cause(error: ray.train.WorkerGroupError) -> Exception:
-    """What the first worker that failed raised."""
-    failures = error.worker_failures
-    cause = failures[min(failures)] if failures else error
+    """Of what the workers ended with: a death, else what the first that failed raised.
+
+    Where one dies, the others raise what the missing answers make of their step.
+    """
+    failures = [failure for _, failure in sorted(error.worker_failures.items())]
+    for failure in failures:
+        if (lost := LostProcessError.of(failure)) is not None:
+            return lost
+    cause = failures[0] if failures else error
     return getattr(cause, "cause", None) or cause
 
 

@@ -103,7 +103,7 @@ def assert_whole(cluster: Cluster, name: str) -> None:
     sweep = json.loads(cluster.head.path(f"{RUNS}/{name}/sweep.json").read_text())
     names = [trial["name"] for trial in sweep["trials"]]
     assert len(names) == len(set(names)) == TRIALS
-    failed = [trial for trial in sweep["trials"] if trial["state"] == "failed"]
+    failed = [trial["error"] for trial in sweep["trials"] if trial["state"] == "failed"]
     assert failed == []
     runs = cluster.services.runs("demo")
     [parent] = [run for run in runs if run.name == name]

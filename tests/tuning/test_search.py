@@ -1,15 +1,18 @@
 """What runs next: asked as Tune asks, with real studies and no cluster."""
 
+import pickle
+
 import pytest
 from optuna.trial import TrialState
 from ray.core.generated.common_pb2 import ActorDiedErrorContext, NodeDeathInfo
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, NodeDiedError, RayTaskError
 from ray.tune.search import Searcher
 
 from next.config import RunConfig, override
+from next.tuning.deaths import LostProcessError, how_it_died, is_lost_machine
 from next.tuning.resources import Places, gpu_share
 from next.tuning.results import read_trials
-from next.tuning.search import DEFAULT, Repeat, Search, how_it_died, is_lost_machine
+from next.tuning.search import DEFAULT, Repeat, Search
 from next.tuning.settings import SweepConfig
 from next.tuning.space import Space
 from next.tuning.study import create_studies, open_studies, set_waiting
@@ -363,6 +366,13 @@ def test_a_lost_machine_is_told_from_a_process_that_died():
     lost = ActorDiedError(context)
     assert is_lost_machine(lost)
     assert how_it_died(lost) == "killed: its machine 10.0.0.3 was lost"
+    # By the trial, of one of its workers, through Ray's pickling.
+    told = RayTaskError("train", "a traceback", LostProcessError.of(lost))
+    told = pickle.loads(pickle.dumps(told))
+    assert is_lost_machine(told)
+    assert how_it_died(told) == "killed: its machine 10.0.0.3 was lost"
+    assert is_lost_machine(NodeDiedError("gone"))
+    assert LostProcessError.of(ValueError("its node has died")) is None
     context.error_message = "The actor is dead because its worker process has died."
     died = ActorDiedError(context)
     assert not is_lost_machine(died)

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import ray
 import ray.train
+from ray.exceptions import RayActorError
 from ray.util.placement_group import placement_group
 
 from next.config import RunConfig, override
 from next.tracking.run import open_run
 from next.training.cluster import require_room, start_ray
+from next.tuning.deaths import LostProcessError
 from next.tuning.folder import Standing, read_standing
 from next.tuning.reservations import reclaiming, worker_groups
 from next.tuning.space import Space, load_space
@@ -161,3 +163,11 @@ def test_a_trial_fails_with_what_its_worker_raised():
     assert isinstance(cause, ValueError)
     lost = ray.train.WorkerGroupError("nobody knows why", {})
     assert first_cause(lost) is lost
+
+
+def test_a_worker_that_died_is_the_cause_of_what_the_others_raised():
+    died = RayActorError(error_msg="its node has died")
+    failures = {0: RuntimeError("connection reset by peer"), 1: died}
+    cause = first_cause(ray.train.WorkerGroupError("two workers", failures))
+    assert isinstance(cause, LostProcessError)
+    assert cause.machine

@@ -1,0 +1,77 @@
+"""How processes of trials die, and what is said of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray.exceptions import (
+    NodeDiedError,
+    OwnerDiedError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+
+
+class LostProcessError(RuntimeError):
+    """A process that a trial needs has died; the trial goes on from its last checkpoint.
+
+    Ray's own errors of this cannot be raised once more: they cannot be pickled.
+
+    Args:
+        how: it died.
+        machine: whether it died with its machine.
+    """
+
+    def __init__(self, how: str, machine: bool) -> None:
+        super().__init__(how, machine)
+        self.machine = machine
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+    @classmethod
+    def of(cls, error: Exception) -> LostProcessError | None:
+        """From an error of Ray; None: of something else."""
+        if isinstance(error, (RayActorError, NodeDiedError, WorkerCrashedError, OwnerDiedError)):
+            return cls(how_it_died(error), is_lost_machine(error))
+        return None
+
+
+def is_lost_machine(error: Any) -> bool:
+    """Whether a trial's process died because its machine was lost, taken away, or cut off."""
+    cause = _cause(error)
+    if isinstance(cause, LostProcessError):
+        return cause.machine
+    if isinstance(cause, NodeDiedError):
+        return True
+    return isinstance(cause, RayActorError) and (
+        cause.preempted or "its node has died" in str(cause)
+    )
+
+
+def how_it_died(error: Any) -> str:
+    """One line on why a trial's process ended, from Tune's error."""
+    if isinstance(cause := _cause(error), LostProcessError):
+        return str(cause.args[0])
+    if is_lost_machine(error):
+        return f"killed: its machine{_address(str(error))} was lost"
+    text = str(error or "")
+    memory = any(word in text for word in ("OutOfMemory", "running low on memory", "OOM"))
+    last = first_line(text, "OutOfMemory" if memory else "Error")
+    return f"{'out of memory' if memory else 'killed'}: {last or 'its process ended'}"
+
+
+def _address(text: str) -> str:
+    """`` 10.0.0.3``, from what Ray says of a dead actor; nothing where it does not say it."""
+    line = first_line(text, "ip: ")
+    return f" {line.removeprefix('ip: ')}" if line else ""
+
+
+def _cause(error: Any) -> Any:
+    return error.cause if isinstance(error, RayTaskError) else error
+
+
+def first_line(text: str, word: str) -> str:
+    """The first line of ``text`` that holds ``word``, at most 300 characters of it."""
+    return [*[line.strip() for line in text.splitlines() if word in line], ""][0][:300]
