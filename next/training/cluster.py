@@ -198,6 +198,10 @@ def check_cluster(config: RunConfig) -> None:
         require_shared(config, config.checkpoint.storage_path or config.run.storage_path)
 
 
+class SilentNodeError(ValueError):
+    """A node of the cluster lives and does not answer."""
+
+
 def require_shared(config: RunConfig, place: str | None) -> None:
     """Raise unless every node reads and writes where a run is kept, and reads its shards.
 
@@ -208,6 +212,7 @@ def require_shared(config: RunConfig, place: str | None) -> None:
 
     Raises:
         ValueError: a node does not; it is named, and so is the setting.
+        SilentNodeError: a node that lives does not answer.
         OSError: this node does not.
     """
     import ray
@@ -236,13 +241,23 @@ def require_shared(config: RunConfig, place: str | None) -> None:
             address = node["NodeManagerAddress"]
             try:
                 problems = ray.get(answer, timeout=_LOOK_SECONDS)
-            except ray.exceptions.GetTimeoutError:
+            except ray.exceptions.RayError as error:
+                if not _lives(node["NodeID"]):  # so nothing of the run comes to be on it
+                    continue
+                if not isinstance(error, ray.exceptions.GetTimeoutError):
+                    raise
                 places = " and ".join(f"{where} ({name})" for name, (where, _) in asked.items())
-                raise ValueError(
+                raise SilentNodeError(
                     f"node {address} did not say within {_LOOK_SECONDS:.0f} s whether it reads "
                     f"{places}; mend that node, or take it out of the cluster"
                 ) from None
             _raise_problems(address, problems, asked, stored=stored)
+
+
+def _lives(node: str) -> bool:
+    import ray
+
+    return any(one["Alive"] for one in ray.nodes() if one["NodeID"] == node)
 
 
 def _weights(config: BackboneConfig) -> dict[str, tuple[str, str]]:

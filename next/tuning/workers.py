@@ -17,7 +17,7 @@ import ray
 from next.config import RunConfig, from_toml, to_toml
 from next.data.shards import Manifest, open_manifest
 from next.tracking.journal import Metrics, read_records
-from next.training.cluster import worker_resources
+from next.training.cluster import SilentNodeError, worker_resources
 from next.training.interruption import Ask, Bell, Interrupted
 from next.training.process import configure_torch, device
 from next.training.workers import train_on_workers
@@ -69,6 +69,8 @@ def train_trial(
         training.result()
     except ray.train.WorkerGroupError as error:
         raise first_cause(error) from error
+    except SilentNodeError as error:  # it answered when the sweep began, or has come since
+        raise LostProcessError(str(error), machine=True) from None
     return False
 
 
