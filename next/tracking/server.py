@@ -136,7 +136,7 @@ class TrackingServer:
     def _keep(self) -> None:
         """Start the server again where it has ended, until this share is given back.
 
-        One that never served would not do so the next time either.
+        One that ended by itself and never served would not do so the next time either.
         """
         starts, served = 0, False
         while not self._closing.wait(_WATCH_SECONDS):
@@ -144,7 +144,8 @@ class TrackingServer:
                 served = served or _answers(self.uri)
                 continue
             tail = self._log_tail()
-            if starts == _STARTS or not served:
+            killed = self._child is not None and (self._child.poll() or 0) < 0
+            if starts == _STARTS or not (served or killed):
                 _log.warning(
                     "the MLflow server of %s has ended, after %d starts, and is not started again; "
                     "what runs log meanwhile waits in their journals%s",
