@@ -145,7 +145,9 @@ def test_an_endpoint_of_the_environment_holds_no_secret_either(monkeypatch, vari
         ("http://localhost:5000", "a.invalid,localhost"),
         ("http://[::1]:5000", "a.invalid,::1"),
         ("http://10.0.0.1:5000", "a.invalid"),
+        ("http://mlflow.localhost:5000", "a.invalid,mlflow.localhost"),
         ("http://localhost.example.org", "a.invalid"),
+        ("http://notlocalhost:5000", "a.invalid"),
     ],
 )
 def test_only_loopback_is_spared_the_proxy_and_only_where_there_is_one(

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import pickletools
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -14,6 +15,7 @@ import pandas
 import pytest
 import torch
 
+from jobs.promote import main as promote_job
 from next.config import RunConfig, override
 from next.data.shards import open_manifest
 from next.tracking.promotion import promote
@@ -196,6 +198,13 @@ def test_a_promotion_needs_a_condition_that_holds(server, client, trained):
     assert champion.version == str(first.version.version)
     assert f"test/mAP >= {score - 1:.1f}: {score:.2f}" in champion.tags["next.promoted_when"]
 
+    other = json.loads(champion.tags["next.card"]) | {"data_digest": "f" * 64}
+    client.set_model_version_tag(NAME, champion.version, "next.card", json.dumps(other))
+    elsewhere = register_run(trained.folder, server.uri, NAME)
+    with pytest.raises(ValueError, match=r"was measured on data .*, but the champion f{16}"):
+        promote(server.uri, NAME, ["test/mAP >= 0"])
+    client.delete_model_version(NAME, str(elsewhere.version))
+    client.set_model_version_tag(NAME, champion.version, "next.card", champion.tags["next.card"])
     again = register_run(trained.folder, server.uri, NAME)
     equal = promote(server.uri, NAME, ["test/mAP > champion + 0.5"])
     assert not equal.promoted
@@ -203,6 +212,44 @@ def test_a_promotion_needs_a_condition_that_holds(server, client, trained):
     assert equal.champion == first.version
     assert promote(server.uri, NAME, ["test/mAP >= champion"]).promoted
     assert client.get_model_version_by_alias(NAME, "champion").version == str(again.version)
+
+
+def test_the_promotion_job_answers_scripts_and_its_rehearsal_changes_nothing(
+    server, client, trained, capsys
+):
+    score = trained.assessment.metrics["test/mAP"]
+
+    def standing() -> list[tuple[str, dict[str, str], list[str]]]:
+        versions = client.search_model_versions(f"name = '{NAME}'")
+        return sorted((v.version, dict(v.tags), list(v.aliases)) for v in versions)
+
+    def ask(*more: str) -> tuple[int, str]:
+        code = promote_job(["--model", NAME, "--tracking.uri", server.uri, *more])
+        return code, capsys.readouterr().out
+
+    before = standing()
+    rehearse = ("--run", str(trained.folder), "--when", f"test/mAP >= {score - 1:.1f}", "--dry-run")
+    code, said = ask(*rehearse, "--json")
+    answer = json.loads(said)
+    assert code == 0
+    assert answer["promoted"] is True
+    assert answer["scores"]["test/mAP"] == score
+    assert "registered" not in answer
+    assert isinstance(answer["findings"], list)
+    code, said = ask(*rehearse)
+    assert code == 0
+    assert "would be champion" in said
+    assert said.endswith("nothing was registered or promoted (--dry-run)\n")
+    code, said = ask("--when", "test/mAP >= 100.5", "--dry-run", "--json")
+    assert (code, json.loads(said)["promoted"]) == (1, False)
+    assert standing() == before
+
+    code, said = ask(*rehearse[:-1], "--json")
+    answer = json.loads(said)
+    assert code == 0
+    assert answer["promoted"] is True
+    assert answer["registered"] == answer["version"] != answer["champion_before"]
+    assert standing() != before
 
 
 @pytest.mark.parametrize(
@@ -228,6 +275,39 @@ def test_a_condition_that_says_nothing_is_refused(server, trained, conditions, m
 def test_a_model_that_is_not_there_is_an_error(server, trained, tmp_path, model, message):
     with pytest.raises(ValueError, match=message):
         fetch_model(server.uri, model, tmp_path, loader=LOADER)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("pickle", r"extra\.pkl may hold a pickle, which executes code when it is loaded"),
+        ("place", r"'\.\./\.\./' must name a file within .*, but leads out of it"),
+        ("code", r"must be a model of this package \(loader .*, no code of its own\)"),
+    ],
+)
+def test_a_version_that_somebody_else_made_is_not_loaded(
+    server, client, fetched, tmp_path, damage, message
+):
+    root = next(folder for folder in fetched.parents if (folder / "MLmodel").exists())
+    made = tmp_path / "model"
+    shutil.copytree(root, made)
+    description = (made / "MLmodel").read_text()
+    inside = fetched.relative_to(root).as_posix()
+    if damage == "pickle":
+        (made / "data" / "extra.pkl").write_bytes(pickle.dumps(1))
+    elif damage == "place":
+        description = description.replace(f"data: {inside}", "data: ../../")
+    else:
+        description = description.replace(f"data: {inside}", f"code: code\n    data: {inside}")
+    assert damage == "pickle" or description != (made / "MLmodel").read_text()
+    (made / "MLmodel").write_text(description)
+    run = client.create_run(client.create_experiment(f"foreign-{damage}"))
+    client.log_artifacts(run.info.run_id, str(made), "model")
+    name = f"foreign-{damage}"
+    client.create_registered_model(name)
+    client.create_model_version(name, f"{run.info.artifact_uri}/model", run.info.run_id)
+    with pytest.raises(ValueError, match=message):
+        fetch_model(server.uri, f"models:/{name}/1", tmp_path / "here", loader=LOADER)
 
 
 def test_a_version_that_names_another_loader_is_not_loaded(server, trained, tmp_path):

@@ -9,7 +9,8 @@ import pytest
 import safetensors
 import torch
 
-from next.config import RunConfig, override
+from jobs.pretrain import main as pretrain_job
+from next.config import RunConfig, override, to_toml
 from next.data.holdout import split_train
 from next.data.shards import open_manifest
 from next.evaluation.retrieval import Retrieval
@@ -95,8 +96,14 @@ def test_the_result_is_a_file_that_a_run_starts_from_with_a_card_of_its_origin(s
     assert not (Path(other.run.storage_path) / "other").exists(), "nothing was begun"
 
 
-def test_the_plan_says_how_much_there_is_to_learn_from(settings):
+def test_the_plan_says_how_much_there_is_to_learn_from(settings, tmp_path, capsys):
     plan = plan_pretraining(settings)
+    recipe = tmp_path / "settings.toml"
+    recipe.write_text(to_toml(settings))
+    flags = ["--data", str(settings.data.uri), "--recipe", str(recipe), "--dry-run", "--json"]
+    assert pretrain_job(flags) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["texts"], told["plan_hash"]) == (plan.texts, plan.plan_hash)
     assert (plan.batch, plan.train_identities) == (min(8, plan.train_identities), 8)
     assert plan.captions > plan.train_identities
     assert plan.texts > 3
@@ -114,6 +121,11 @@ def test_the_plan_says_how_much_there_is_to_learn_from(settings):
         ({"captions.sampling": "none"}, r"captions.sampling must not be none in pretraining"),
         ({"optim.ema": 0.9}, r"optim.ema must be None in pretraining, but got 0.9"),
         ({"scaling.num_workers": 2}, r"scaling.num_workers must be 1 in pretraining, but got 2"),
+        (
+            {"selection.metric": "val/rank5"},
+            r"selection.metric must be one of val/mAP, val/rank1, train/loss in pretraining, .* "
+            r"but got val/rank5",
+        ),
     ],
 )
 def test_what_it_does_not_offer_is_refused_before_anything_is_written(settings, wrong, message):
