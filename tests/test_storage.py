@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from next import storage
-from next.storage import open_folder, replacing, write_whole
+from next.storage import open_folder, path_within, replacing, write_whole
 from tests.broken_link import broken_link
 
 
@@ -478,6 +478,25 @@ def test_a_local_name_that_is_not_utf_8_is_named(tmp_path, ask):
     Path(os.fsdecode(bytes(tmp_path / "deep") + b"/a\xff.txt")).write_bytes(b"")
     with pytest.raises(ValueError, match=r"/deep/a\\xff\.txt: the name is not UTF-8; rename it"):
         getattr(open_folder(tmp_path), ask)(*(["deep"] if ask == "names" else []))
+
+
+@pytest.mark.parametrize("name", ["../other", "/etc/passwd", "a/../../other", "link/file", "a/up"])
+def test_a_name_that_leads_out_of_a_folder_is_not_followed(tmp_path, name):
+    own = tmp_path / "own"
+    (own / "a").mkdir(parents=True)
+    (own / "link").symlink_to(tmp_path)
+    (own / "a" / "up").symlink_to("../../other")
+    with pytest.raises(ValueError, match=r"must name a file within .*, but leads out of it; it is"):
+        path_within(own, name)
+
+
+def test_a_name_within_a_folder_may_go_through_links_that_stay_there(tmp_path):
+    own = tmp_path / "own"
+    (own / "a").mkdir(parents=True)
+    (own / "link").symlink_to("a")
+    (tmp_path / "too").symlink_to("own")
+    for folder, name in ((own, "a/file"), (own, "link/file"), (tmp_path / "too", "a/../file")):
+        assert path_within(folder, name) == folder / name
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
