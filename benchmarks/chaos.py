@@ -99,8 +99,9 @@ HURRY = ("system/", "train/samples_per_second", "train/seconds_per_step", "peak"
 """Metrics that say how long something took, or how much it needed."""
 SETTLED_SECONDS = {True: 30.0, False: 5.0}
 """After so many seconds with steps a kind that is fatal, or is not, is said to go on by itself."""
-LEFT_SECONDS = 60.0
-"""After so long a process of a driver that has ended is left behind."""
+LEFT_SECONDS = 150.0
+"""After so long a process of a driver that has ended is left behind; agents of Ray's whose raylet
+was killed look for the head for a minute."""
 FRUITLESS = 3
 """Starts in a row that end without a kill until a subject is given up."""
 
