@@ -1,13 +1,86 @@
 """What others of this machine and of its network see of the processes that a test starts."""
 
 import contextlib
+import os
+import secrets
+import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
 LOOPBACK = {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+
+
+SECRETS = (
+    *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
+    *("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"),
+    *("OPENAI_API_KEY", "CAPTION_KEY", "HF_TOKEN"),
+)
+"""Variables that tell a job of this project a secret."""
+
+
+def planted(names: Iterable[str] = SECRETS) -> dict[str, str]:
+    """A secret of its own for each of these variables."""
+    return {name: f"planted-{name.lower()}-{secrets.token_hex(8)}" for name in names}
+
+
+def leaks(folders: Iterable[Path], hidden: Mapping[str, str]) -> list[str]:
+    """Files below the folders that hold one of these secrets, and which one."""
+    found = []
+    for folder in folders:
+        for parent, _, names in os.walk(folder):
+            for path in (Path(parent, name) for name in names):
+                if path.is_symlink() or not path.is_file():  # Ray's sockets
+                    continue
+                content = path.read_bytes()
+                found += [f"{path}: {n}" for n, one in hidden.items() if one.encode() in content]
+    return found
+
+
+@dataclass
+class Exposed:
+    """What was seen of processes while they ran."""
+
+    places: dict[tuple[str, int], str] = field(default_factory=dict)
+    """Address and port that something listens at, and what does."""
+    lines: set[str] = field(default_factory=set)
+    """Command lines of all processes of the machine."""
+    modes: set[int] = field(default_factory=set)
+    """Modes of Ray's token and of its drafts."""
+
+    def beyond_loopback(self) -> list[str]:
+        """What listens elsewhere."""
+        return [f"{who} at {ip}" for (ip, _), who in self.places.items() if ip not in LOOPBACK]
+
+    def told(self, hidden: Mapping[str, str]) -> list[str]:
+        """Secrets on a command line."""
+        return [name for name, one in hidden.items() if any(one in line for line in self.lines)]
+
+
+@contextlib.contextmanager
+def exposed(home: Path) -> Iterator[Exposed]:
+    """What the processes show that are started in the block, with ``home`` as their ``HOME``."""
+    seen, over = Exposed(), threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.05):
+            seen.lines |= lines_of_all_processes()
+            for path in (home / ".ray").glob("*auth_token*"):
+                with contextlib.suppress(OSError):
+                    if path.suffix != ".lock":
+                        seen.modes.add(stat.S_IMODE(path.stat().st_mode))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        with listeners() as seen.places:
+            yield seen
+    finally:
+        over.set()
+        thread.join()
 
 
 def lines_of_all_processes() -> set[str]:

@@ -62,7 +62,7 @@ def token(inquiry: Inquiry) -> Finding:
             "token",
             "error",
             f"RAY_AUTH_MODE is token, but there is neither RAY_AUTH_TOKEN nor {file}",
-            "ray get-auth-token --generate && chmod 600 ~/.ray/auth_token  # one for all nodes",
+            "(umask 077 && ray get-auth-token --generate > /dev/null)  # one for all nodes",
         )
     return Finding("token", "ok", "from RAY_AUTH_TOKEN" if given else f"from {file}")
 

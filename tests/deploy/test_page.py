@@ -49,6 +49,21 @@ def test_every_block_is_shell_that_parses():
         assert done.returncode == 0, f"{done.stderr}\n{block}"
 
 
+def test_a_file_that_will_hold_a_secret_is_its_owners_alone_from_its_first_moment():
+    """``chmod`` comes after others could have opened it, and a command line is read by all."""
+    making = r"get-auth-token --generate|> ?\S*\.env|_(?:PASSWORD|KEY|TOKEN)=%s"
+    pages = [*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "SECURITY.md"]
+    pages += [*(ROOT / "deploy").rglob("*.md"), *(ROOT / "deploy").rglob("*.yaml")]
+    found = 0
+    for page in [*pages, ROOT / "cluster.yaml"]:
+        text = page.read_text().replace("\\\n", " ")
+        for line in (line for line in text.splitlines() if re.search(making, line)):
+            found += 1
+            assert re.search(r"\(umask 077 && [^)]*", line), f"{page}: {line}"
+        assert not re.search(r"--from-literal=\w*(PASSWORD|KEY|TOKEN)", text), page
+    assert found >= 4
+
+
 def test_a_block_that_brings_a_port_here_ends_when_the_port_answers():
     forwarding = [block for block in BLOCKS if re.search(r"&$", block, re.M)]
     assert len(forwarding) == 2

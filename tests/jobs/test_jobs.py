@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from next.config import to_toml
+from tests.exposure import exposed, leaks, planted
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,9 +47,19 @@ def test_dry_run_train_and_evaluate_agree(demo_shards, recipe, tmp_path):
     assert plan["seconds_estimated"] > 0
     assert not (tmp_path / "runs").exists(), "a dry run leaves no run"
 
-    trained = job("train", *flags, home=tmp_path)
+    hidden = planted()
+    with exposed(tmp_path) as seen:
+        tracked = ("--tracking.enabled", "True")
+        trained = job("train", *flags, *tracked, home=tmp_path, **hidden)
     assert trained.returncode == 0, trained.stderr
     assert "test/mAP" in trained.stdout
+    assert seen.places, "MLflow's local server"
+    assert seen.beyond_loopback() == []
+    assert seen.told(hidden) == []
+    assert (tmp_path / "runs" / "mlflow" / "mlflow.db").is_file()
+    assert leaks([tmp_path], hidden) == []
+    (tmp_path / "note").write_text(f"token={hidden['HF_TOKEN']}")
+    assert leaks([tmp_path], hidden) == [f"{tmp_path / 'note'}: HF_TOKEN"], "it is found if there"
     scores = json.loads((tmp_path / "runs" / "tiny" / "result.json").read_text())["test"]
 
     best = tmp_path / "runs" / "tiny" / "checkpoints" / "best"
