@@ -39,6 +39,7 @@ STORES = [
     "s3://key:hunter2@bucket/prefix",
     "s3://hunter2@bucket",
     "s3://key:hunter2/more@bucket",
+    "s3://key:24682/hunter2@bucket",  # no port of a bucket, but the begin of a password
     "s3://bucket?endpoint_override=user:hunter2@host:9000",
     "s3://bucket?endpoint_override=http://user:hunter2@host:9000&scheme=http",
     "s3://bucket?endpoint_override=user%3Ahunter2%40host",
