@@ -39,8 +39,8 @@ DEMO_CARD = Path(__file__).resolve().parents[1] / "datasets" / "demo.toml"
 """Card of the procedural benchmark, in a checkout of the project."""
 
 _OUTSIDE = (
-    *("cache", "check", "checkpoint", "data", "figures", "folder", "peek", "picture"),
-    *("labels", "ledger", "out", "replay", "shards", "source", "verify_order"),
+    *("cache", "check", "checkpoint", "data", "figures", "folder", "gallery", "peek", "picture"),
+    *("labels", "ledger", "out", "queries", "replay", "shards", "source", "verify_order"),
 )
 """Fields of jobs that name data or results, which are never part of the project's own files."""
 

@@ -140,6 +140,28 @@ def tiny_config(demo_shards, cache_folder, tmp_path) -> RunConfig:
     )
 
 
+@pytest.fixture(scope="session")
+def trained_checkpoint(demo_shards, cache_folder, tmp_path_factory) -> Path:
+    """The best checkpoint of a small run, which finds identities far above chance."""
+    from next.training.launch import launch
+
+    settings = TINY | {
+        "data.uri": str(demo_shards),
+        "data.cache": str(cache_folder),
+        "run.storage_path": str(tmp_path_factory.mktemp("trained") / "runs"),
+        "optim.epochs": 6,
+    }
+    return launch(override(RunConfig(), settings)).checkpoint
+
+
+@pytest.fixture(scope="session")
+def trained_embedder(trained_checkpoint):
+    """That checkpoint as an embedder; tests do not change it."""
+    from next.training.embedder import Embedder
+
+    return Embedder.load(trained_checkpoint, device="cpu")
+
+
 class S3Server(NamedTuple):
     """A server that speaks S3 and checks signatures, and a user of it who may do everything."""
 

@@ -28,7 +28,7 @@ def test_every_flag_of_the_readme_is_a_flag_of_its_job():
     from next.config import setting_names
 
     job_flags = {
-        "draw",
+        *("draw", "gallery", "images", "picture", "format"),
         *("card", "source", "out", "data", "dry-run", "check", "peek", "verify-order", "world"),
         *("space", "trials", "checkpoint", "missing", "model", "run", "when", "models", "recipe"),
     }
@@ -43,7 +43,7 @@ def test_the_readme_is_short():
 
 def test_the_shards_are_read_by_other_tools_as_the_readme_says(demo_shards, tmp_path, monkeypatch):
     """All but the lines of Ray Data, which ``tests/data/test_writer.py`` runs with a cluster."""
-    [snippet] = re.findall(r"```python\n(import pandas.*?)```", README, re.DOTALL)
+    [snippet] = re.findall(r"```python\n(import pandas\n\npandas.*?)```", README, re.DOTALL)
     of_pandas, of_duckdb, of_ray = re.split(r"(?=^import )", snippet, flags=re.MULTILINE)[1:]
     assert 'ray.data.read_parquet("shards/rgbnt201/train")' in of_ray
     (tmp_path / "shards").mkdir()

@@ -8,7 +8,10 @@ policy.
 from __future__ import annotations
 
 import io
+import math
 import re
+from datetime import datetime
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +23,8 @@ Depth = tuple[float, float]
 """The values that become black (0) and white (255) where a channel has more than 8 bits."""
 
 _ORIENTATION = 0x0112
+_EXIF, _ORIGINAL, _TAKEN = 0x8769, 0x9003, 0x0132
+"""Of EXIF: the block of its own, when the picture was taken, when the file was made."""
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -34,6 +39,9 @@ _SINGLE = re.compile(r"I|I;16\w*|F")
 """Pillow's modes of one channel of more than 8 bits."""
 _HALVES = re.compile(r"(RGBA|RGB|LA|I);16([BLN])")
 """Pillow's names of 16-bit channels; it cuts all but a single one (I) to their upper halves."""
+
+_IN_PNG = frozenset(("1", "L", "LA", "P", "RGB", "RGBA", "I;16"))
+"""Pillow's modes that a PNG keeps."""
 
 
 class Undefined(ValueError):
@@ -103,6 +111,71 @@ def plain(encoded: bytes, depth: Depth | None = None) -> bytes:
     file = io.BytesIO()
     shown.save(file, "PNG", compress_level=0)
     return file.getvalue()
+
+
+def encoded(image: object) -> bytes:
+    """The encoded file of what somebody gives as an image.
+
+    Args:
+        image: a path, the bytes of a file, a Pillow image, or a uint8 array ``[H, W]`` or
+            ``[H, W, 3]``. Of the last two it is a PNG without loss.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        ValueError: it is nothing of these.
+    """
+    if isinstance(image, str | Path):
+        return Path(image).read_bytes()
+    if isinstance(image, bytes | bytearray | memoryview):
+        if not len(image):
+            raise ValueError("is empty (0 bytes)")
+        return bytes(image)
+    if isinstance(image, np.ndarray):
+        shape = image.shape
+        flat = image.ndim == 2 or (image.ndim == 3 and shape[2] == 3)
+        if image.dtype != np.uint8 or not flat or not image.size:
+            raise ValueError(
+                f"must be a uint8 array [H, W] or [H, W, 3] of values from 0 to 255, which the "
+                f"model itself normalises, but got {image.dtype} {list(shape)}"
+            )
+        image = Image.fromarray(image)
+    if not isinstance(image, Image.Image):
+        raise ValueError(
+            f"must be a path, bytes, a Pillow image or an array, but got a {type(image).__name__}"
+        )
+    if image.mode not in _IN_PNG and not _SINGLE.fullmatch(image.mode):
+        image = image.convert("RGBA" if "a" in image.mode.lower() else "RGB")
+    file = io.BytesIO()
+    kind = "TIFF" if image.mode not in _IN_PNG else "PNG"
+    image.save(file, kind, **({} if kind == "TIFF" else _unpacked(image)))
+    return file.getvalue()
+
+
+def taken_at(encoded: bytes) -> datetime | None:
+    """When a photograph was taken by its EXIF (local time of the camera); None: it does not say."""
+    try:
+        with opened(encoded) as image:
+            exif = image.getexif()
+            said = exif.get_ifd(_EXIF).get(_ORIGINAL) or exif.get(_TAKEN)
+        return datetime.strptime(str(said), "%Y:%m:%d %H:%M:%S")
+    except Exception:  # a damaged EXIF block tells nothing, as none does
+        return None
+
+
+def is_missing(value: object) -> bool:
+    """Whether a value of a column is none: None, or what data frames have in its place."""
+    nothing = value is None or type(value).__name__ == "NAType"
+    return nothing or (isinstance(value, float) and math.isnan(value))
+
+
+def _unpacked(image: Image.Image) -> dict[str, Any]:
+    """How a PNG is written: not compressed, and with the image's own orientation."""
+    turned = _orientation(image)
+    if turned == 1:
+        return {"compress_level": 0}
+    exif = Image.Exif()
+    exif[_ORIENTATION] = turned
+    return {"compress_level": 0, "exif": exif}
 
 
 def look_at(encoded: bytes, image: ImageFile.ImageFile) -> Look:

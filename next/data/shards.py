@@ -328,6 +328,13 @@ def shard_rows(data: bytes, modalities: Sequence[str]) -> Iterator[ShardRow]:
             yield ShardRow(sample, pid, {name: image for name, image in there if image is not None})
 
 
+def shard_columns(data: bytes, columns: Sequence[str]) -> dict[str, list[Any]]:
+    """Some columns of a shard as Python values, given its bytes."""
+    table = pq.ParquetFile(pa.BufferReader(data)).read(columns=list(columns))
+    found: dict[str, list[Any]] = table.to_pydict()
+    return found
+
+
 def _wanted_images(
     parquet: Any, columns: Sequence[str], row: int, wanted: np.ndarray
 ) -> Iterator[tuple[int, list[bytes | None]]]:

@@ -53,8 +53,8 @@ class RankList:
     """Kept gallery samples, nearest first; what the rule removes does not stand here."""
     distances: np.ndarray
     """[k] distance of each result."""
-    right: np.ndarray
-    """[k] bool: of the query's identity."""
+    right: np.ndarray | None
+    """[k] bool: of the query's identity; None: it is not known."""
 
 
 def choose_queries(
@@ -98,7 +98,8 @@ def choose_queries(
 def rank_lists(path: str | Path, lists: Sequence[RankList], *, modalities: Sequence[str]) -> Path:
     """Each query with its nearest gallery samples; a stack of modalities a sample.
 
-    A green frame and a tick mean the query's identity, a red frame and a cross another one.
+    A green frame and a tick mean the query's identity, a red frame and a cross another one, a dark
+    frame that the query's is not known.
 
     Args:
         path: PNG to write.
@@ -121,7 +122,9 @@ def rank_lists(path: str | Path, lists: Sequence[RankList], *, modalities: Seque
     total_width = rest + columns * (width + GAP) - GAP + MARGIN
     foot = 4 * LINE
     row_height = TITLE + LINE + stack + foot + 0.1
-    note = "✓ same identity, ✗ another; rows that the rule removes are not shown"
+    verdicts = any(ranked.right is not None for ranked in lists)
+    note = ("✓ same identity, ✗ another; " if verdicts else "") + "rows that the rule removes are "
+    note += "not shown"
     note = wrap(note, max(20, int((total_width - first) * 12)), 4)
     note_height = 0.2 * (note.count("\n") + 1) + 0.1
     figure, axes = sheet(total_width, len(lists) * row_height + note_height + MARGIN)
@@ -143,25 +146,33 @@ def rank_lists(path: str | Path, lists: Sequence[RankList], *, modalities: Seque
         _caption(axes, ranked.query.caption, first, top + LINE + stack, width)
         for place, result in enumerate(ranked.results):
             left = rest + place * (width + GAP)
-            right = bool(ranked.right[place])
+            colour, mark = _verdict(ranked, place)
             put_text(axes, left + width / 2, top, f"{place + 1}", size=11)
-            _stack(axes, result, left, top + LINE, width, height, RIGHT if right else WRONG)
-            caption = f"{'✓' if right else '✗'} {result.caption}\n{ranked.distances[place]:.2f}"
-            _caption(axes, caption, left, top + LINE + stack, width, RIGHT if right else WRONG)
+            _stack(axes, result, left, top + LINE, width, height, colour)
+            caption = f"{mark}{result.caption}\n{ranked.distances[place]:.2f}"
+            _caption(axes, caption, left, top + LINE + stack, width, colour)
     put_text(
         axes, first, len(lists) * row_height + 0.1 + note_height / 2, note, size=11, align="left"
     )
     return save(figure, path)
 
 
+def _verdict(ranked: RankList, place: int) -> tuple[str, str]:
+    """Colour of a result, and the mark before its caption."""
+    if ranked.right is None:
+        return INK, ""
+    return (RIGHT, "✓ ") if ranked.right[place] else (WRONG, "✗ ")
+
+
 def _check_list(ranked: RankList, shape: tuple[int, ...], modalities: int) -> None:
     for sample in (ranked.query, *ranked.results):
         check_sample(sample.images, sample.present, modalities, shape)
-    if not len(ranked.results) == len(ranked.distances) == len(ranked.right):
+    verdicts = len(ranked.results if ranked.right is None else ranked.right)
+    if not len(ranked.results) == len(ranked.distances) == verdicts:
         raise ValueError(
             f"{ranked.title!r} must have one distance and one verdict for each result, but got "
             f"{len(ranked.results)} results, {len(ranked.distances)} distances, "
-            f"{len(ranked.right)} verdicts"
+            f"{verdicts} verdicts"
         )
 
 

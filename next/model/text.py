@@ -50,6 +50,10 @@ class TextTower:
         """Whether its weights are in this process's memory."""
         return "_tower" in vars(self)
 
+    def build(self) -> None:
+        """Read the weights now, and not when something is encoded for the first time."""
+        self._tower  # noqa: B018 - kept by the property
+
     @cached_property
     def _tower(self) -> TextTransformer:
         if self._weights is None:

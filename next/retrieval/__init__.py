@@ -1,0 +1,1 @@
+"""Galleries of embeddings on a disk, and the search in them."""
