@@ -97,7 +97,7 @@ class ClipTower(nn.Module):
         """
         vit = self.vit
         patches = vit.conv1(images).flatten(2).transpose(1, 2)
-        cls = vit.class_embedding.expand(len(images), -1)
+        cls = vit.class_embedding.expand(images.shape[0], -1)
         if shift is not None:
             cls = cls + shift
         x = torch.cat([cls[:, None], patches], dim=1) + vit.positional_embedding

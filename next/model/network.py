@@ -138,7 +138,7 @@ class NEXT(nn.Module):
         count = patches.shape[2]
         if self.semantic is not None:
             if text is None:
-                text = cls.new_zeros(self._text_shape(len(images)))
+                text = cls.new_zeros(self._text_shape(images.shape[0]))
             tokens, sampling = self.semantic(cls, patches, present, text)
             self._aggregate("semantic", cls, tokens, present, branches, routing)
             candidates = min(self.config.semantic.tokens_per_expert or count, count)
@@ -188,7 +188,7 @@ class NEXT(nn.Module):
         return batch, self.modalities, self.config.semantic.experts, self.width
 
     def _check_inputs(self, images: Tensor, present: Tensor, text: Tensor | None) -> None:
-        batch = len(images)
+        batch = images.shape[0]  # no len(): an exported graph takes any
         if images.ndim != 5 or images.shape[1:3] != (self.modalities, 3):
             raise ValueError(
                 f"images must be [B, {self.modalities}, 3, H, W] for a model of "

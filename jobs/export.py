@@ -1,0 +1,132 @@
+"""Export a trained model for ONNX Runtime, torch or this package, compared with torch on data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from next.cli import parse, run_job
+from next.retrieval.sources import open_shards
+
+if TYPE_CHECKING:
+    from next.export.bundle import Exported
+    from next.retrieval.sources import Source
+
+
+@dataclass(frozen=True)
+class ExportJob:
+    """Write the whole path from decoded images to embedding, if it gives what torch gives."""
+
+    model: str
+    """Folder of a checkpoint such as runs/NAME/checkpoints/best, or a registered model:
+    models:/NAME/VERSION or models:/NAME@champion."""
+    out: Path
+    """Folder to write: the model, and export.json, which says how to use it."""
+    data: str
+    """Folder of shards on which it is compared with torch."""
+    format: Literal["onnx", "torch", "safetensors"] = "onnx"
+    """onnx: for ONNX Runtime and others (opset 20); torch: a program of torch.export; safetensors:
+    weights and settings alone, for this package. All take batches of any size."""
+    text: Literal["embeddings", "none"] = "embeddings"
+    """Of a model that reads captions: embeddings: they go in as sentence embeddings; none: it is
+    exported without."""
+    split: Literal["gallery", "query", "train"] = "gallery"
+    """Of the data."""
+    samples: int = 256
+    """Samples that are compared, at most."""
+    tolerance: float = 1e-4
+    """Largest difference of an entry of an embedding; beyond it nothing is written."""
+    threads: int | None = None
+    """Torch threads, and ONNX Runtime's; None: as torch chooses."""
+    tracking_uri: Annotated[str | None, tyro.conf.arg(name="tracking.uri")] = None
+    """MLflow server that has the model; without it, the local one of --storage_path."""
+    storage_path: Path = Path("runs")
+    """Folder of all runs, whose local server is asked for the model."""
+    dry_run: bool = False
+    """Check model and data, say what would be written, and write nothing."""
+    json: bool = False
+    """Print the answer as one JSON object."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parse, call, exit code."""
+    job = parse(ExportJob, argv)
+    if job.samples < 2:
+        raise ValueError(f"--samples must be 2 or more, but got {job.samples}")
+    if not job.tolerance > 0:
+        raise ValueError(f"--tolerance must be positive, but got {job.tolerance}")
+    source = open_shards(job.data, job.split)
+    # After the command line and the data, because it takes five seconds.
+    import torch
+
+    from next.export.bundle import export, require_new
+    from next.training.embedder import Embedder, model_folder
+
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
+    require_new(job.out)
+    _require_packages(job)
+    where: dict[str, Any] = {"tracking_uri": job.tracking_uri, "storage_path": job.storage_path}
+    with model_folder(job.model, **where) as folder:
+        embedder = Embedder(folder)
+        if job.dry_run:
+            return _plan(job, embedder, source)
+        found = export(
+            embedder,
+            folder,
+            job.out,
+            job.format,
+            source,
+            text=job.text == "embeddings",
+            samples=job.samples,
+            tolerance=job.tolerance,
+        )
+    return _tell(job, found)
+
+
+def _require_packages(job: ExportJob) -> None:
+    from importlib.util import find_spec
+
+    wanted = ("onnx", "onnxscript", "onnxruntime") if job.format == "onnx" else ()
+    missing = [name for name in wanted if find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"--format onnx needs {', '.join(missing)}; install the extra of the project "
+            f"(pip install 'next-reid[onnx]'), or take --format torch"
+        )
+
+
+def _plan(job: ExportJob, embedder: Any, source: Source) -> int:
+    from next.export.graph import FILES, inputs_of
+
+    text = job.text == "embeddings" and embedder.reads_captions
+    inputs = inputs_of(embedder, text=text)
+    answer = {
+        "file": str(job.out / FILES[job.format]),
+        "model": embedder.digest,
+        "inputs": {name: [dtype, ["batch", *shape]] for name, (dtype, shape) in inputs.items()},
+        "width": embedder.width,
+        "samples": min(job.samples, sum(source.pieces)),
+    }
+    shown = f"{answer['file']}: {', '.join(inputs)} -> embedding of width {embedder.width}"
+    print(json.dumps(answer) if job.json else shown)
+    return 0
+
+
+def _tell(job: ExportJob, found: Exported) -> int:
+    if job.json:
+        print(json.dumps({"folder": str(found.folder), "bytes": found.bytes, **found.card}))
+        return 0
+    print(f"{found.folder / found.card['file']}  {found.bytes / 1e6:.1f} MB")
+    print(f"captions {found.card['captions']}")
+    print("\n".join(found.parity.lines()))
+    return 0
+
+
+if __name__ == "__main__":
+    run_job(main, kept="nothing is half written")
