@@ -42,6 +42,9 @@ def start_local_ray(cpus: int) -> None:
 
     Args:
         cpus: logical CPUs that it declares.
+
+    Raises:
+        TimeoutError: it does not come up.
     """
     import ray
 
@@ -49,13 +52,22 @@ def start_local_ray(cpus: int) -> None:
 
     make_token()
     with _on_loopback(), beginning():
-        ray.init(
-            address="local",
-            num_cpus=cpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        try:
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        except Exception as error:
+            if "timed out during startup" not in str(error):
+                raise
+            raise TimeoutError(
+                "Ray did not come up on this machine within its own limit of 30 s: one of its "
+                "processes was ended, or the machine is too busy; nothing that was kept is lost. "
+                "Give the command again, when less else runs here"
+            ) from None
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from next.local_ray import on_cluster
@@ -126,3 +127,33 @@ def test_an_address_of_local_is_no_cluster(monkeypatch, address, given):
     if address is not None:
         monkeypatch.setenv("RAY_ADDRESS", address)
     assert on_cluster() is given
+
+
+STARTS = """
+from next.local_ray import start_local_ray
+
+try:
+    start_local_ray(1)
+except TimeoutError as error:
+    print(error)
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_ray_that_does_not_come_up_says_so_and_what_to_do():
+    command = [sys.executable, "-c", STARTS]
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        raylets: list[psutil.Process] = []
+        while not raylets:
+            assert driver.poll() is None
+            family = psutil.Process(driver.pid).children()
+            raylets = [process for process in family if process.name() == "raylet"]
+        raylets[0].kill()
+        said, _ = driver.communicate(timeout=200)
+    finally:
+        driver.kill()
+        driver.wait()
+    assert "Ray did not come up on this machine within its own limit of 30 s: one of its" in said
+    assert said.endswith("Give the command again, when less else runs here\n")
