@@ -3,7 +3,8 @@
 Ray's own handling of SIGTERM ends a driver by an abort with pages of stack, its errors bring pages
 of the raylet's state, and a driver whose head is gone waits for a minute before it ends without a
 word. So a process that starts Ray keeps its own handlers, gets one line of each of Ray's errors,
-and is interrupted at once when one of Ray's processes has ended.
+and is interrupted at once when one of Ray's processes has ended. Where it is within a call to a
+process that is gone, nothing interrupts it, and it is ended from beside.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import os
 import select
 import shutil
 import signal
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
@@ -24,17 +27,22 @@ from typing import Any
 
 import psutil
 import ray
+import ray._private.auto_init_hook
 import ray._private.utils
 import ray._private.worker
 
 from next.lease import Holder
-from next.stopping import lose_ray, lost_ray
+from next.stopping import kept, lose_ray, lost_ray
 from next.storage import write_whole
 
 _log = logging.getLogger(__name__)
 
 _WATCHED = {"raylet": "raylet", "gcs_server": "GCS"}
 _LOOK_SECONDS = 0.5
+_HEAR_SECONDS, _UNWIND_SECONDS = 10.0, 35.0
+"""How long the main thread may take to hear that Ray is lost, and from then on to its end. Ray's
+own abort comes after 60 s."""
+_FAILURE = 1
 _OWNER = "next-owner.json"
 """File in a session's folder that names the process that it belongs to."""
 _watch: _Watch | None = None
@@ -124,6 +132,7 @@ class _Watch:
 
     def __init__(self, node: Any) -> None:
         self.node = node
+        self._heard = threading.Event()
         self._ended, self._end = os.pipe()
         self._before = signal.signal(signal.SIGUSR2, self._raise)
         atexit.register(self._say_end)  # before Ray's own, which ends its processes
@@ -131,8 +140,10 @@ class _Watch:
         self._thread.start()
 
     def stop(self) -> None:
-        """Look no more."""
+        """Look no more, unless Ray is lost: then it sees to the end."""
         self._say_end()
+        if lost_ray() is not None:
+            return
         self._thread.join()
         with suppress(ValueError):  # in another thread
             signal.signal(signal.SIGUSR2, self._before)
@@ -167,11 +178,30 @@ class _Watch:
                         f"died ({_how(process.returncode)})"
                     )
                     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR2)
+                    self._see_to_the_end()
                     return
             for file in woken:  # another process of Ray, which it does without
                 poll.unregister(file)
 
+    def _see_to_the_end(self) -> None:
+        """End this process where it does not end by itself."""
+        if self._heard.wait(_HEAR_SECONDS):
+            time.sleep(_UNWIND_SECONDS)
+        said = kept()
+        if said is None:  # it has come to its end, or Ray is used by something else than a job
+            return
+        with suppress(Exception):
+            self.node.kill_all_processes(check_alive=False, allow_graceful=False)
+        sys.stderr.write(f"error: {lost_ray()}; {said}\n")
+        sys.stderr.flush()
+        os._exit(_FAILURE)
+
     def _raise(self, number: int, frame: object) -> None:
+        # Whoever asks Ray from now on, as Tune does when it clears up, hears so at once; the head
+        # that is gone would be waited for. Nor is another Ray started for it.
+        ray._private.auto_init_hook.enable_auto_connect = False
+        ray._private.worker.global_worker.set_is_connected(False)
+        self._heard.set()
         raise KeyboardInterrupt
 
 

@@ -30,6 +30,7 @@ class LostRayError(BaseException):
 
 
 _lost: list[str] = []
+_kept: list[str] = []
 
 
 def lose_ray(what: str) -> None:
@@ -44,6 +45,25 @@ def lose_ray(what: str) -> None:
 def lost_ray() -> str | None:
     """What of Ray has ended, for who is interrupted; None: nothing, somebody asks to stop."""
     return _lost[0] if _lost else None
+
+
+@contextmanager
+def keeping(said: str) -> Iterator[None]:
+    """For this long it is known what is kept of a job, and how to go on.
+
+    Args:
+        said: both, for :func:`kept`.
+    """
+    _kept.append(said)
+    try:
+        yield
+    finally:
+        _kept.pop()
+
+
+def kept() -> str | None:
+    """What to say if the process has to end at once; None: nothing is at work."""
+    return _kept[-1] if _kept else None
 
 
 @contextmanager

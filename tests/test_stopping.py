@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from next.stopping import heeding
+from next.stopping import heeding, keeping, kept
 
 
 def receive(number: signal.Signals, seconds: float = 10) -> None:
@@ -56,3 +56,18 @@ def test_another_thread_than_the_first_has_no_signals_to_heed():
     thread.start()
     thread.join()
     assert found == [False]
+
+
+def test_what_is_kept_of_the_innermost_job_is_known_while_it_is_at_work():
+    found = []
+
+    def job() -> None:
+        with keeping("trials"):
+            with keeping("checkpoints"):
+                found.append(kept())
+            found.append(kept())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        job()
+    assert [*found, kept()] == ["checkpoints", "trials", None]

@@ -25,7 +25,7 @@ from next.config import (
     to_toml,
 )
 from next.lease import Lease
-from next.stopping import LostRayError, Stopped, lost_ray
+from next.stopping import LostRayError, Stopped, keeping, lost_ray
 from next.storage import open_folder, write_whole
 from next.training.interruption import Interrupted
 
@@ -106,7 +106,8 @@ def going_on(config: RunConfig, folder: Path) -> Iterator[None]:
     how = " ".join(["the same command", " and ".join(change)]).strip() + " continues there"
     kept = f"the checkpoints of run {folder.name} are kept in {folder}"
     try:
-        yield
+        with keeping(f"{kept}, and {how}"):
+            yield
     except Interrupted as stopped:
         raise Interrupted(stopped.step, how) from None
     except (Exception, KeyboardInterrupt) as error:

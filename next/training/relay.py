@@ -25,6 +25,7 @@ from ray.experimental.internal_kv import (
     _internal_kv_put,
 )
 
+from next.stopping import lost_ray
 from next.tracking.run import Run, open_run
 from next.training.interruption import Ask, Bell
 
@@ -83,6 +84,26 @@ class Line:
                 level, message = json.loads(_internal_kv_get(key))
                 _internal_kv_del(key)
                 _log.log(level, "%s", message)
+
+    @contextmanager
+    def repeating(self) -> Iterator[None]:
+        """Log here what is said while the block runs.
+
+        In a thread: a call to a head that is gone takes a minute, and lets no signal through.
+        """
+        ended = threading.Event()
+
+        def listen() -> None:
+            while not ended.wait(LISTEN_SECONDS):
+                self.repeat()
+
+        thread = threading.Thread(target=listen, name="repeating", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join(None if lost_ray() is None else 0)
 
     def hang_up(self) -> None:
         """Repeat the rest, and forget the line."""

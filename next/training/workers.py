@@ -14,7 +14,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -210,24 +210,31 @@ def repeating(trainer: Trainer, line: Line, bell: Bell | None = None) -> Any:
     # workers without a checkpoint.
     pool = ThreadPoolExecutor(1, thread_name_prefix="fit")
     fitting = pool.submit(trainer.fit)
-    asked = 0.0
     try:
-        while not fitting.done():
-            with suppress(TimeoutError):
-                fitting.exception(timeout=LISTEN_SECONDS)
-            if bell is not None and bell.answer() is Ask.STOP:
-                line.stop()
-                asked = asked or time.monotonic()
-                if time.monotonic() > asked + _STOP_SECONDS:
-                    raise KeyboardInterrupt
-            line.repeat()
+        # Neither does a call to a head that is gone let signals through.
+        with line.repeating():
+            _wait_for(fitting, line, bell)
     except BaseException:
         end_ray()  # or the thread would wait for workers that nobody waits for
         pool.shutdown(wait=lost_ray() is None)  # it may ask a head that is gone
+        if lost_ray() is not None:  # whatever Ray made of it: the run has not failed
+            raise KeyboardInterrupt from None
         raise
     pool.shutdown()
     line.hang_up()
     return fitting.result().return_value
+
+
+def _wait_for(fitting: Future[Any], line: Line, bell: Bell | None) -> None:
+    asked = 0.0
+    while not fitting.done():
+        with suppress(TimeoutError):
+            fitting.exception(timeout=LISTEN_SECONDS)
+        if bell is not None and bell.answer() is Ask.STOP:
+            line.stop()
+            asked = asked or time.monotonic()
+            if time.monotonic() > asked + _STOP_SECONDS:
+                raise KeyboardInterrupt
 
 
 def _work(settings: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from next.data.shards import Manifest, open_manifest
 from next.evaluation.queries import measurable
 from next.lease import Lease
 from next.local_ray import on_cluster
-from next.stopping import LostRayError, Stopped, lost_ray
+from next.stopping import LostRayError, Stopped, keeping, lost_ray
 from next.storage import open_folder, require_own_disk
 from next.tracking.presence import hangs
 from next.tracking.run import (
@@ -484,8 +484,10 @@ def _drive(it: _Sweep) -> SweepResult:
         Stopped: by SIGTERM or Ctrl-C.
         LostRayError: Ray's processes on this machine were ended.
     """
+    kept = f"the trials of sweep {it.folder.name} are kept; go on by `{_resume(it)}`"
     try:
-        return _search_and_assess(it)
+        with keeping(kept):
+            return _search_and_assess(it)
     except BaseException as error:
         _leave(it)
         if (lost := lost_ray()) is not None:  # whatever came of it
@@ -510,12 +512,15 @@ def _kept(it: _Sweep) -> str:
     """What a sweep has so far, and the command that goes on with it."""
     trials, _ = it.standing()
     ended = sum(trial.state in ("finished", "pruned", "failed") for trial in trials)
-    resume = shlex.join(
-        ["jobs/sweep.py", "resume", it.folder.name, "--storage_path", str(it.folder.parent)]
-    )
     return (
         f"{ended} of {it.sweep.trials} trials have ended and are kept, {len(trials) - ended} more "
-        f"go on from their checkpoints, and nothing is assessed; go on by `{resume}`"
+        f"go on from their checkpoints, and nothing is assessed; go on by `{_resume(it)}`"
+    )
+
+
+def _resume(it: _Sweep) -> str:
+    return shlex.join(
+        ["jobs/sweep.py", "resume", it.folder.name, "--storage_path", str(it.folder.parent)]
     )
 
 

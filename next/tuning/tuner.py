@@ -16,6 +16,7 @@ from ray.tune.execution import class_cache
 from next.config import RunConfig, to_toml
 from next.local_ray import on_cluster
 from next.session import end_ray
+from next.stopping import lost_ray
 from next.training.cluster import require_room, start_ray
 from next.training.nodes import own_facts
 from next.tuning.forkserver import forking
@@ -97,6 +98,8 @@ def run_trials(
                 raise KeyboardInterrupt
         except BaseException:
             search.note_time()
+            if lost_ray() is not None:  # whatever Ray made of it: the sweep has not failed
+                raise KeyboardInterrupt from None
             raise
         finally:
             shutil.rmtree(folder / session, ignore_errors=True)  # the study is the record

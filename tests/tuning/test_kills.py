@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from next.config import RunConfig, override, to_toml
+from next.tracking.run import read_status
 from next.tuning.folder import find_sweep, read_standing
 from tests.tuning.test_sweep import rows, sweep_job, wait_for
 
@@ -75,6 +76,7 @@ class Sweep:
             driver.kill()
             driver.wait()
         assert "Traceback" not in self.said()
+        assert read_status(self.folder) == "KILLED"
         assert "on the test split" not in self.said(), "only what ended by itself is assessed"
         assert not (self.folder / "checkpoints").exists()
         assert not running(self.folder), self.said()
@@ -182,10 +184,14 @@ def test_a_driver_that_is_killed_at_any_moment_loses_and_doubles_nothing(tiny_co
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(1000)
-def test_a_trial_of_two_workers_goes_on_after_its_driver_was_killed(tiny_config, tmp_path):
+def test_a_trial_of_two_workers_goes_on_after_ray_s_head_and_its_driver_were_killed(
+    tiny_config, tmp_path
+):
     workers = {"scaling.num_workers": 2, "scaling.cpus_per_worker": 0.5}
     config = override(tiny_config, {"run.name": "pair", "optim.epochs": EPOCHS} | workers)
     sweep = Sweep(config, tmp_path, trials=1)
+    last = sweep.ends_by(kill_its("gcs_server"), code=1, trained=True)
+    assert "error: Ray's GCS (process " in last
     driver = sweep.start()
     wait_for(
         lambda: list(sweep.folder.glob("trials/*/checkpoints/step-*")), driver, tmp_path / "log.txt"
