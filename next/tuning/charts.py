@@ -93,7 +93,8 @@ def pruned_note(trials: Sequence[Trial]) -> str:
         return "all trials were trained to the end"
     count = sum(trial.state != "finished" for trial in trials)
     reached = f"{epochs[0]} to {epochs[-1]}" if len(epochs) > 1 else str(epochs[0])
-    return f"{count} of {len(trials)} trials were pruned at epoch {reached}: no final score"
+    were = "was" if count == 1 else "were"
+    return f"{count} of {len(trials)} trials {were} pruned at epoch {reached}: no final score"
 
 
 @house_style()

@@ -41,7 +41,7 @@ def test_the_contours_colours_know_nothing_of_pruned_trials(drawn, tmp_path):
     assert len(crosses.get_offsets()) == 1
     assert crosses.get_array() is None, "no score, no colour"
     assert np.asarray(dots.get_array()).tolist() == [70.0, 71.0, 72.0, 73.0]
-    assert drawn[0].get_supxlabel() == "1 of 5 trials were pruned at epoch 2: no final score"
+    assert drawn[0].get_supxlabel() == "1 of 5 trials was pruned at epoch 2: no final score"
 
 
 def test_a_pruned_trials_line_ends_before_the_score(drawn, tmp_path):
