@@ -21,10 +21,11 @@ import torch
 from next.config import override
 from next.data.shards import open_manifest
 from next.tracking.run import read_metrics, start_server
-from next.training.checkpoint import load_network
+from next.training.checkpoint import load_network, read_progress
 from next.training.folder import claim_folder
 from next.training.inputs import resolve
-from next.training.launch import launch
+from next.training.launch import launch, read_history
+from next.training.registration import read_card
 from tests.exposure import LOOPBACK, listeners
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -214,6 +215,31 @@ def test_what_does_not_fit_is_said_before_anything_is_written(tiny_config, setti
     with pytest.raises((ValueError, OSError), match=message):
         launch(override(tiny_config, settings))
     assert not Path(tiny_config.run.storage_path, "tiny").exists(), "the name is free"
+
+
+def test_a_run_keeps_and_assesses_the_epoch_that_its_selection_metric_chose(tiny_config):
+    """The smallest mAP here, which is never the epoch that mAP itself would choose."""
+    config = override(tiny_config, {"selection.mode": "min", "run.name": "worst"})
+    result = launch(config)
+    scores = [row["val/mAP"] for _, row in read_history(result.folder) if "val/mAP" in row]
+    assert len(set(scores)) > 1
+    assert read_progress(result.checkpoint).metrics["val/mAP"] == min(scores)
+    stored = json.loads((result.folder / "result.json").read_text())
+    assert stored["selection"] == {"val/mAP": min(scores)}
+    card = read_card(result.folder)
+    assert card.scores["val/mAP"] == min(scores)
+    record = result.folder / "card.json"
+    record.write_text(record.read_text().replace(card.data_digest[:8], "00000000", 1))
+    with pytest.raises(ValueError, match=r"card.json is damaged .*; give the command of the run"):
+        read_card(result.folder)
+    record.write_text("{")
+    with pytest.raises(ValueError, match=r"card.json is damaged"):
+        read_card(result.folder)
+
+
+def test_a_metric_that_is_never_reported_is_refused_by_its_setting(tiny_config):
+    with pytest.raises(ValueError, match=r"selection.metric: .*'val/mAP'.*but got 'val/map'"):
+        override(tiny_config, {"selection.metric": "val/map"})
 
 
 def test_a_new_run_is_named_by_its_time(tiny_config):
