@@ -160,6 +160,12 @@ def test_deep_formats_of_which_only_eight_bits_can_be_read_are_refused(data):
         plain(data, DEPTH)
 
 
+def test_a_transparent_count_of_a_deep_image_is_refused_and_not_shown():
+    counts = Image.fromarray(np.full((2, 3), 700, np.uint16))
+    with pytest.raises(ValueError, match=r"a transparent colour, which is not read; convert it"):
+        plain(saved(counts, "PNG", transparency=700), DEPTH)
+
+
 def test_a_jpeg_2000_of_twelve_bits_is_deep():
     data = bytearray(saved(Image.new("RGB", (8, 8), 50), "JPEG2000"))
     assert plain(bytes(data)) == bytes(data)
