@@ -87,4 +87,4 @@ def test_a_process_that_cannot_hear_that_ray_is_lost_is_ended_with_what_is_kept(
         r"the trials are kept; go on by `resume`",
         lines[-1],
     )
-    assert not psutil.wait_procs(family, timeout=60)[1], "Ray's processes end, too"
+    assert not psutil.wait_procs(family, timeout=180)[1], "Ray's processes end, too"
