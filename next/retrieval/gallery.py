@@ -207,8 +207,17 @@ class _Part:
             )
         return file
 
-    def __exit__(self, *error: Any) -> None:
-        self._context.__exit__(*error)
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        try:
+            self._context.__exit__(kind, error, trace)
+            if isinstance(error, pa.ArrowException | OSError):
+                raise error
+        except (ConnectionError, PermissionError, FileNotFoundError):
+            raise
+        except (pa.ArrowException, OSError) as damage:
+            raise ValueError(
+                f"{self._where} is damaged ({damage}); remove it and {FACTS}, and embed it again"
+            ) from None
 
 
 def part_name(number: int) -> str:
@@ -251,7 +260,7 @@ def encode_part(
     sink = pa.BufferOutputStream()
     # Embeddings are noise: neither a dictionary nor compression makes them smaller.
     small = [name for name in table.column_names if name != "embedding"]
-    pq.write_table(table, sink, use_dictionary=small, compression="none")
+    pq.write_table(table, sink, use_dictionary=small, compression="none", write_page_checksum=True)
     return bytes(sink.getvalue())
 
 
@@ -358,7 +367,7 @@ def _facts_of(where: str, file: Any) -> GalleryFacts:
 
 def _parquet(where: str, file: Any) -> Any:
     try:
-        return pq.ParquetFile(file)
+        return pq.ParquetFile(file, page_checksum_verification=True)
     except (ConnectionError, PermissionError):
         raise
     except (pa.ArrowInvalid, OSError) as error:

@@ -231,7 +231,7 @@ def draw_results(path: Path, gallery: Gallery, query: Query, results: Results) -
         found = results.found[place]
         lists.append(
             RankList(
-                title=f"Query {query.names[place]}",
+                title=f"Query {_short(query, place)}",
                 query=_shown(gallery, _query_images(query, place), _label(query.labels, place)),
                 results=[
                     _shown(gallery, pictures[one.row], _caption(one.pid, one.camera))
@@ -242,6 +242,11 @@ def draw_results(path: Path, gallery: Gallery, query: Query, results: Results) -
             )
         )
     return rank_lists(path, lists, modalities=gallery.facts.modalities)
+
+
+def _short(query: Query, place: int) -> str:
+    """The name of a query in a picture, where a path has no room."""
+    return f"by {' and '.join(query.files)}" if query.files else query.names[place]
 
 
 def _query_images(query: Query, place: int) -> dict[str, bytes]:

@@ -3,7 +3,7 @@
 A product in float32 finds the few rows of a block that can be among the nearest; its rounding is
 bounded, and what is nearer than the bound stays. The distances of those alone are then computed as
 evaluations do (:mod:`next.evaluation.distances`), so ranking, values and ties are the same to the
-bit, and the search costs about what the product costs.
+bit, and most of the work is the product.
 """
 
 from __future__ import annotations

@@ -113,6 +113,11 @@ def test_a_gallery_that_is_damaged_or_empty_is_named(written, trained_embedder, 
         folder.write("part-00000.parquet", part)
         with pytest.raises(ValueError, match=error):
             list(open_gallery(tmp_path).blocks())
+    whole = bytearray(encode_part(facts, columns, unit))
+    whole[whole.index(unit[0].tobytes()[:64])] ^= 1
+    folder.write("part-00000.parquet", bytes(whole))
+    with pytest.raises(ValueError, match=r"part-00000.parquet is damaged .* and embed it again"):
+        list(open_gallery(tmp_path).blocks())
     for text, error in [
         ({**said, "parts": {}}, "is an empty gallery"),
         ({"facts": {"version": 99}}, "has version 99, but this version of next-reid reads 1"),
