@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ray.exceptions import (
+    ActorUnavailableError,
     NodeDiedError,
     OwnerDiedError,
     RayActorError,
@@ -43,7 +44,7 @@ def is_lost_machine(error: Any) -> bool:
     cause = _cause(error)
     if isinstance(cause, LostProcessError):
         return cause.machine
-    if isinstance(cause, NodeDiedError):
+    if isinstance(cause, (ActorUnavailableError, NodeDiedError)):  # cut off, or gone
         return True
     return isinstance(cause, RayActorError) and (
         cause.preempted or "its node has died" in str(cause)

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 import time
 import tomllib
 from collections.abc import Mapping
@@ -146,6 +147,23 @@ def parse_record(where: str, text: bytes) -> dict[str, Any]:
         return without_sum(tomllib.loads(text.decode()))
     except ValueError as error:
         raise ValueError(f"{where} is damaged ({error}); {_BRING_BACK}") from None
+
+
+def resume_command(folder: Path, storage: str | None = None) -> str:
+    """What goes on with a sweep, from wherever it is given.
+
+    Args:
+        folder: of the sweep.
+        storage: its ``checkpoint.storage_path``, by which another head goes on, too.
+
+    Example:
+        >>> resume_command(Path("/runs/search"), "s3://kept/runs")
+        'jobs/sweep.py resume search --storage_path /runs --checkpoint.storage_path s3://kept/runs'
+    """
+    words = ["jobs/sweep.py", "resume", folder.name, "--storage_path", str(folder.parent)]
+    if storage is not None:
+        words += ["--checkpoint.storage_path", storage]
+    return shlex.join(words)
 
 
 def named(base: RunConfig, space: Space) -> RunConfig:

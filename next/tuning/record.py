@@ -25,6 +25,7 @@ from ray.tune.search import Searcher
 from next.lease import Lease
 from next.storage import open_folder, write_whole
 from next.training.store import StoreError
+from next.tuning.folder import resume_command
 from next.tuning.home import Home
 from next.tuning.search import Search
 from next.tuning.settings import RECORD
@@ -207,8 +208,8 @@ class StoredSearch(Search):
     def _given_up(self, why: str) -> StoreError:
         return StoreError(
             f"{why}. The record is kept whole in {self._folder} on this machine, and trials that "
-            f"had begun go on from their last checkpoint: mend the store, and give `jobs/sweep.py "
-            f"resume {self._folder.name}` here"
+            f"had begun go on from their last checkpoint: mend the store, and give "
+            f"`{resume_command(self._folder)}` here"
         )
 
 

@@ -9,7 +9,6 @@ the end. Whatever dies, :func:`resume_sweep` goes on from the study file.
 from __future__ import annotations
 
 import logging
-import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -57,6 +56,7 @@ from next.tuning.folder import (
     parse_record,
     read_record,
     read_standing,
+    resume_command,
     write_record,
 )
 from next.tuning.home import Home, mirror
@@ -519,9 +519,7 @@ def _kept(it: _Sweep) -> str:
 
 
 def _resume(it: _Sweep) -> str:
-    return shlex.join(
-        ["jobs/sweep.py", "resume", it.folder.name, "--storage_path", str(it.folder.parent)]
-    )
+    return resume_command(it.folder, it.base.checkpoint.storage_path)
 
 
 def _search_and_assess(it: _Sweep) -> SweepResult:
@@ -690,7 +688,7 @@ def _bring_home(trials: list[Trial], it: _Sweep) -> None:
         it.base.checkpoint.patience_s,
         verb="read",
         kept=f"all trials have ended, and their scores are kept in {it.folder}. Mend the store and "
-        f"give `jobs/sweep.py resume {it.folder.name}`, which compares and assesses them",
+        f"give `{_resume(it)}`, which compares and assesses them",
     )
 
 
@@ -703,8 +701,8 @@ def _store_the_end(it: _Sweep) -> None:
     except OSError as error:
         _log.warning(
             "the sweep has ended, but the end of its record is not in its store (%s); "
-            "`jobs/sweep.py resume %s` here brings it there",
-            *(error, it.folder.name),
+            "`%s` here brings it there",
+            *(error, _resume(it)),
         )
 
 
@@ -735,8 +733,9 @@ def _keep_best(winner: Trial, folder: Path, base: RunConfig) -> Path:
         raise RuntimeError(
             f"{winner.name} is the best trial with {winner.score:.4g}, but {home.checkpoints} "
             f"holds no checkpoint of it; {advice}. All scores are kept: `jobs/sweep.py report "
-            f"{folder.name}` shows them, and `jobs/sweep.py resume {folder.name}` assesses the "
-            f"winner once its checkpoint is there"
+            f"{folder.name}` shows them, and "
+            f"`{resume_command(folder, base.checkpoint.storage_path)}` assesses the winner once "
+            f"its checkpoint is there"
         )
     kept = folder / "checkpoints" / "best"
     shutil.rmtree(kept, ignore_errors=True)

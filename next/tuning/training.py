@@ -90,6 +90,9 @@ def train_trial(
     }
     try:
         _require_home(Path(folder), home)
+        manifest = open_manifest(str(config.data.uri))
+        if config.selection.folds > 1:
+            config = for_fold(config, manifest)
         with _alone_in(own):
             persist(
                 lambda: _prepare(home, config),
@@ -98,13 +101,14 @@ def train_trial(
                 verb="read",
             )
         with _alone_in(own):  # a folder that was set aside took its lock along
-            return _until_tune_ends_it(config, home, record, free_axes, report, task)
+            return _until_tune_ends_it(config, manifest, home, record, free_axes, report, task)
     except Exception as error:
         lost = error if isinstance(error, LostProcessError) else LostProcessError.of(error)
         if lost is not None:  # as if this one had died: Tune tells the search, and it goes on
             raise lost from None
         if isinstance(error, OSError) and _store_fails(home, error):
-            return _report({"interrupted": f"{name}: {error}"}, report)
+            where = f"{name} on {socket.gethostname()}"
+            return _report({"interrupted": f"{where}: {error}"}, report)
         return _failed(name, home, error, report)
 
 
@@ -188,6 +192,7 @@ def _report(ending: dict[str, str], report: Report) -> bool:
 
 def _until_tune_ends_it(
     config: RunConfig,
+    manifest: Manifest,
     home: Home,
     record: dict[str, Any],
     free_axes: bool,
@@ -195,9 +200,6 @@ def _until_tune_ends_it(
     task: Task,
 ) -> bool:
     """Train and measure; True if Tune ended the trial, which it does within a report."""
-    manifest = open_manifest(str(config.data.uri))
-    if config.selection.folds > 1:
-        config = for_fold(config, manifest)
     here, seen = config.scaling.max_workers == 1, _Best()
     with open_run(**record) as run:
         if here and _say_again(home.folder, config, report):

@@ -1,6 +1,7 @@
 """A trial and its store: it goes on on another machine, and the driver finds what it left."""
 
 import shutil
+import socket
 import sqlite3
 from pathlib import Path
 
@@ -206,7 +207,7 @@ def test_a_store_that_stays_away_leaves_the_trial_unfinished_and_not_failed(tiny
     machine.train()
     (told,) = machine.told
     assert told["interrupted"].startswith(
-        f"{NAME}: what {NAME} left before could not be read for 0 s"
+        f"{NAME} on {socket.gethostname()}: what {NAME} left before could not be read for 0 s"
     )
 
 

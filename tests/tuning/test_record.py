@@ -146,7 +146,7 @@ def test_a_store_that_stays_away_ends_the_sweep_with_what_is_kept_and_how_to_go_
     with pytest.raises(
         StoreError,
         match=r"record of the sweep could not be stored for 0 s .*kept whole in .*one/search.*mend "
-        r"the store, and give `jobs/sweep.py resume search` here",
+        r"the store, and give `jobs/sweep.py resume search --storage_path .*/one` here",
     ):
         one.search.suggest("b")
     one.ends()

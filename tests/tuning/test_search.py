@@ -5,7 +5,7 @@ import pickle
 import pytest
 from optuna.trial import TrialState
 from ray.core.generated.common_pb2 import ActorDiedErrorContext, NodeDeathInfo
-from ray.exceptions import ActorDiedError, NodeDiedError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, NodeDiedError, RayTaskError
 from ray.tune.search import Searcher
 
 from next.config import RunConfig, override
@@ -372,6 +372,7 @@ def test_a_lost_machine_is_told_from_a_process_that_died():
     assert is_lost_machine(told)
     assert how_it_died(told) == "killed: its machine 10.0.0.3 was lost"
     assert is_lost_machine(NodeDiedError("gone"))
+    assert is_lost_machine(ActorUnavailableError("no answer", None)), "its machine is cut off"
     assert LostProcessError.of(ValueError("its node has died")) is None
     context.error_message = "The actor is dead because its worker process has died."
     died = ActorDiedError(context)
