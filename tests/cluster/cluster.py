@@ -164,8 +164,13 @@ class Services:
             ]
 
     def runs(self, experiment: str) -> list[Logged]:
-        """All runs of an experiment in MLflow."""
-        found = self.mlflow(f"experiments/get-by-name?experiment_name={experiment}")
+        """All runs of an experiment in MLflow; none before there is one."""
+        try:
+            found = self.mlflow(f"experiments/get-by-name?experiment_name={experiment}")
+        except urllib.error.HTTPError as error:
+            if error.code == 404:
+                return []
+            raise
         ids = [found["experiment"]["experiment_id"]]
         runs = self.mlflow("runs/search", experiment_ids=ids, max_results=1000).get("runs", [])
         return [Logged.of(run) for run in runs]

@@ -117,6 +117,7 @@ ANSWERS = {
     "prepare": {"PrepareJob"}, "pretrain": {"PretrainJob"}, "train": {"TrainJob"},
     "sweep": {"StartJob", "ResumeJob"}, "evaluate": {"EvaluateJob"}, "caption": {"RunJob"},
     "promote": {"PromoteJob"}, "cache": {"CacheJob"}, "demo": {"DemoJob"}, "doctor": set(),
+    "embed": {"EmbedJob"}, "search": {"SearchJob"}, "export": {"ExportJob"},
 }  # fmt: skip
 """Jobs, and which of their command lines start work."""
 
