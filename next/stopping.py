@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +15,7 @@ INTERRUPTED = 75
 """Exit code of a job that was asked to stop: EX_TEMPFAIL, which schedulers start again."""
 
 _TOGETHER_SECONDS = 1.0
+_AGAIN_SECONDS = 0.05
 
 
 class Stopped(BaseException):
@@ -84,8 +87,37 @@ def heeding() -> Iterator[threading.Event]:
         asked.set()
         raise KeyboardInterrupt(signal.Signals(number).name)
 
-    with handling(stop):
+    with handling(stop), _raising_again():
         yield asked
+
+
+@contextmanager
+def _raising_again() -> Iterator[None]:
+    """A ``KeyboardInterrupt`` that Python drops is raised once more, in the main thread.
+
+    It drops one that comes within a finaliser or the callback of a weak reference.
+    """
+    told, main = sys.unraisablehook, threading.main_thread().ident
+
+    def tell(dropped: sys.UnraisableHookArgs) -> None:
+        if dropped.exc_type is not KeyboardInterrupt:
+            told(dropped)
+            return
+        # By another thread, and soon: raised here it would be dropped, too.
+        again = threading.Timer(_AGAIN_SECONDS, _interrupt, [main or 0])
+        again.daemon = True
+        again.start()
+
+    sys.unraisablehook = tell
+    try:
+        yield
+    finally:
+        sys.unraisablehook = told
+
+
+def _interrupt(thread: int) -> None:
+    raised = ctypes.py_object(KeyboardInterrupt)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), raised)
 
 
 @contextmanager

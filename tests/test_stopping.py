@@ -71,3 +71,19 @@ def test_what_is_kept_of_the_innermost_job_is_known_while_it_is_at_work():
     with pytest.raises(KeyboardInterrupt):
         job()
     assert [*found, kept()] == ["checkpoints", "trials", None]
+
+
+class Finalised:
+    """Is interrupted while it is finalised, where Python drops what is raised."""
+
+    def __del__(self) -> None:
+        raise KeyboardInterrupt
+
+
+def test_a_request_that_comes_within_a_finaliser_is_not_lost(capfd):
+    ended = time.monotonic() + 30
+    with pytest.raises(KeyboardInterrupt), heeding():  # noqa: PT012
+        Finalised()
+        while time.monotonic() < ended:
+            time.sleep(0.01)
+    assert capfd.readouterr().err == "", "nor told by a traceback"

@@ -131,7 +131,10 @@ def evaluations(folder: Path) -> int:
     """Of all trials, so far."""
     if not (folder / "sweep.toml").exists():
         return 0
-    return sum(len(trial.curve) for trial in read_standing(folder).trials)
+    try:
+        return sum(len(trial.curve) for trial in read_standing(folder).trials)
+    except (FileNotFoundError, ValueError):  # its study is being made
+        return 0
 
 
 def kill_its(name: str) -> Callable[[subprocess.Popen], None]:
