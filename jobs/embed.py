@@ -6,11 +6,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-import tyro
-
-from next.cli import ProgressLine, parse, run_job
+from next.cli import ModelJob, ProgressLine, parse, run_job
 from next.data.benchmark import load_card
 from next.retrieval.embed import Written, embedding_here, facts_of, write_gallery
 from next.retrieval.gallery import finished_parts
@@ -21,8 +19,8 @@ if TYPE_CHECKING:
     from next.retrieval.gallery import GalleryFacts
 
 
-@dataclass(frozen=True)
-class EmbedJob:
+@dataclass(frozen=True, kw_only=True)
+class EmbedJob(ModelJob):
     """Write embeddings, with what is known of each sample, as Parquet; a second call goes on."""
 
     model: str
@@ -47,16 +45,8 @@ class EmbedJob:
     names; None: this process does it, which needs no Ray."""
     use_gpu: bool | None = None
     """Compute on GPUs, with --workers one each; None: on a GPU if this machine has one."""
-    threads: int | None = None
-    """Torch threads; None: as torch chooses."""
-    tracking_uri: Annotated[str | None, tyro.conf.arg(name="tracking.uri")] = None
-    """MLflow server that has the model; without it, the local one of --storage_path."""
-    storage_path: Path = Path("runs")
-    """Folder of all runs, whose local server is asked for the model."""
     dry_run: bool = False
     """Check model, data and folder, say what is left to do, and embed nothing."""
-    json: bool = False
-    """Print the answer as one JSON object."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -69,16 +59,14 @@ def main(argv: Sequence[str]) -> int:
     import torch
 
     from next.training.embedder import Embedder, model_folder
+    from next.training.process import wanted_device
 
     if job.threads is not None:
         torch.set_num_threads(job.threads)
-    wanted = torch.cuda.is_available() if job.use_gpu is None else job.use_gpu
     here = job.workers is None
-    if here and wanted and not torch.cuda.is_available():
-        raise ValueError("--use-gpu is set, but torch sees no GPU here; leave it off")
-    where: dict[str, Any] = {"tracking_uri": job.tracking_uri, "storage_path": job.storage_path}
-    with model_folder(job.model, **where) as folder:
-        embedder = Embedder(folder, "cuda" if here and wanted else "cpu")
+    device = wanted_device(job.use_gpu) if here else torch.device("cpu")
+    with model_folder(job.model, **job.registry) as folder:
+        embedder = Embedder(folder, device)
         facts = facts_of(embedder, source, job.precision)
         if job.dry_run:
             return _plan(job, source, facts)
@@ -96,8 +84,7 @@ def _source(job: EmbedJob) -> Source:
         raise ValueError("give --data, or --card and --source: what is to be embedded")
     if job.data is not None:
         return open_shards(job.data, job.split)
-    assert job.card is not None
-    return open_card_folder(load_card(job.card), str(job.source), job.split, job.on_bad)
+    return open_card_folder(load_card(Path(str(job.card))), str(job.source), job.split, job.on_bad)
 
 
 def _on_workers(

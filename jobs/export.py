@@ -6,11 +6,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import tyro
-
-from next.cli import parse, run_job
+from next.cli import ModelJob, parse, run_job
 from next.retrieval.sources import open_shards
 
 if TYPE_CHECKING:
@@ -18,8 +16,8 @@ if TYPE_CHECKING:
     from next.retrieval.sources import Source
 
 
-@dataclass(frozen=True)
-class ExportJob:
+@dataclass(frozen=True, kw_only=True)
+class ExportJob(ModelJob):
     """Write the whole path from decoded images to embedding, if it gives what torch gives."""
 
     model: str
@@ -41,16 +39,8 @@ class ExportJob:
     """Samples that are compared, at most."""
     tolerance: float = 1e-4
     """Largest difference of an entry of an embedding; beyond it nothing is written."""
-    threads: int | None = None
-    """Torch threads, and ONNX Runtime's; None: as torch chooses."""
-    tracking_uri: Annotated[str | None, tyro.conf.arg(name="tracking.uri")] = None
-    """MLflow server that has the model; without it, the local one of --storage_path."""
-    storage_path: Path = Path("runs")
-    """Folder of all runs, whose local server is asked for the model."""
     dry_run: bool = False
     """Check model and data, say what would be written, and write nothing."""
-    json: bool = False
-    """Print the answer as one JSON object."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -71,8 +61,7 @@ def main(argv: Sequence[str]) -> int:
         torch.set_num_threads(job.threads)
     require_new(job.out)
     _require_packages(job)
-    where: dict[str, Any] = {"tracking_uri": job.tracking_uri, "storage_path": job.storage_path}
-    with model_folder(job.model, **where) as folder:
+    with model_folder(job.model, **job.registry) as folder:
         embedder = Embedder(folder)
         if job.dry_run:
             return _plan(job, embedder, source)

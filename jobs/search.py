@@ -6,11 +6,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-import tyro
-
-from next.cli import parse, run_job
+from next.cli import ModelJob, parse, run_job
 from next.retrieval.gallery import Gallery, open_gallery
 from next.retrieval.results import (
     Query,
@@ -21,9 +19,12 @@ from next.retrieval.results import (
     table,
 )
 
+if TYPE_CHECKING:
+    import torch
 
-@dataclass(frozen=True)
-class SearchJob:
+
+@dataclass(frozen=True, kw_only=True)
+class SearchJob(ModelJob):
     """Rank a gallery for queries, exactly: the nearest samples first."""
 
     gallery: str
@@ -56,16 +57,8 @@ class SearchJob:
     """PNG to draw: queries with what was found, from the images that the gallery was made of."""
     use_gpu: bool | None = None
     """None: on a GPU if this machine has one."""
-    threads: int | None = None
-    """Torch threads; None: as torch chooses."""
-    tracking_uri: Annotated[str | None, tyro.conf.arg(name="tracking.uri")] = None
-    """MLflow server that has the model; without it, the local one of --storage_path."""
-    storage_path: Path = Path("runs")
-    """Folder of all runs, whose local server is asked for the model."""
     dry_run: bool = False
     """Check gallery and queries, and search nothing."""
-    json: bool = False
-    """Print the answer as one JSON object."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -81,12 +74,11 @@ def main(argv: Sequence[str]) -> int:
     # After the command line and the gallery, because it takes five seconds.
     import torch
 
+    from next.training.process import wanted_device
+
     if job.threads is not None:
         torch.set_num_threads(job.threads)
-    wanted = torch.cuda.is_available() if job.use_gpu is None else job.use_gpu
-    if wanted and not torch.cuda.is_available():
-        raise ValueError("--use-gpu is set, but torch sees no GPU here; leave it off")
-    device = "cuda" if wanted else "cpu"
+    device = wanted_device(job.use_gpu)
     query = _by_files(job, gallery, device) if job.images else _by_rows(job, gallery)
     if job.dry_run:
         answer = {"queries": len(query.names), "rows": len(gallery), "gallery": gallery.digest}
@@ -107,11 +99,10 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _by_files(job: SearchJob, gallery: Gallery, device: str) -> Query:
+def _by_files(job: SearchJob, gallery: Gallery, device: torch.device) -> Query:
     from next.training.embedder import Embedder
 
-    where: dict[str, Any] = {"tracking_uri": job.tracking_uri, "storage_path": job.storage_path}
-    embedder = Embedder.load(str(job.model), device=device, **where)
+    embedder = Embedder.load(str(job.model), device=device, **job.registry)
     images, captions = (_named(flag, getattr(job, flag)) for flag in ("images", "captions"))
     return of_files(gallery, embedder, images, captions, pid=job.pid, camera=job.camera)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,33 @@ def join_or_start_ray(cpus: int) -> None:
 
     with beginning():
         ray.init(log_to_driver=False)
+
+
+@contextmanager
+def ray_for_data(workers: int) -> Iterator[None]:
+    """Ray for so many workers of Ray Data, joined or started for the block if it does not run yet.
+
+    Ray Data itself says nothing.
+    """
+    import ray
+    import ray.data
+
+    from next.session import end_ray
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    # Data of one small file keep one worker busy; that is as it should be.
+    warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")
+    started = not ray.is_initialized()
+    if started:
+        join_or_start_ray((os.cpu_count() or 1) + workers)
+    try:
+        yield
+    finally:
+        if started:
+            end_ray()
 
 
 def start_local_ray(cpus: int) -> None:

@@ -648,9 +648,7 @@ def _bring_to_disk(draft: Path, private: bool = False) -> None:
     if draft.is_dir():
         for item in draft.iterdir():
             _bring_to_disk(item, private)
-    elif (
-        not private
-    ):  # safetensors makes files that nobody else may read, whatever the user's umask says
+    elif not private:  # safetensors' files are the user's alone, whatever his umask says
         draft.chmod(draft.stat().st_mode | (0o666 & ~_umask()))
     _sync(draft)
 

@@ -16,14 +16,13 @@ import hashlib
 import json
 import os
 import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 from next.lease import Lease, LostLeaseError, holds
-from next.storage import open_folder
+from next.storage import open_folder, with_sum, without_sum
 
 Status = Literal["answered", "refused", "garbled", "failed"]
 """answered: readings came; refused: the endpoint or the model would not look at the image; garbled:
@@ -97,8 +96,7 @@ class LedgerPart:
 
     def append(self, row: Row) -> None:
         """Write a row; it is the system's when this returns."""
-        fields = row._asdict()
-        line = json.dumps(fields | {"crc32": _sum(fields)}, ensure_ascii=False)
+        line = json.dumps(with_sum(row._asdict()), ensure_ascii=False)
         data = f"{line}\n".encode()
         written = os.write(self._file, data)
         while written < len(data):
@@ -277,12 +275,4 @@ def _row(line: bytes) -> Row:
     fields = json.loads(line)
     if not isinstance(fields, dict):
         raise ValueError("it is no row")
-    expected = fields.pop("crc32", None)
-    if expected is not None and expected != _sum(fields):
-        raise ValueError("its checksum differs")
-    return Row(**fields)
-
-
-def _sum(fields: dict[str, Any]) -> int:
-    # Of what the text means: JSON gives back every number as it was.
-    return zlib.crc32(json.dumps(fields, sort_keys=True).encode())
+    return Row(**without_sum(fields))

@@ -14,10 +14,8 @@ import dataclasses
 import itertools
 import json
 import logging
-import os
 import threading
 import uuid
-import warnings
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -34,8 +32,7 @@ from next.captioning.models import ModelConfig
 from next.captioning.source import FolderSource, Picture, ShardSource, Source
 from next.captioning.spending import LEASE_S, BudgetConfig, Grant, Purse, Spending
 from next.data.layout import Sample
-from next.local_ray import join_or_start_ray
-from next.session import end_ray
+from next.local_ray import on_cluster, ray_for_data
 
 _T = TypeVar("_T")
 _Columns = Mapping[str, Any]
@@ -80,8 +77,21 @@ def run_on_ray(
         PermissionError: a key is not accepted.
         ValueError: a model or key is missing.
     """
-    own = not ray.is_initialized() and not os.environ.get("RAY_ADDRESS")
-    started = _start_ray(workers)
+    own = not ray.is_initialized() and not on_cluster()
+    with ray_for_data(workers):
+        return _asked(source, questions, ledger, budget, report, workers, own)
+
+
+def _asked(
+    source: Source,
+    questions: Questions,
+    ledger: Ledger,
+    budget: BudgetConfig,
+    report: Callable[[Asked], None],
+    workers: int,
+    own: bool,
+) -> int:
+    """The same on Ray, which runs; ``own``: for this process alone."""
     purse = None
     if budget.tokens is not None or budget.money is not None:
         purse = ray.remote(num_cpus=0)(Purse).remote(budget, lease_s=LEASE_S)
@@ -113,21 +123,15 @@ def run_on_ray(
         num_cpus=CPUS,
     )
     left = 0
-    # Data of one small file keeps one worker busy; that is as it should be.
-    warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")
-    try:
-        for batch in asked.iter_batches(batch_size=None, prefetch_batches=0):
-            for text in batch["asked"]:
-                said = json.loads(text)
-                if "error" in said:
-                    raise _ERRORS[said["error"]](said["message"])
-                left += said["left"]
-                answered = tuple(Row(**row) for row in said["rows"])
-                split, sample, modality, image_hash = said["image"]
-                report(Asked(split, sample, modality, image_hash, answered))
-    finally:
-        if started:
-            end_ray()
+    for batch in asked.iter_batches(batch_size=None, prefetch_batches=0):
+        for text in batch["asked"]:
+            said = json.loads(text)
+            if "error" in said:
+                raise _ERRORS[said["error"]](said["message"])
+            left += said["left"]
+            answered = tuple(Row(**row) for row in said["rows"])
+            split, sample, modality, image_hash = said["image"]
+            report(Asked(split, sample, modality, image_hash, answered))
     return left
 
 
@@ -352,15 +356,3 @@ def _dataset(source: Source, blocks: int) -> tuple[Any, Callable[[_Columns], Ite
         for sample in some
     ]
     return ray.data.from_items(samples, override_num_blocks=blocks), _FromFiles(source)
-
-
-def _start_ray(workers: int) -> bool:
-    """Join the cluster that there is, or start Ray on this machine; True: it was started here."""
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    if ray.is_initialized():
-        return False
-    join_or_start_ray((os.cpu_count() or 1) + workers)
-    return True

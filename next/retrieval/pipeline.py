@@ -9,10 +9,7 @@ to another one.
 from __future__ import annotations
 
 import json
-import logging
-import os
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,11 +18,10 @@ from typing import Any
 import ray
 import ray.data
 
-from next.local_ray import join_or_start_ray
+from next.local_ray import ray_for_data
 from next.retrieval.embed import Embed, Made, Model, embed_piece
 from next.retrieval.gallery import GalleryFacts
 from next.retrieval.sources import Source
-from next.session import end_ray
 
 Open = Callable[[Path, str], Model]
 """Makes a model of a folder, on a device."""
@@ -54,43 +50,31 @@ def embedding_on_ray(
     Raises:
         ConnectionError: nothing answers at ``RAY_ADDRESS``.
     """
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    started = not ray.is_initialized()
-    if started:
-        join_or_start_ray((os.cpu_count() or 1) + workers)
-    # Pieces of one small source keep one worker busy; that is as it should be.
-    warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")
-    shared = ray.put((dict(files), facts, source))
+    with ray_for_data(workers):
+        shared = ray.put((dict(files), facts, source))
 
-    def embed(pieces: Sequence[int]) -> Iterator[Made]:
-        items = [{"piece": piece} for piece in pieces]
-        made = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-            _Worker,
-            fn_constructor_kwargs={
-                "open_model": open_model,
-                "shared": shared,
-                "device": "cuda" if use_gpu else "cpu",
-            },
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=min(workers, len(items))),
-            num_cpus=1,
-            num_gpus=1 if use_gpu else None,
-        )
-        for batch in made.iter_batches(batch_size=None, prefetch_batches=0):
-            for said, file in zip(batch["said"], batch["file"], strict=True):
-                answer = json.loads(said)
-                if "error" in answer:
-                    raise _KINDS[answer["error"]](answer["message"])
-                yield Made(answer["piece"], answer["rows"], bytes(file))
+        def embed(pieces: Sequence[int]) -> Iterator[Made]:
+            items = [{"piece": piece} for piece in pieces]
+            made = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+                _Worker,
+                fn_constructor_kwargs={
+                    "open_model": open_model,
+                    "shared": shared,
+                    "device": "cuda" if use_gpu else "cpu",
+                },
+                batch_size=1,
+                compute=ray.data.ActorPoolStrategy(size=min(workers, len(items))),
+                num_cpus=1,
+                num_gpus=1 if use_gpu else None,
+            )
+            for batch in made.iter_batches(batch_size=None, prefetch_batches=0):
+                for said, file in zip(batch["said"], batch["file"], strict=True):
+                    answer = json.loads(said)
+                    if "error" in answer:
+                        raise _KINDS[answer["error"]](answer["message"])
+                    yield Made(answer["piece"], answer["rows"], bytes(file))
 
-    try:
         yield embed
-    finally:
-        if started:
-            end_ray()
 
 
 _KINDS: dict[str, type[Exception]] = {"os": OSError, "value": ValueError}

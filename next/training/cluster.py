@@ -242,7 +242,8 @@ def require_shared(config: RunConfig, place: str | None) -> None:
             try:
                 problems = ray.get(answer, timeout=_LOOK_SECONDS)
             except ray.exceptions.RayError as error:
-                if not _lives(node["NodeID"]):  # so nothing of the run comes to be on it
+                living = {one["NodeID"] for one in ray.nodes() if one["Alive"]}
+                if node["NodeID"] not in living:  # so nothing of the run comes to be on it
                     continue
                 if not isinstance(error, ray.exceptions.GetTimeoutError):
                     raise
@@ -252,12 +253,6 @@ def require_shared(config: RunConfig, place: str | None) -> None:
                     f"{places}; mend that node, or take it out of the cluster"
                 ) from None
             _raise_problems(address, problems, asked, stored=stored)
-
-
-def _lives(node: str) -> bool:
-    import ray
-
-    return any(one["Alive"] for one in ray.nodes() if one["NodeID"] == node)
 
 
 def _weights(config: BackboneConfig) -> dict[str, tuple[str, str]]:

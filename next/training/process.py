@@ -26,6 +26,18 @@ def device(config: RunConfig) -> torch.device:
     return torch.device("cuda")
 
 
+def wanted_device(use_gpu: bool | None) -> torch.device:
+    """Where a job computes that trains nothing; None: on a GPU if this machine has one.
+
+    Raises:
+        ValueError: a GPU is asked for and there is none.
+    """
+    has_one = torch.cuda.is_available()
+    if use_gpu and not has_one:
+        raise ValueError("--use-gpu is set, but torch sees no GPU here; leave it off")
+    return torch.device("cuda" if has_one and use_gpu is not False else "cpu")
+
+
 def assessing_device(config: RunConfig) -> torch.device:
     """Where a run is assessed on its own machine: on a GPU if it uses them and there is one here.
 

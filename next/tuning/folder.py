@@ -206,8 +206,8 @@ def _clear_store(base: RunConfig) -> None:
     if not base.run.fresh:
         raise ValueError(
             f"{store.uri} holds a sweep or a run of this name already; go on with a sweep by "
-            f"`jobs/sweep.py resume {base.run.name} --checkpoint.storage_path "
-            f"{base.checkpoint.storage_path}`, choose another run.name, or set run.fresh"
+            f"`{resume_command(own_folder(base), base.checkpoint.storage_path)}`, choose another "
+            f"run.name, or set run.fresh"
         )
     store.move(time.strftime("%Y%m%d-%H%M%S"))
 
