@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from next.cli import ModelJob, ProgressLine, parse, run_job
+from next.cli import ModelFlags, Place, ProgressLine, parse, run_job
 from next.data.benchmark import load_card
 from next.retrieval.embed import Written, embedding_here, facts_of, write_gallery
 from next.retrieval.gallery import finished_parts
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from next.retrieval.gallery import GalleryFacts
 
 
-@dataclass(frozen=True, kw_only=True)
-class EmbedJob(ModelJob):
+@dataclass(frozen=True)
+class EmbedJob:
     """Write embeddings, with what is known of each sample, as Parquet; a second call goes on."""
 
     model: str
@@ -47,6 +47,9 @@ class EmbedJob(ModelJob):
     """Compute on GPUs, with --workers one each; None: on a GPU if this machine has one."""
     dry_run: bool = False
     """Check model, data and folder, say what is left to do, and embed nothing."""
+    json: bool = False
+    """Print the answer as one JSON object."""
+    place: Place = ModelFlags()  # noqa: RUF009 (frozen)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -61,11 +64,11 @@ def main(argv: Sequence[str]) -> int:
     from next.training.embedder import Embedder, model_folder
     from next.training.process import wanted_device
 
-    if job.threads is not None:
-        torch.set_num_threads(job.threads)
+    if job.place.threads is not None:
+        torch.set_num_threads(job.place.threads)
     here = job.workers is None
     device = wanted_device(job.use_gpu) if here else torch.device("cpu")
-    with model_folder(job.model, **job.registry) as folder:
+    with model_folder(job.model, **job.place.registry) as folder:
         embedder = Embedder(folder, device)
         facts = facts_of(embedder, source, job.precision)
         if job.dry_run:

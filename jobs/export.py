@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from next.cli import ModelJob, parse, run_job
+from next.cli import ModelFlags, Place, parse, run_job
 from next.retrieval.sources import open_shards
 
 if TYPE_CHECKING:
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from next.retrieval.sources import Source
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExportJob(ModelJob):
+@dataclass(frozen=True)
+class ExportJob:
     """Write the whole path from decoded images to embedding, if it gives what torch gives."""
 
     model: str
@@ -41,6 +41,9 @@ class ExportJob(ModelJob):
     """Largest difference of an entry of an embedding; beyond it nothing is written."""
     dry_run: bool = False
     """Check model and data, say what would be written, and write nothing."""
+    json: bool = False
+    """Print the answer as one JSON object."""
+    place: Place = ModelFlags()  # noqa: RUF009 (frozen)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -57,11 +60,11 @@ def main(argv: Sequence[str]) -> int:
     from next.export.bundle import export, require_new
     from next.training.embedder import Embedder, model_folder
 
-    if job.threads is not None:
-        torch.set_num_threads(job.threads)
+    if job.place.threads is not None:
+        torch.set_num_threads(job.place.threads)
     require_new(job.out)
     _require_packages(job)
-    with model_folder(job.model, **job.registry) as folder:
+    with model_folder(job.model, **job.place.registry) as folder:
         embedder = Embedder(folder)
         if job.dry_run:
             return _plan(job, embedder, source)

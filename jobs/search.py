@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from next.cli import ModelJob, parse, run_job
+from next.cli import ModelFlags, Place, parse, run_job
 from next.retrieval.gallery import Gallery, open_gallery
 from next.retrieval.results import (
     Query,
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True, kw_only=True)
-class SearchJob(ModelJob):
+@dataclass(frozen=True)
+class SearchJob:
     """Rank a gallery for queries, exactly: the nearest samples first."""
 
     gallery: str
@@ -59,6 +59,9 @@ class SearchJob(ModelJob):
     """None: on a GPU if this machine has one."""
     dry_run: bool = False
     """Check gallery and queries, and search nothing."""
+    json: bool = False
+    """Print the answer as one JSON object."""
+    place: Place = ModelFlags()  # noqa: RUF009 (frozen)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -76,8 +79,8 @@ def main(argv: Sequence[str]) -> int:
 
     from next.training.process import wanted_device
 
-    if job.threads is not None:
-        torch.set_num_threads(job.threads)
+    if job.place.threads is not None:
+        torch.set_num_threads(job.place.threads)
     device = wanted_device(job.use_gpu)
     query = _by_files(job, gallery, device) if job.images else _by_rows(job, gallery)
     if job.dry_run:
@@ -102,7 +105,7 @@ def main(argv: Sequence[str]) -> int:
 def _by_files(job: SearchJob, gallery: Gallery, device: torch.device) -> Query:
     from next.training.embedder import Embedder
 
-    embedder = Embedder.load(str(job.model), device=device, **job.registry)
+    embedder = Embedder.load(str(job.model), device=device, **job.place.registry)
     images, captions = (_named(flag, getattr(job, flag)) for flag in ("images", "captions"))
     return of_files(gallery, embedder, images, captions, pid=job.pid, camera=job.camera)
 

@@ -83,9 +83,9 @@ def parse(job: type[Job], argv: Sequence[str], *, default: Job | None = None) ->
     return parsed
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelJob:
-    """Flags of a job that uses a trained model, wherever it is kept."""
+@dataclass(frozen=True)
+class ModelFlags:
+    """Flags of every job that uses a trained model, wherever it is kept."""
 
     threads: int | None = None
     """Torch threads; None: as torch chooses."""
@@ -93,13 +93,15 @@ class ModelJob:
     """MLflow server that has the model; without it, the local one of --storage_path."""
     storage_path: Path = Path("runs")
     """Folder of all runs, whose local server is asked for the model."""
-    json: bool = False
-    """Print the answer as one JSON object."""
 
     @property
     def registry(self) -> dict[str, Any]:
         """Where registered models are, for :meth:`next.training.embedder.Embedder.load`."""
         return {"tracking_uri": self.tracking_uri, "storage_path": self.storage_path}
+
+
+Place = Annotated[ModelFlags, tyro.conf.arg(name="")]
+"""A job's field of this type gives it these flags, under their own names."""
 
 
 @dataclass(frozen=True)
