@@ -37,6 +37,9 @@ _BRING_BACK = (
     "the lines sha256 and settings of sweep.toml"
 )
 
+TEXTS = ("config.toml", RECORD, "space.py")
+"""Files of a sweep's record beside its study."""
+
 
 class Standing(NamedTuple):
     """A sweep as it stands."""
@@ -201,7 +204,7 @@ def _clear_store(base: RunConfig) -> None:
     if address is None:
         return
     store = open_folder(address)
-    if not store.names():
+    if set(store.names()) <= {*TEXTS, FILE}:  # a head was lost while it first stored its record
         return
     if not base.run.fresh:
         raise ValueError(

@@ -25,16 +25,16 @@ from ray.tune.search import Searcher
 from next.lease import Lease
 from next.storage import open_folder, write_whole
 from next.training.store import StoreError
-from next.tuning.folder import resume_command
+from next.tuning.folder import TEXTS, resume_command
 from next.tuning.home import Home
 from next.tuning.search import Search
-from next.tuning.settings import RECORD
 from next.tuning.study import FILE
 
 _log = logging.getLogger(__name__)
 
-_TEXTS = ("config.toml", RECORD, "space.py")
-_COUNT, _COUNT_HERE = "record.json", ".record.json"
+COUNT = "record.json"
+"""How often a record was stored; without it none was stored whole."""
+_COUNT_HERE = ".record.json"
 _SAVE_SECONDS = 10.0
 """Least time between two copies for reports alone."""
 _RETRY_SECONDS = 2.0
@@ -79,14 +79,14 @@ class StoredRecord:
         with self._guard, tempfile.TemporaryDirectory(prefix="next-record-") as parent:
             self._asked.clear()
             self._lease.check()
-            for name in _TEXTS:
+            for name in TEXTS:
                 text = (self.folder / name).read_bytes()
                 if self._texts.get(name) != text:
                     self.store.write(name, text)
                     self._texts[name] = text
             self.store.upload(_copy_study(self.folder / FILE, Path(parent)), FILE)
             count = json.dumps({"saved": self._count + 1})
-            self.store.write(_COUNT, count.encode())
+            self.store.write(COUNT, count.encode())
             write_whole(self.folder / _COUNT_HERE, count)
             self._count += 1
 
@@ -99,7 +99,7 @@ class StoredRecord:
         self._mirrors.submit(_mirror, home)
 
     def _read_count(self) -> bytes:
-        return self.store.read(_COUNT) if self.store.size(_COUNT) is not None else b""
+        return self.store.read(COUNT) if self.store.size(COUNT) is not None else b""
 
     def _work(self) -> None:
         while not self._ended.is_set():
@@ -226,9 +226,9 @@ def fetch_record(folder: Path, store: str) -> bool:
         OSError: the store cannot be reached.
     """
     kept = open_folder(store)
-    if kept.size(_COUNT) is None:  # it was never stored as a whole
+    if kept.size(COUNT) is None:  # it was never stored as a whole
         return False
-    there = kept.read(_COUNT)
+    there = kept.read(COUNT)
     study = folder / FILE
     if study.is_file() and _count(_read(folder / _COUNT_HERE)) >= _count(there):
         return False
@@ -237,7 +237,7 @@ def fetch_record(folder: Path, store: str) -> bool:
         if (folder / name).exists():
             (folder / name).replace(folder / f"{name}.{suffix}")
             _log.warning("%s is older than %s, and is set aside", folder / name, kept.uri)
-    for name in (FILE, *_TEXTS):
+    for name in (FILE, *TEXTS):
         write_whole(folder / name, kept.read(name))
     write_whole(folder / _COUNT_HERE, there)
     return True

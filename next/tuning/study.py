@@ -43,35 +43,32 @@ class Studies(NamedTuple):
 def create_studies(
     path: Path, name: str, objectives: Mapping[str, str], sweep: SweepConfig
 ) -> Studies:
-    """A new record.
+    """A new record; its file appears whole, so that whoever looks meanwhile finds it or does not.
 
     Raises:
-        ValueError: the file holds a study of this name already, is locked, or is damaged.
+        ValueError: the file is there already, is locked, or is damaged.
     """
     if path.exists():
         check_file(path)
-    storage = _storage(path)
-    directions = ["maximize" if way == "max" else "minimize" for way in objectives.values()]
-    try:
-        search = optuna.create_study(
-            storage=storage,
-            study_name=name,
-            directions=directions,
-            sampler=make_sampler(sweep, len(objectives), 0),
-            pruner=make_pruner(sweep, len(objectives)),
-        )
-    except optuna.exceptions.DuplicatedStudyError:
         raise ValueError(
             f"{path} holds a study named {name!r} already; resume that sweep, or choose another "
             f"run.name"
-        ) from None
+        )
+    beside = path.with_name(f".{path.name}.new")
+    for left in (beside, *(beside.with_name(beside.name + end) for end in ("-wal", "-shm"))):
+        left.unlink(missing_ok=True)  # of a driver that was killed just here
+    storage = _storage(beside)
+    directions = ["maximize" if way == "max" else "minimize" for way in objectives.values()]
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    search = optuna.create_study(storage=storage, study_name=name, directions=directions)
     # Metric names of several objectives are experimental; they only label the dashboard's axes.
     with _experimental():
         search.set_metric_names(list(objectives))
-    seeds = optuna.create_study(
-        storage=storage, study_name=_seeds_name(name), directions=directions
-    )
-    return Studies(search, seeds)
+    optuna.create_study(storage=storage, study_name=_seeds_name(name), directions=directions)
+    storage.remove_session()
+    storage.engine.dispose()  # the last connection brings the write-ahead log into the file
+    beside.replace(path)
+    return open_studies(path, name, sweep)
 
 
 def open_studies(path: Path, name: str, sweep: SweepConfig) -> Studies:

@@ -62,7 +62,7 @@ from next.tuning.folder import (
 from next.tuning.home import Home, mirror
 from next.tuning.pictures import draw_overview
 from next.tuning.progress import Progress
-from next.tuning.record import StoredRecord, StoredSearch, fetch_record
+from next.tuning.record import COUNT, StoredRecord, StoredSearch, fetch_record
 from next.tuning.report import report_sweep
 from next.tuning.resources import Places
 from next.tuning.results import Setting, State, Trial, group, read_trials, starting_point
@@ -193,8 +193,10 @@ def run_sweep(
     folder = own_folder(base)
     with _driving(folder, store_address(base, folder.name), sweep.lease_s) as stored:
         record = stored(new_folder(base, manifest.digest))
-        write_record(folder, space, sweep, description)
         studies = create_studies(folder / FILE, folder.name, space.objectives, sweep)
+        write_record(folder, space, sweep, description)
+        if record is not None:
+            record.save()  # from now on another head can resume it
         say(f"sweep {folder.name}: {sweep.trials} trials over {', '.join(description)}")
         if sweep.task == "training":
             for name, found in measurable(base, manifest).told.items():
@@ -341,7 +343,7 @@ def _storage_of(folder: Path) -> str | None:
 
 def _require_record(folder: Path, store: str | None) -> None:
     """Raise unless a sweep's record is in its store, before anything is made of it."""
-    if store is None or open_folder(store).size(RECORD) is None:
+    if store is None or open_folder(store).size(COUNT) is None:
         place = folder if store is None else f"{folder} nor in {open_folder(store).uri}"
         raise FileNotFoundError(f"there is no sweep in {place} (there is no {RECORD})")
 
@@ -447,7 +449,6 @@ def _fork(old: Path, name: str, known: _Known, say: Say) -> SweepResult:
 
     with _driving(folder, store_address(base, name), sweep.lease_s) as stored:
         record = stored(new_folder(base, known.manifest.digest))
-        write_record(folder, space, sweep, description)
         studies = create_studies(folder / FILE, name, space.objectives, sweep)
         taken = 0
         if dict(space.objectives) == read_record(old)["objectives"]:
@@ -458,6 +459,9 @@ def _fork(old: Path, name: str, known: _Known, say: Say) -> SweepResult:
                 space.suggest,
                 lambda frozen: _origin(frozen, old),
             )
+        write_record(folder, space, sweep, description)
+        if record is not None:
+            record.save()
         say(f"sweep {name}: forked from {old.name}, {taken} of its trials fit the new space")
         return _drive(
             _Sweep(

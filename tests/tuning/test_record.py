@@ -1,5 +1,6 @@
 """A sweep's record in its store: written before anything follows from it, found by another head."""
 
+import shutil
 import sqlite3
 import time
 from contextlib import closing
@@ -12,12 +13,13 @@ from next.config import override, to_toml
 from next.lease import Lease, LostLeaseError
 from next.storage import open_folder
 from next.training.store import StoreError
-from next.tuning.folder import write_record
+from next.tuning.folder import new_folder, write_record
 from next.tuning.record import StoredRecord, StoredSearch, fetch_record
 from next.tuning.resources import Places
 from next.tuning.settings import SweepConfig
 from next.tuning.space import Space
 from next.tuning.study import create_studies, open_studies
+from next.tuning.sweep import resume_sweep
 from tests.tuning.test_search import BASE, CPUS, suggest
 
 SWEEP = SweepConfig(trials=4, noise_share=0, race_share=0, pruner="none")
@@ -90,6 +92,27 @@ def test_another_head_goes_on_with_all_that_was_drawn_and_all_that_ended(store, 
     again = Head(tmp_path / "one", store)
     assert not again.taken, "nobody has been there meanwhile"
     again.ends()
+
+
+def test_a_head_that_was_lost_before_its_record_was_whole_is_no_hindrance(store, tmp_path):
+    base = override(
+        BASE,
+        {
+            "checkpoint.storage_path": store,
+            "run.name": "search",
+            "run.storage_path": str(tmp_path / "two"),
+        },
+    )
+    below = open_folder(store).below("search")
+    for name in ("config.toml", "sweep.toml", "study.db"):
+        below.write(name, b"of the first head")
+    folder = new_folder(base)
+    with pytest.raises(FileNotFoundError, match=r"there is no sweep in .*two/search nor in "):
+        resume_sweep(folder, storage=store)
+    below.write("record.json", b'{"saved": 1}')
+    shutil.rmtree(folder)
+    with pytest.raises(ValueError, match=r"holds a sweep or a run of this name already; go on"):
+        new_folder(base)
 
 
 def test_reports_come_to_the_store_too(store, tmp_path, monkeypatch):

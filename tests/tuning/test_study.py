@@ -1,6 +1,7 @@
 """The record of a sweep: what it refuses, and what survives its driver."""
 
 import sqlite3
+import threading
 from contextlib import closing
 
 import optuna
@@ -36,6 +37,36 @@ def test_a_study_of_the_same_name_is_refused(tmp_path):
     create_studies(tmp_path / "study.db", "mine", OBJECTIVES, SWEEP)
     with pytest.raises(ValueError, match=r"holds a study named 'mine' already; resume"):
         create_studies(tmp_path / "study.db", "mine", OBJECTIVES, SWEEP)
+
+
+def test_who_looks_while_a_study_is_made_finds_it_whole_or_not_at_all(tmp_path):
+    ended, seen = threading.Event(), []
+
+    def look() -> None:
+        while not ended.is_set():
+            for path in tmp_path.glob("study-*.db"):
+                try:
+                    seen.append(open_studies(path, "mine", SWEEP).seeds.study_name)
+                except Exception as error:
+                    seen.append(repr(error))
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        for number in range(5):
+            create_studies(tmp_path / f"study-{number}.db", "mine", OBJECTIVES, SWEEP)
+    finally:
+        ended.set()
+        watcher.join()
+    assert set(seen) == {"mine seeds"}
+
+
+def test_what_a_driver_left_that_was_killed_while_it_made_a_study_is_no_hindrance(tmp_path):
+    (tmp_path / ".study.db.new").write_bytes(b"half a page")
+    (tmp_path / ".study.db.new-wal").write_bytes(b"of another file")
+    create_studies(tmp_path / "study.db", "mine", OBJECTIVES, SWEEP)
+    assert [path.name for path in tmp_path.glob("*.new*")] == []
+    assert open_studies(tmp_path / "study.db", "mine", SWEEP).search.metric_names == ["val/mAP"]
 
 
 def test_a_study_file_that_another_process_holds_is_named(tmp_path, monkeypatch):
