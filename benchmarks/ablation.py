@@ -36,17 +36,17 @@ import torch
 from next.cli import Settings, parse, run_defaults, run_job, with_demo_data
 from next.config import RunConfig, from_toml, override, to_toml
 from next.data.captions import CaptionSampler
-from next.data.samples import SampleSet
-from next.data.shards import Manifest, open_manifest
-from next.evaluation.figures import seeds_bar
-from next.evaluation.noise import score_basis, seed_spread
+from next.data.loading.samples import SampleSet
+from next.data.shards.reader import Manifest, open_manifest
 from next.evaluation.protocol import evaluate
+from next.evaluation.statistics.noise import score_basis, seed_spread
 from next.model.network import NEXT
+from next.pictures.charts import seeds_bar
 from next.storage import write_whole
-from next.training.checkpoint import load_network
+from next.training.checkpointing.checkpoint import load_network
 from next.training.inputs import resolve, test_data, training_data
 from next.training.loop import train
-from next.training.report import FolderReporter
+from next.training.results.report import FolderReporter
 
 SHUFFLED = "NEXT with shuffled captions"
 METHODS: dict[str, dict[str, Any]] = {

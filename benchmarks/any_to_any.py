@@ -21,14 +21,14 @@ import torch
 
 from next.cli import Settings, parse, run_defaults, run_job, with_demo_data
 from next.config import RunConfig, override
-from next.data.shards import Manifest, open_manifest
+from next.data.shards.reader import Manifest, open_manifest
 from next.evaluation.missing import MissingMatrix
-from next.evaluation.noise import seed_spread
+from next.evaluation.statistics.noise import seed_spread
 from next.storage import write_whole
-from next.training.assessment import Features, assess_missing
 from next.training.inputs import resolve, training_data
 from next.training.loop import train
-from next.training.report import FolderReporter
+from next.training.results.assessment import Features, assess_missing
+from next.training.results.report import FolderReporter
 
 
 class Comparison(NamedTuple):

@@ -23,12 +23,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from next.captioning.attributes import load_schema
-from next.captioning.mentions import MentionReader
-from next.data.demo import DemoSize, captions_alone
-from next.data.demo_people import MODALITIES, Difficulty
+from next.benchmark.procedural.benchmark import DemoSize, captions_alone
+from next.benchmark.procedural.people import MODALITIES, Difficulty
+from next.captioning.schema.attributes import load_schema
+from next.captioning.schema.mentions import MentionReader
 from next.data.labels import Labels
-from next.evaluation.metrics import retrieval_metrics
+from next.evaluation.ranking.metrics import retrieval_metrics
 
 IDENTITY = ("gender", "upper", "lower", "footwear", "footwear_style", "hair")
 """Attributes that a person keeps from shot to shot and that each modality's captions mention."""

@@ -33,19 +33,19 @@ from captioning import CARD, CaptioningBenchmark, sources
 from torch import Tensor
 from torch.nn import functional as F
 
-from next.captioning.attributes import NOT_VISIBLE, load_schema
-from next.captioning.labels import load_labels
-from next.captioning.template import CaptionWriter
+from next.benchmark.card import load_card
+from next.benchmark.procedural.benchmark import DemoSize, write_demo
+from next.captioning.schema.attributes import NOT_VISIBLE, load_schema
+from next.captioning.schema.labels import load_labels
+from next.captioning.schema.template import CaptionWriter
 from next.cli import base_config, parse, run_job
 from next.config import AugmentConfig, BackboneConfig, RunConfig, override, to_toml
-from next.data.augment import augment
-from next.data.benchmark import load_card
-from next.data.cache import cache_root, open_cache
-from next.data.demo import DemoSize, write_demo
-from next.data.ingest import ScanOptions, prepare
-from next.data.shards import open_manifest
-from next.evaluation.metrics import retrieval_metrics
-from next.model.clip import ClipTower, load_clip
+from next.data.loading.augment import augment
+from next.data.loading.cache import cache_root, open_cache
+from next.data.shards.reader import open_manifest
+from next.data.source.ingest import ScanOptions, prepare
+from next.evaluation.ranking.metrics import retrieval_metrics
+from next.model.towers.clip import ClipTower, load_clip
 from next.training.inputs import resolve, test_data
 
 WORLD_SEED = 1000

@@ -35,19 +35,19 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from next.captioning.attributes import NOT_VISIBLE, Schema, load_schema
-from next.captioning.labels import AttributeLabels, Image, Score, judge, load_labels, score
-from next.captioning.ledger import Ledger
-from next.captioning.merge import MergeConfig, calibrate, facts
-from next.captioning.models import ModelConfig
+from next.benchmark.card import load_card
+from next.benchmark.procedural.benchmark import DemoSize, write_demo
 from next.captioning.output import write_caption_files
+from next.captioning.requests.ledger import Ledger
+from next.captioning.requests.models import ModelConfig
 from next.captioning.run import CaptionConfig, Captioner
+from next.captioning.schema.attributes import NOT_VISIBLE, Schema, load_schema
+from next.captioning.schema.labels import AttributeLabels, Image, Score, judge, load_labels, score
+from next.captioning.schema.merge import MergeConfig, calibrate, facts
+from next.captioning.schema.template import CaptionWriter
 from next.captioning.source import FolderSource
-from next.captioning.template import CaptionWriter
 from next.cli import parse, run_job
-from next.data.benchmark import load_card
-from next.data.demo import DemoSize, write_demo
-from next.data.ingest import ScanOptions
+from next.data.source.ingest import ScanOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 CARD = ROOT / "datasets" / "demo.toml"

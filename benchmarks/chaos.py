@@ -40,11 +40,11 @@ from typing import Any
 
 import psutil
 
+from next.benchmark.card import load_card
+from next.benchmark.procedural.benchmark import DemoSize, write_demo
 from next.cli import DEMO_CARD
 from next.config import RunConfig, override, to_toml
-from next.data.benchmark import load_card
-from next.data.demo import DemoSize, write_demo
-from next.data.ingest import prepare
+from next.data.source.ingest import prepare
 from next.stopping import INTERRUPTED
 from next.storage import write_whole
 from next.tracking.journal import read_metrics
@@ -590,7 +590,7 @@ def _forked(process: psutil.Process, words: str) -> bool:
     return _FORKS in words and parent is not None and _FORKS in title(parent)
 
 
-_FORKS = "next.tuning.forkserver"
+_FORKS = "next.tuning.execution.forkserver"
 _TITLES: dict[str, Callable[[psutil.Process, str], bool]] = {
     "raylet": lambda process, words: process.name() == "raylet",
     "GCS": lambda process, words: process.name() == "gcs_server",

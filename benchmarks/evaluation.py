@@ -20,9 +20,9 @@ import torch.distributed as dist
 
 from next.config import RunConfig, override
 from next.data.labels import Labels
-from next.data.loader import SampleSet
-from next.evaluation.metrics import nearest, retrieval_metrics
+from next.data.loading.loader import SampleSet
 from next.evaluation.protocol import evaluate
+from next.evaluation.ranking.metrics import nearest, retrieval_metrics
 from next.evaluation.share import Share
 from next.model.network import NEXT
 

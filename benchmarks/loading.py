@@ -44,15 +44,15 @@ from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from next.benchmark.card import load_card
 from next.config import BackboneConfig, RunConfig, override
-from next.data.benchmark import load_card
-from next.data.cache import cache_root, clean_up, contents, open_cache
-from next.data.ingest import ScanOptions, prepare
-from next.data.loader import open_samples, train_batches
-from next.data.plan import epoch_plan, occurrences
-from next.data.samples import SampleSet
-from next.data.shards import open_manifest
-from next.model.text import TextTower
+from next.data.loading.cache import cache_root, clean_up, contents, open_cache
+from next.data.loading.loader import open_samples, train_batches
+from next.data.loading.plan import epoch_plan, occurrences
+from next.data.loading.samples import SampleSet
+from next.data.shards.reader import open_manifest
+from next.data.source.ingest import ScanOptions, prepare
+from next.model.towers.text import TextTower
 
 WIDTH, MIB = 512, 2**20
 Part = Literal["building", "batches", "trial", "plan"]

@@ -37,7 +37,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from next.data.ingest import REMOTE_THREADS
+from next.data.source.ingest import REMOTE_THREADS
 from next.storage import open_folder
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from next.benchmark.card import load_card
+from next.benchmark.procedural.benchmark import DemoSize, write_demo
 from next.config import RunConfig, override
-from next.data.benchmark import load_card
-from next.data.demo import DemoSize, write_demo
-from next.data.ingest import ScanOptions, prepare
-from next.data.loader import Batch, open_samples, train_batches
-from next.data.plan import epoch_plan, occurrences
-from next.data.shards import open_manifest
+from next.data.loading.loader import Batch, open_samples, train_batches
+from next.data.loading.plan import epoch_plan, occurrences
+from next.data.shards.reader import open_manifest
+from next.data.source.ingest import ScanOptions, prepare
 
 CARD = Path(__file__).resolve().parents[1] / "datasets" / "demo.toml"
 EPOCH = 3951

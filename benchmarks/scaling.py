@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 import tyro
 
-from next.data.benchmark import load_card
-from next.data.index import decode_piece, encode_piece, read_labels, write_index
-from next.data.manifest import Findings, ManifestFile, ShardEntry, SplitEntry
-from next.data.plan import epoch_plan, plan_hash
+from next.benchmark.card import load_card
+from next.data.loading.plan import epoch_plan, plan_hash
+from next.data.shards.index import decode_piece, encode_piece, read_labels, write_index
+from next.data.shards.manifest import Findings, ManifestFile, ShardEntry, SplitEntry
 from next.storage import open_folder
 
 ROOT = Path(__file__).resolve().parents[1]

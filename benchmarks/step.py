@@ -34,11 +34,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from next.config import LossConfig, OptimConfig, RunConfig, override
-from next.data.loader import Batch
+from next.data.loading.loader import Batch
 from next.model.network import NEXT
-from next.training.allocator import keep_freed_memory
 from next.training.loop import GlobalLoss, record, training_step
-from next.training.optimizer import build_optimizer
+from next.training.step.allocator import keep_freed_memory
+from next.training.step.optimizer import build_optimizer
 
 IDENTITIES, MODALITIES = 171, 3
 

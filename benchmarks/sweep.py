@@ -22,7 +22,7 @@ from sweep_overhead import OUT, ROOT, WAYS, bare, demo_settings, overhead, trial
 from sweep_simulated import asha_against_none, search_grown, simulated
 from sweep_store import store_overhead
 
-from next.tuning.space import load_space
+from next.tuning.search.space import load_space
 from next.tuning.sweep import SweepConfig, run_sweep
 
 

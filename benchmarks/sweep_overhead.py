@@ -27,18 +27,18 @@ from typing import Any
 import optuna
 from footprint import process_memory
 
+from next.benchmark.card import load_card
 from next.cli import DEMO_CARD, base_config, demo_shards
 from next.config import RunConfig, from_toml, override, to_toml
-from next.data.benchmark import load_card
-from next.data.shards import open_manifest
-from next.training.cluster import start_ray
+from next.data.shards.reader import open_manifest
+from next.training.distributed.cluster import start_ray
 from next.training.inputs import resolve, training_data
 from next.training.loop import train
-from next.training.process import configure_torch
-from next.training.report import FolderReporter
+from next.training.results.report import FolderReporter
+from next.training.step.process import configure_torch
+from next.tuning.search.space import load_space
+from next.tuning.search.study import FILE, open_studies
 from next.tuning.settings import SweepConfig
-from next.tuning.space import load_space
-from next.tuning.study import FILE, open_studies
 from next.tuning.sweep import run_sweep
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -21,12 +21,12 @@ from ray import tune
 from sweep_overhead import ROOT
 
 from next.config import RunConfig, override
-from next.tuning import tuner
-from next.tuning.resources import Places
-from next.tuning.search import Live, Search
+from next.tuning.execution import tuner
+from next.tuning.execution.slots import Places
+from next.tuning.search.searcher import Live, Search
+from next.tuning.search.space import Space, load_space
+from next.tuning.search.study import FILE, create_studies
 from next.tuning.settings import SweepConfig
-from next.tuning.space import Space, load_space
-from next.tuning.study import FILE, create_studies
 from next.tuning.sweep import _race, _Sweep
 
 EPOCHS, AT_A_TIME = 12, 2

@@ -18,13 +18,13 @@ from sweep_overhead import EPOCHS, OUT, SPACE, demo_settings
 from next.config import RunConfig, override, to_toml
 from next.lease import Lease
 from next.storage import open_folder
+from next.tuning.execution.training import train_trial
 from next.tuning.folder import write_record
 from next.tuning.home import Home
 from next.tuning.record import StoredRecord
+from next.tuning.search.space import load_space
+from next.tuning.search.study import FILE, ask, create_studies, draw
 from next.tuning.settings import SweepConfig
-from next.tuning.space import load_space
-from next.tuning.study import FILE, ask, create_studies, draw
-from next.tuning.training import train_trial
 
 PAIRS = 12
 

@@ -28,8 +28,8 @@ from typing import Any
 import numpy as np
 
 from next.config import RunConfig, flatten
-from next.tracking.client import connect, experiment_by_name
-from next.tracking.delivery import Delivery
+from next.tracking.delivery.client import connect, experiment_by_name
+from next.tracking.delivery.delivery import Delivery
 from next.tracking.run import open_run, read_metrics, start_server
 
 PARTS = ("step", "delivery", "fill", "search")

@@ -36,19 +36,19 @@ import torch
 import torch.distributed as dist
 from scipy import stats
 
+from next.benchmark.card import load_card
 from next.cli import DEMO_CARD, base_config, demo_shards
 from next.config import RunConfig, from_toml, override, to_toml
-from next.data.benchmark import load_card
-from next.data.shards import open_manifest
+from next.data.shards.reader import open_manifest
 from next.model.network import NEXT
 from next.tracking.run import read_metrics
-from next.training.checkpoint import Progress, take_snapshot, write_snapshot
+from next.training.checkpointing.checkpoint import Progress, take_snapshot, write_snapshot
+from next.training.checkpointing.interruption import Ask, Bell
 from next.training.inputs import resolve, training_data
-from next.training.interruption import Ask, Bell
 from next.training.loop import Worker, train
-from next.training.optimizer import build_optimizer
-from next.training.process import configure_torch
-from next.training.report import FolderReporter, TrainReporter
+from next.training.results.report import FolderReporter, TrainReporter
+from next.training.step.optimizer import build_optimizer
+from next.training.step.process import configure_torch
 
 ROOT = Path(__file__).resolve().parents[1]
 STEP_SECONDS = 0.2
@@ -256,7 +256,7 @@ def pace_between(began: float, ended: float, config: RunConfig) -> float:
 def on_workers(config: RunConfig, world: int) -> None:
     """A run by Ray Train whose workers note their steps."""
     from next.tracking.run import open_run
-    from next.training import workers
+    from next.training.distributed import workers
 
     folder = folder_of(config)
     work = workers._work

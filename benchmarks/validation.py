@@ -7,9 +7,9 @@ and a gain by the second setting, a run has noise that moves all its queries, an
 own. On one hold-out all runs are measured on the same identities; with folds each seed takes the
 next fold of RGBNT201's 51 identities that can be a query. The cost is the same: n runs of each
 setting, each judged on as many identities. The verdict is that of a sweep's report
-(:func:`next.tuning.seeds.compare`), its interval should cover the true gain, that of the population
-which the identities are drawn from, in 95 % of the rounds, and tell a gain of nothing from none in
-5 % at most.
+(:func:`next.tuning.statistics.seeds.compare`), its interval should cover the true gain, that of the
+population which the identities are drawn from, in 95 % of the rounds, and tell a gain of nothing
+from none in 5 % at most.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ import numpy as np
 from next.cli import parse, run_job
 from next.evaluation.queries import PAIRED_SPREAD, SPREAD
 from next.tuning.results import Setting, Trial
-from next.tuning.search import DEFAULT
-from next.tuning.seeds import Verdict, compare, noise_floor
+from next.tuning.search.searcher import DEFAULT
 from next.tuning.settings import FEATURES
+from next.tuning.statistics.seeds import Verdict, compare, noise_floor
 
 IDENTITIES, QUERIES = 10, 12
 """Of a fold, as five folds of RGBNT201 have them."""

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 from next.cli import parse, run_job
-from next.data.cache import CacheEntry, cache_root, clean_up, contents
+from next.data.loading.cache import CacheEntry, cache_root, clean_up, contents
 from next.lease import Lease
 from next.storage import open_folder
 

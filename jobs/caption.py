@@ -23,23 +23,23 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from next.captioning.attributes import SCHEMAS, load_schema
-from next.captioning.engine import Totals
-from next.captioning.figures import draw_report
-from next.captioning.labels import load_labels
-from next.captioning.ledger import Ledger
-from next.captioning.merge import Calibration
-from next.captioning.models import ModelConfig, load_models
+from next.benchmark.card import Benchmark, load_card
 from next.captioning.output import CaptionResult, caption_path, write_captions
-from next.captioning.quality import QualityReport, guess_schema, measure, read_caption_files
+from next.captioning.quality.figures import draw_report
+from next.captioning.quality.report import QualityReport, guess_schema, measure, read_caption_files
+from next.captioning.requests.engine import Totals
+from next.captioning.requests.ledger import Ledger
+from next.captioning.requests.models import ModelConfig, load_models
 from next.captioning.run import CaptionConfig, Captioner, Plan
+from next.captioning.schema.attributes import SCHEMAS, load_schema
+from next.captioning.schema.labels import load_labels
+from next.captioning.schema.merge import Calibration
 from next.captioning.source import FolderSource, ShardSource, Source
 from next.cli import FAILURE, REQUIRED, USER_ERROR, ProgressLine, parse, run_job
 from next.config import near_matches
-from next.data.benchmark import Benchmark, load_card
-from next.data.images import OnBad
-from next.data.ingest import ScanOptions
-from next.data.shards import open_manifest
+from next.data.shards.reader import open_manifest
+from next.data.source.images import OnBad
+from next.data.source.ingest import ScanOptions
 from next.lease import Lease
 from next.storage import open_folder
 

@@ -11,11 +11,11 @@ from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from next.benchmark.card import load_card
 from next.cli import DEMO_CARD, Settings, base_config, demo_shards, parse, run_job
 from next.config import RunConfig, override
-from next.data.benchmark import load_card
+from next.tuning.search.space import check_space, load_space
 from next.tuning.settings import SweepConfig
-from next.tuning.space import check_space, load_space
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from next.benchmark.card import load_card
 from next.cli import ModelFlags, Place, ProgressLine, parse, run_job
-from next.data.benchmark import load_card
 from next.retrieval.embed import Written, embedding_here, facts_of, write_gallery
 from next.retrieval.gallery import finished_parts
 from next.retrieval.sources import Source, open_card_folder, open_shards
@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
     import torch
 
     from next.training.embedder import Embedder, model_folder
-    from next.training.process import wanted_device
+    from next.training.step.process import wanted_device
 
     if job.place.threads is not None:
         torch.set_num_threads(job.place.threads)

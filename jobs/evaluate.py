@@ -13,14 +13,14 @@ import tyro
 
 from next.cli import parse, run_job
 from next.config import override
-from next.data.shards import open_manifest
-from next.tracking.registry import fetch_model, registry_server
+from next.data.shards.reader import open_manifest
+from next.tracking.registry.versions import fetch_model, registry_server
 
 if TYPE_CHECKING:
     from next.config import RunConfig
-    from next.data.shards import Manifest
+    from next.data.shards.reader import Manifest
     from next.evaluation.missing import MissingMatrix
-    from next.training.assessment import Assessment
+    from next.training.results.assessment import Assessment
 
 REFERENCES = {
     "RGBNT201": {
@@ -93,8 +93,8 @@ def _fetch(job: EvaluateJob, parent: Path) -> Path:
 def _assess(job: EvaluateJob, checkpoint: Path) -> int:
     manifest = open_manifest(job.data)
     # After the command line and the data, because it takes five seconds.
-    from next.training.assessment import draw_missing
-    from next.training.checkpoint import read_config, read_progress
+    from next.training.checkpointing.checkpoint import read_config, read_progress
+    from next.training.results.assessment import draw_missing
 
     progress = read_progress(checkpoint)
     config = read_config(checkpoint)
@@ -147,11 +147,11 @@ def _scores(
     job: EvaluateJob, config: RunConfig, checkpoint: Path, manifest: Manifest, out: Path, **how: Any
 ) -> Assessment:
     if _in_this_process(job, config):
-        from next.training.assessment import assess
-        from next.training.process import device
+        from next.training.results.assessment import assess
+        from next.training.step.process import device
 
         return assess(checkpoint, manifest, out, device=device(config), **how)
-    from next.training.assessment_workers import assess_on_workers
+    from next.training.distributed.assessment_workers import assess_on_workers
 
     return assess_on_workers(config, checkpoint, manifest, out, **how)
 
@@ -160,11 +160,11 @@ def _missing(
     job: EvaluateJob, config: RunConfig, checkpoint: Path, manifest: Manifest, **how: Any
 ) -> MissingMatrix:
     if _in_this_process(job, config):
-        from next.training.assessment import assess_missing
-        from next.training.process import device
+        from next.training.results.assessment import assess_missing
+        from next.training.step.process import device
 
         return assess_missing(checkpoint, manifest, device=device(config), **how)
-    from next.training.assessment_workers import missing_on_workers
+    from next.training.distributed.assessment_workers import missing_on_workers
 
     return missing_on_workers(config, checkpoint, manifest, **how)
 
@@ -172,7 +172,7 @@ def _missing(
 def _in_this_process(job: EvaluateJob, config: RunConfig) -> bool:
     """Whether no worker of Ray is asked for; then torch is made ready here."""
     from next.local_ray import on_cluster
-    from next.training.process import configure_torch
+    from next.training.step.process import configure_torch
 
     here = job.workers is None and not on_cluster()
     if here:

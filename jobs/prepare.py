@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
+from next.benchmark.card import Benchmark, load_card
 from next.cli import (
     USER_ERROR,
     ProgressLine,
@@ -23,16 +24,15 @@ from next.cli import (
     parse,
     run_job,
 )
-from next.data.audit import Audit, audit
-from next.data.benchmark import Benchmark, load_card
 from next.data.holdout import split_train
-from next.data.ingest import ScanOptions, prepare, scan
 from next.data.labels import Labels
-from next.data.manifest import SplitEntry
-from next.data.plan import epoch_plan, plan_hash, worker_slice
-from next.data.shards import Manifest, open_manifest
+from next.data.loading.plan import epoch_plan, plan_hash, worker_slice
+from next.data.shards.audit import Audit, audit
+from next.data.shards.manifest import SplitEntry
+from next.data.shards.reader import Manifest, open_manifest
+from next.data.shards.writer import Run
+from next.data.source.ingest import ScanOptions, prepare, scan
 from next.data.wording import count
-from next.data.writer import Run
 from next.evaluation.queries import HELD_OUT, TEST, measurable, queries_of_splits
 
 LOOKS = ("check", "peek", "verify_order")
@@ -192,8 +192,8 @@ def _runner(workers: int) -> Iterator[Run | None]:
     if workers == 0:
         yield None
         return
-    from next.data.distribution import run_on_ray
-    from next.training.cluster import connected
+    from next.data.shards.distribution import run_on_ray
+    from next.training.distributed.cluster import connected
 
     with connected(workers):
         yield partial(run_on_ray, workers=workers)
@@ -269,7 +269,7 @@ def _audit_lines(manifest: Manifest, found: Audit) -> list[str]:
 
 
 def _peek(job: PrepareJob, manifest: Manifest) -> int:
-    from next.evaluation.contactsheet import draw_contact_sheet  # matplotlib is slow to import
+    from next.pictures.contact_sheet import draw_contact_sheet  # matplotlib is slow to import
 
     path = job.picture or Path(f"peek-{manifest.benchmark.name}.png")
     drawn = draw_contact_sheet(path, manifest).absolute()

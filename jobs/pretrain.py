@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     if job.out is not None and job.out.suffix != ".safetensors":
         raise ValueError(f"--out must end in .safetensors, but got {job.out}")
     # What trains is imported once the command line is known to be right: it takes five seconds.
-    from next.training.pretraining import plan_pretraining, pretrain
+    from next.training.pretraining.run import plan_pretraining, pretrain
 
     if job.dry_run:
         plan = plan_pretraining(config)

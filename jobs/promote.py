@@ -11,8 +11,8 @@ from typing import Annotated
 import tyro
 
 from next.cli import FAILURE, parse, run_job
-from next.tracking.promotion import promote
-from next.tracking.registry import CANDIDATE, registry_server
+from next.tracking.registry.promotion import promote
+from next.tracking.registry.versions import CANDIDATE, registry_server
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     with registry_server(job.tracking_uri, job.storage_path or beside) as uri:
         if job.run is not None:
             # Takes five seconds to import.
-            from next.training.registration import read_card, register_run
+            from next.training.results.registration import read_card, register_run
 
             if job.dry_run:
                 answer["scores"] = read_card(job.run.absolute()).scores

@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
     # After the command line and the gallery, because it takes five seconds.
     import torch
 
-    from next.training.process import wanted_device
+    from next.training.step.process import wanted_device
 
     if job.place.threads is not None:
         torch.set_num_threads(job.place.threads)

@@ -15,8 +15,8 @@ import tyro
 
 from next.cli import REQUIRED, Settings, parse, run_defaults, run_job
 from next.config import RunConfig, override
+from next.tuning.search.space import judged_by, load_space
 from next.tuning.settings import SweepConfig
-from next.tuning.space import judged_by, load_space
 
 if TYPE_CHECKING:
     from next.tuning.results import State
@@ -196,7 +196,7 @@ def _resume(argv: Sequence[str]) -> int:
 def _report(argv: Sequence[str]) -> int:
     job = parse(ReportJob, argv)
     from next.tuning.folder import find_sweep
-    from next.tuning.report import report_sweep
+    from next.tuning.report.report import report_sweep
 
     folder = find_sweep(job.storage_path, job.name)
     written = report_sweep(folder)
@@ -230,8 +230,8 @@ def _shown(value: Any) -> str:
 def _row(folder: Path) -> dict[str, Any]:
     """One sweep of the list; one whose study cannot be read says why."""
     from next.tuning.folder import is_driven, read_standing
-    from next.tuning.seeds import first_metric
-    from next.tuning.summary import summarise
+    from next.tuning.statistics.seeds import first_metric
+    from next.tuning.statistics.summary import summarise
 
     try:
         found = read_standing(folder)

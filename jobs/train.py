@@ -25,11 +25,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _rehearse(job: TrainJob, config: RunConfig) -> int:
-    from next.data.shards import open_manifest
+    from next.data.shards.reader import open_manifest
     from next.training.inputs import resolve
     from next.training.launch import settings_begun_with
-    from next.training.process import configure_torch, device
     from next.training.rehearsal import rehearse
+    from next.training.step.process import configure_torch, device
 
     manifest = open_manifest(job.data)
     config = resolve(settings_begun_with(config), manifest)

@@ -20,11 +20,11 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from next.addresses import require_no_secret
+from next.benchmark.card import Benchmark, load_card
+from next.benchmark.procedural.benchmark import VARIANTS, write_demo
 from next.config import RunConfig, load_recipe, override
-from next.data.benchmark import Benchmark, load_card
-from next.data.demo import VARIANTS, write_demo
-from next.data.ingest import prepare
-from next.data.shards import open_manifest
+from next.data.shards.reader import open_manifest
+from next.data.source.ingest import prepare
 from next.stopping import INTERRUPTED, LostRayError, Stopped, heeding, lost_ray
 
 USER_ERROR = 2
@@ -279,7 +279,7 @@ def demo_shards(folder: Path, seed: int = 0, variant: str = "demo") -> Path:
     Args:
         folder: for raw images and shards.
         seed: of the benchmark.
-        variant: one of :data:`next.data.demo.VARIANTS`.
+        variant: one of :data:`next.benchmark.procedural.benchmark.VARIANTS`.
 
     Raises:
         OSError: the folder cannot be written.

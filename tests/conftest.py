@@ -57,7 +57,7 @@ TINY = {
 """Settings that train in a second."""
 
 
-_FIRST_DRILLS = ("training/test_faults", "tuning/test_workers")
+_FIRST_DRILLS = ("training/test_faults", "tuning/execution/test_workers")
 """They take as long as all other tests that start Ray, without the last one."""
 _LAST_DRILL = "tuning/test_kills"
 """Who is done with the others takes it. More than one would all go to the same process."""
@@ -85,7 +85,7 @@ def _place(item) -> int:
     """Which group a test is in, by their order."""
     if not item.get_closest_marker("ray"):
         return _OTHERS
-    module = f"{item.path.parent.name}/{item.path.stem}"
+    module = item.path.relative_to(Path(__file__).parent).with_suffix("").as_posix()
     if module == _LAST_DRILL:
         return _LAST
     if item.path.parent.name == "cluster":
@@ -103,7 +103,7 @@ def short_folder() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def demo_raw(tmp_path_factory) -> Path:
-    from next.data.demo import DemoSize, write_demo
+    from next.benchmark.procedural.benchmark import DemoSize, write_demo
 
     folder = tmp_path_factory.mktemp("demo") / "raw"
     write_demo(folder, DemoSize(12, 8, 6, 6), seed=1)
@@ -112,8 +112,8 @@ def demo_raw(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def demo_shards(demo_raw) -> Path:
-    from next.data.benchmark import load_card
-    from next.data.ingest import prepare
+    from next.benchmark.card import load_card
+    from next.data.source.ingest import prepare
 
     card = load_card(Path(__file__).resolve().parents[1] / "datasets" / "demo.toml")
     out = demo_raw.parent / "shards"

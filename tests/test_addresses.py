@@ -18,7 +18,7 @@ from next.addresses import (
 from next.cli import parse_run
 from next.config import RunConfig, from_toml, override
 from next.storage import open_folder
-from next.training.cluster import check_address
+from next.training.distributed.cluster import check_address
 
 ROOT = Path(__file__).resolve().parents[1]
 SERVERS = [

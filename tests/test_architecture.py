@@ -1,6 +1,7 @@
 """Rules about the source that no single module can check."""
 
 import ast
+import re
 import subprocess
 import sys
 from functools import cache
@@ -22,41 +23,44 @@ LEVEL = {
     "lease": 3,
     "session": 4,
     "local_ray": 5,
-    "model": 5,
-    "data": 5,
-    "tracking": 5,
-    "evaluation": 6,
-    "captioning": 6,
-    "retrieval": 7,
-    "training": 8,
-    "export": 9,
-    "tuning": 9,
-    "cli": 10,
-    "doctor": 10,
+    "benchmark": 5,
+    "model": 6,
+    "data": 6,
+    "tracking": 6,
+    "evaluation": 7,
+    "captioning": 7,
+    "pictures": 8,
+    "retrieval": 9,
+    "training": 10,
+    "export": 11,
+    "tuning": 11,
+    "cli": 12,
+    "doctor": 12,
 }
 HOMES = {
     "pyarrow": (
         "next/storage.py",
-        "next/data/features.py",
-        "next/data/index.py",
-        "next/data/shards.py",
-        "next/data/writer.py",
+        "next/data/shards/features.py",
+        "next/data/shards/index.py",
+        "next/data/shards/reader.py",
+        "next/data/shards/writer.py",
         "next/retrieval/gallery.py",
     ),
     "mlflow": ("next/tracking/",),
     "ray": (
         "next/local_ray.py",
         "next/session.py",
-        "next/training/assessment_workers.py",
-        "next/training/cluster.py",
-        "next/training/nodes.py",
-        "next/training/relay.py",  # of workers.py, what Ray's controller loads without the network
-        "next/training/rendezvous.py",
-        "next/training/workers.py",
+        "next/training/distributed/assessment_workers.py",
+        "next/training/distributed/cluster.py",
+        "next/training/distributed/nodes.py",
+        # Of workers.py, what Ray's controller loads without the network.
+        "next/training/distributed/relay.py",
+        "next/training/distributed/rendezvous.py",
+        "next/training/distributed/workers.py",
         "next/tuning/",
-        "next/captioning/pipeline.py",
+        "next/captioning/requests/pipeline.py",
         "next/retrieval/pipeline.py",
-        "next/data/distribution.py",
+        "next/data/shards/distribution.py",
     ),
     "onnx": ("next/export/",),
     "onnxruntime": ("next/export/",),
@@ -113,6 +117,20 @@ def test_imports_point_one_way(path):
         assert not name.startswith(("jobs", "tests", "benchmarks")), name
 
 
+PACKAGES = sorted(path.parent for path in (ROOT / "next").rglob("__init__.py"))[1:]
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=relative)
+def test_a_package_is_small_and_says_what_enters_what_leaves_and_where_to_begin(package):
+    modules = [path for path in package.glob("*.py") if path.name != "__init__.py"]
+    assert len(modules) <= 9, "nine modules are what a reader takes in at a glance"
+    said = ast.get_docstring(ast.parse((package / "__init__.py").read_text())) or ""
+    first = re.search(r"\bRead ``([\w/]+\.py)`` first", said)
+    assert first, f'write "Read ``FILE.py`` first" into {relative(package)}/__init__.py'
+    assert (package / first[1]).is_file()
+    assert re.search(r"\bIn: .+\bOut: ", said, re.DOTALL), "say what enters and what leaves"
+
+
 @pytest.mark.parametrize("library", HOMES)
 def test_a_library_has_one_home(library):
     for path in (ROOT / "next").rglob("*.py"):
@@ -149,8 +167,8 @@ def test_datasets_is_no_package_and_holds_no_python():
 MOVES = {
     "next/training/folder.py": 1,  # sets the folder of an earlier run aside
     "next/tuning/record.py": 1,  # the same for a study
-    "next/tracking/publication.py": 1,  # and for a journal
-    "next/tuning/forkserver.py": 1,  # a socket, which is no file
+    "next/tracking/delivery/publication.py": 1,  # and for a journal
+    "next/tuning/execution/forkserver.py": 1,  # a socket, which is no file
 }
 """Files that rename, and how often; who writes a file uses the helpers of next/storage.py."""
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from next import cli
+from next.benchmark.card import load_card
 from next.cli import (
     ProgressLine,
     Settings,
@@ -16,7 +17,6 @@ from next.cli import (
     run_job,
 )
 from next.config import RunConfig
-from next.data.benchmark import load_card
 from next.stopping import Stopped
 
 

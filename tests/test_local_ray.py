@@ -22,8 +22,8 @@ import hashlib, json, os, sys
 from pathlib import Path
 import ray
 from ray import tune
-from next.training.cluster import start_ray
-from next.tuning.tuner import copying_no_credentials
+from next.training.distributed.cluster import start_ray
+from next.tuning.execution.tuner import copying_no_credentials
 
 def look(settings):
     key = os.environ["AWS_SECRET_ACCESS_KEY"].encode()

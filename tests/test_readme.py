@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from next.data.shards import open_manifest
+from next.data.shards.reader import open_manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -42,7 +42,7 @@ def test_the_readme_is_short():
 
 
 def test_the_shards_are_read_by_other_tools_as_the_readme_says(demo_shards, tmp_path, monkeypatch):
-    """All but the lines of Ray Data, which ``tests/data/test_writer.py`` runs with a cluster."""
+    """All but the lines of Ray Data, which tests/data/shards/test_writer.py runs."""
     [snippet] = re.findall(r"```python\n(import pandas\n\npandas.*?)```", README, re.DOTALL)
     of_pandas, of_duckdb, of_ray = re.split(r"(?=^import )", snippet, flags=re.MULTILINE)[1:]
     assert 'ray.data.read_parquet("shards/rgbnt201/train")' in of_ray

@@ -11,15 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from next.captioning.engine import Asked, Questions, Totals, hashed, run_here, spent_on
-from next.captioning.labels import AttributeLabels, Image, Score, judge, score
-from next.captioning.ledger import Ledger
-from next.captioning.merge import Belief, Calibration, calibrate, facts
-from next.captioning.rewriting import RewriteCheck, rewriting_prompt
+from next.benchmark.card import Benchmark
+from next.captioning.requests.engine import Asked, Questions, Totals, hashed, run_here, spent_on
+from next.captioning.requests.ledger import Ledger
 from next.captioning.run import Captioner, Heard
+from next.captioning.schema.labels import AttributeLabels, Image, Score, judge, score
+from next.captioning.schema.merge import Belief, Calibration, calibrate, facts
+from next.captioning.schema.rewriting import RewriteCheck, rewriting_prompt
+from next.captioning.schema.template import CaptionWriter
 from next.captioning.source import Picture, Source, Texts
-from next.captioning.template import CaptionWriter
-from next.data.benchmark import Benchmark
 from next.storage import replacing, write_whole
 
 _log = logging.getLogger(__name__)

@@ -11,17 +11,17 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
-from next.captioning.attributes import Reading, Schema
-from next.captioning.engine import Asked, Questions, Totals, hashed, run_here
-from next.captioning.labels import Image
-from next.captioning.ledger import Ledger, Status
-from next.captioning.merge import Belief, Calibration, MergeConfig, merge
-from next.captioning.models import ModelConfig
-from next.captioning.parsing import parse_answer
-from next.captioning.prompt import Prompt, prompt_for
+from next.captioning.requests.engine import Asked, Questions, Totals, hashed, run_here
+from next.captioning.requests.ledger import Ledger, Status
+from next.captioning.requests.models import ModelConfig
+from next.captioning.requests.spending import BudgetConfig, Purse, Spending
+from next.captioning.schema.attributes import Reading, Schema
+from next.captioning.schema.labels import Image
+from next.captioning.schema.merge import Belief, Calibration, MergeConfig, merge
+from next.captioning.schema.parsing import parse_answer
+from next.captioning.schema.prompt import Prompt, prompt_for
+from next.captioning.schema.template import CaptionWriter
 from next.captioning.source import Source
-from next.captioning.spending import BudgetConfig, Purse, Spending
-from next.captioning.template import CaptionWriter
 from next.config import Section
 
 Again = Literal["refused", "garbled"]
@@ -141,7 +141,7 @@ class Captioner:
                 report(Asked(picture.split, picture.sample, picture.modality, image_hash, ()))
         elif self.config.workers > 1:
             # Ray takes seconds to import, and is not needed to ask from one process.
-            from next.captioning.pipeline import run_on_ray
+            from next.captioning.requests.pipeline import run_on_ray
 
             totals.left = run_on_ray(
                 self.source,

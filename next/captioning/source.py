@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from next.data.benchmark import Benchmark
+from next.benchmark.card import Benchmark
 from next.data.captions import split_sentences
-from next.data.images import ImageReader, OnBad, undefined
-from next.data.ingest import ScanOptions, scan
-from next.data.layout import Loaded, Sample
-from next.data.manifest import Findings
-from next.data.pixels import Undefined, plain
-from next.data.shards import Manifest
-from next.data.writer import write_shards
+from next.data.shards.layout import Loaded, Sample
+from next.data.shards.manifest import Findings
+from next.data.shards.reader import Manifest
+from next.data.shards.writer import write_shards
+from next.data.source.images import ImageReader, OnBad, undefined
+from next.data.source.ingest import ScanOptions, scan
+from next.data.source.pixels import Undefined, plain
 from next.storage import Folder, open_folder
 
 Texts = Mapping[tuple[str, str, str], str]

@@ -1,1 +1,4 @@
-"""From raw folders to batches: cards, shards, decoded cache, plans, captions."""
+"""From raw folders to batches: shards, decoded cache, plans, captions.
+
+Read ``loading/loader.py`` first. In: a raw folder and a card. Out: batches of images and captions.
+"""

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 
-from next.data.listing import as_stored, composed
+from next.data.source.listing import as_stored, composed
 from next.data.wording import count, some
 from next.storage import Folder
 

@@ -22,9 +22,9 @@ from typing import NamedTuple
 import numpy as np
 
 from next.config import CaptionsConfig
-from next.data.cache import exclusive, lease, make_room, mark_used
 from next.data.draws import uniform
-from next.data.shards import Manifest, read_matrix, write_matrix
+from next.data.loading.cache import exclusive, lease, make_room, mark_used
+from next.data.shards.reader import Manifest, read_matrix, write_matrix
 
 _log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ import numpy as np
 from next.config import CaptionsConfig
 from next.data.captions import CaptionTable
 from next.data.draws import uniform
-from next.data.plan import epoch_plan
-from next.data.samples import SampleSet
+from next.data.loading.plan import epoch_plan
+from next.data.loading.samples import SampleSet
 
 
 def pair_plan(pids: np.ndarray, *, seed: int, epoch: int, size: int) -> np.ndarray:

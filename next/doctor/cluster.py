@@ -1,7 +1,8 @@
 """Checks of the cluster that a job would run on, for what many machines bring with them.
 
 What only the nodes know (versions, clocks, what the autoscaler may add) a small job on the cluster
-tells; it has the source of :mod:`next.training.nodes` with it, so the cluster needs none of ours.
+tells; it has the source of :mod:`next.training.distributed.nodes` with it, so the cluster needs
+none of ours.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from next.storage import network_mount, open_folder
 SURVEY_SECONDS = 8.0
 """How long the job on the cluster may take; a machine that is busy takes longer to start it."""
 _ROOT = Path(__file__).resolve().parents[2]
-_KERNEL = _ROOT / "next" / "data" / "_compose.so"
+_KERNEL = _ROOT / "next" / "data" / "loading" / "_compose.so"
 _DRIVER = Path("/proc/driver/nvidia/version")
 _LEAST_DRIVER = {13: 580, 12: 525}
 """Branch of the NVIDIA driver that each major version of CUDA needs."""
@@ -210,17 +211,20 @@ def kernel(inquiry: Inquiry) -> Finding:
     cost = "NumPy makes the same batches, in 18.7 ms instead of 14.9 for 64 samples of RGBNT201"
     if not _KERNEL.is_file():
         return Finding(
-            "kernel", "warning", f"next/data/_compose.so is not here; {cost}", "make .venv/.ready"
+            "kernel",
+            "warning",
+            f"next/data/loading/_compose.so is not here; {cost}",
+            "make .venv/.ready",
         )
     if cluster_address() is not None and _is_ignored(_KERNEL):
         return Finding(
             "kernel",
             "warning",
-            f"ray job submit --working-dir leaves next/data/_compose.so behind, because git "
+            f"ray job submit leaves next/data/loading/_compose.so behind, because git "
             f"ignores it; on the workers {cost}",
             "submit without --working-dir from an image or a checkout that has it",
         )
-    return Finding("kernel", "ok", "next/data/_compose.so is compiled")
+    return Finding("kernel", "ok", "next/data/loading/_compose.so is compiled")
 
 
 def driver_version(text: str) -> str | None:
@@ -258,7 +262,7 @@ def _is_ignored(path: Path) -> bool:
 
 
 def _survey(inquiry: Inquiry) -> dict[str, Any] | str:
-    """What :func:`next.training.nodes.survey` found on the named cluster, or why nothing came.
+    """What the survey of the named cluster found, or why nothing came.
 
     One job tells all checks.
     """

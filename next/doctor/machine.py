@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from next.data.cache import cache_root, contents
+from next.data.loading.cache import cache_root, contents
 from next.doctor.finding import Finding, Inquiry, Verdict
 from next.storage import network_mount
 

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from next.addresses import is_loopback, redacted
 from next.config import RunConfig
-from next.data.shards import open_manifest, shard_damage
+from next.data.shards.reader import open_manifest, shard_damage
 from next.doctor.finding import Finding, Inquiry
 from next.doctor.machine import clock_behind_files, clock_differs
 from next.evaluation.queries import measurable

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from next.config import RunConfig
-from next.data.features import Precision, writing_features
-from next.data.loader import Batch, SampleSet, evaluation_batches
+from next.data.loading.loader import Batch, SampleSet, evaluation_batches
+from next.data.shards.features import Precision, writing_features
 from next.evaluation.share import ALONE, Share
 from next.model.network import NEXT, Routing
 from next.model.routing import normalised_entropy
@@ -176,7 +176,8 @@ def embed_to(
     """Embed samples into a Parquet file, of which memory holds ``rows`` at a time.
 
     Args:
-        path: the file; :func:`next.data.features.read_features` and any Parquet reader read it.
+        path: the file; :func:`next.data.shards.features.read_features` and any Parquet reader read
+            it.
         model: the network, on ``device``.
         samples: what to embed.
         config: settings; reads selection.batch, data and captions.

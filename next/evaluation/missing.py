@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from next.config import RunConfig
-from next.data.loader import SampleSet
-from next.evaluation.distances import Layout
-from next.evaluation.metrics import RetrievalMetrics, check_rule, retrieval_metrics
+from next.data.loading.loader import SampleSet
 from next.evaluation.protocol import Pair, embed_pair, layout_of
+from next.evaluation.ranking.distances import Layout
+from next.evaluation.ranking.metrics import RetrievalMetrics, check_rule, retrieval_metrics
 from next.evaluation.share import ALONE, Share
 from next.evaluation.whitening import Whitening
 from next.model.network import NEXT

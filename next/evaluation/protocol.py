@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from next.config import RunConfig
-from next.data.loader import SampleSet
-from next.evaluation.distances import Layout
+from next.data.loading.loader import SampleSet
 from next.evaluation.embed import Embeddings, embed_all
-from next.evaluation.metrics import (
+from next.evaluation.ranking.distances import Layout
+from next.evaluation.ranking.metrics import (
     Nearest,
     RetrievalMetrics,
     check_rule,
@@ -75,7 +75,8 @@ def evaluate(
     A query never matches itself; by the rule it does not match gallery samples of its identity
     and camera (or scene) either. Features are L2-normalised as a whole, distances are Euclidean;
     samples with other modalities than one another are compared over the slices that both have
-    (:func:`next.evaluation.distances.distance_rows`), unless evaluation.common_slices is off.
+    (:func:`next.evaluation.ranking.distances.distance_rows`), unless evaluation.common_slices is
+    off.
 
     Args:
         model: the network, on ``device``.

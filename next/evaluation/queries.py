@@ -10,8 +10,8 @@ import numpy as np
 from next.config import RunConfig
 from next.data.holdout import split_train, valid_queries
 from next.data.labels import Labels
-from next.data.shards import Manifest
-from next.evaluation.metrics import check_rule
+from next.data.shards.reader import Manifest
+from next.evaluation.ranking.metrics import check_rule
 
 SPREAD = 30.0
 """Standard deviation of average precision between identities, mAP. Assumed: that of numbers spread

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from next.evaluation.distances import Layout, modalities_present, sliced
+from next.evaluation.ranking.distances import Layout, modalities_present, sliced
 
 Kind = Literal["centred", "whitened"]
 COMPONENTS = 128

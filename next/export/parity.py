@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from next.data.labels import Labels
-from next.data.pixels import is_missing
-from next.evaluation.metrics import nearest, retrieval_metrics
+from next.data.source.pixels import is_missing
+from next.evaluation.ranking.metrics import nearest, retrieval_metrics
 from next.export.graph import Run
 from next.retrieval.sources import Columns, Source
 from next.training.embedder import Embedder

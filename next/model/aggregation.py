@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from next.config import AggregationConfig
-from next.model.attention import attend
 from next.model.routing import at_least_float32
+from next.model.towers.attention import attend
 
 
 class Aggregated(NamedTuple):

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from next.config import ModelConfig
 from next.model.aggregation import Aggregated, Aggregation
-from next.model.backbone import Backbone
 from next.model.head import IdentityHead
 from next.model.routing import at_least_float32, normalised_entropy, overlap
 from next.model.semantic_experts import SemanticExperts
 from next.model.structure_experts import StructureExperts
+from next.model.towers.backbone import Backbone
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from next.evaluation.distances import Layout
+from next.evaluation.ranking.distances import Layout
 from next.lease import Lease
 from next.retrieval.gallery import (
     FACTS,

@@ -24,11 +24,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
+from next.benchmark.card import Benchmark
 from next.config import Section
-from next.data.benchmark import Benchmark
 from next.data.labels import Labels
-from next.data.shards import in_turn
-from next.evaluation.distances import Layout
+from next.data.shards.reader import in_turn
+from next.evaluation.ranking.distances import Layout
 from next.retrieval.search import Block, require_finite
 from next.storage import Folder, open_folder
 

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from next.config import near_matches
-from next.data.decoding import decode
 from next.data.labels import Labels
-from next.data.pixels import plain
-from next.evaluation.metrics import RULES, check_rule
-from next.evaluation.ranklists import RankList, Shown, rank_lists
+from next.data.loading.decoding import decode
+from next.data.source.pixels import plain
+from next.evaluation.ranking.metrics import RULES, check_rule
+from next.pictures.model.rank_lists import RankList, Shown, rank_lists
 from next.retrieval.embed import Model
 from next.retrieval.gallery import Gallery, Known, require_model
 from next.retrieval.search import Ranked, search

@@ -2,8 +2,8 @@
 
 A product in float32 finds the few rows of a block that can be among the nearest; its rounding is
 bounded, and what is nearer than the bound stays. The distances of those alone are then computed as
-evaluations do (:mod:`next.evaluation.distances`), so ranking, values and ties are the same to the
-bit, and most of the work is the product.
+evaluations do (:mod:`next.evaluation.ranking.distances`), so ranking, values and ties are the same
+to the bit, and most of the work is the product.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from next.data.labels import Labels
-from next.evaluation.distances import Layout, distance_rows, sliced
+from next.evaluation.ranking.distances import Layout, distance_rows, sliced
 
 QUERIES = 512
 """That are compared with a block at a time."""

@@ -14,12 +14,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from next.data.benchmark import Benchmark
-from next.data.images import ImageReader, OnBad
-from next.data.ingest import ScanOptions, scan
-from next.data.layout import Sample
-from next.data.pixels import taken_at
-from next.data.shards import Manifest, open_manifest, shard_columns
+from next.benchmark.card import Benchmark
+from next.data.shards.layout import Sample
+from next.data.shards.reader import Manifest, open_manifest, shard_columns
+from next.data.source.images import ImageReader, OnBad
+from next.data.source.ingest import ScanOptions, scan
+from next.data.source.pixels import taken_at
 from next.retrieval.gallery import Origin
 from next.storage import Folder, open_folder
 
@@ -58,7 +58,7 @@ class ShardSplit:
 
     manifest: Manifest
     split: str
-    """That holds the rows (:meth:`next.data.shards.Manifest.resolve`)."""
+    """That holds the rows (:meth:`next.data.shards.reader.Manifest.resolve`)."""
 
     @property
     def origin(self) -> Origin:

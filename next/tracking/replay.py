@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from next.addresses import tracking_uri
-from next.tracking.client import NotDelivered
-from next.tracking.delivery import Delivery
+from next.tracking.delivery.client import NotDelivered
+from next.tracking.delivery.delivery import Delivery
+from next.tracking.delivery.presence import require_answer
 from next.tracking.journal import FILE_NAME, Journal, Status, now, read_records
-from next.tracking.presence import require_answer
 from next.tracking.server import start_server
 
 _log = logging.getLogger(__name__)

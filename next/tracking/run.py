@@ -20,9 +20,10 @@ from typing import Any, Literal, SupportsFloat
 
 from next.addresses import tracking_uri
 from next.storage import write_whole
-from next.tracking.client import check_server, child_run_ids
-from next.tracking.delivery import Address, Delivery
-from next.tracking.images import LOGGED_IMAGES, LOGGED_TABLES, add_image, table_tag, write_table
+from next.tracking.delivery.client import check_server, child_run_ids
+from next.tracking.delivery.delivery import Address, Delivery
+from next.tracking.delivery.publication import Publication
+from next.tracking.delivery.sender import Sender
 from next.tracking.journal import (
     Artifact,
     Data,
@@ -39,12 +40,17 @@ from next.tracking.journal import (
     read_status,
     text_values,
 )
-from next.tracking.links import compare_url, experiment_url, run_url
-from next.tracking.publication import Publication
 from next.tracking.replay import Replay, replay
-from next.tracking.sender import Sender
 from next.tracking.server import TrackingServer, replay_command, start_server, view_command
 from next.tracking.system import SystemMonitor
+from next.tracking.views.images import (
+    LOGGED_IMAGES,
+    LOGGED_TABLES,
+    add_image,
+    table_tag,
+    write_table,
+)
+from next.tracking.views.links import compare_url, experiment_url, run_url
 
 __all__ = [
     "Replay",
@@ -191,7 +197,7 @@ class Run:
         self.set_tags({LOGGED_TABLES: table_tag(self._earlier.tables)})
 
     def describe_experiment(self, tags: Mapping[str, str]) -> None:
-        """Set tags of the experiment: :func:`next.tracking.views.experiment_tags`."""
+        """Set tags of the experiment: :func:`next.tracking.views.comparison.experiment_tags`."""
         self._journal.append(ExperimentTags(dict(tags)))
 
     def log_text(self, text: str, name: str) -> None:
@@ -311,7 +317,7 @@ def open_run(
         tags: provenance and the like.
         system_seconds: seconds between samples of CPU, memory and GPUs; None: none are taken.
         store: address of the run's store, which gets the journal and the files that it names
-            (:mod:`next.tracking.publication`); None: they stay in ``folder``.
+            (:mod:`next.tracking.delivery.publication`); None: they stay in ``folder``.
 
     Raises:
         OSError: the store cannot be reached.

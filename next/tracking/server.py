@@ -35,7 +35,7 @@ import psutil
 from filelock import FileLock
 
 from next.storage import write_whole
-from next.tracking.presence import note_start
+from next.tracking.delivery.presence import note_start
 
 _log = logging.getLogger(__name__)
 

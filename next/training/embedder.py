@@ -31,19 +31,19 @@ import torch
 
 from next.config import RunConfig, near_matches, override
 from next.data.captions import CaptionSampler, CaptionTable, TextBank, bank_texts, split_sentences
-from next.data.decoding import decode
 from next.data.labels import Labels
-from next.data.loader import SampleSet, evaluation_batches
-from next.data.pixels import Undefined, encoded, is_missing, plain
-from next.evaluation.distances import Layout, distance_matrix
+from next.data.loading.decoding import decode
+from next.data.loading.loader import SampleSet, evaluation_batches
+from next.data.source.pixels import Undefined, encoded, is_missing, plain
 from next.evaluation.embed import embed
 from next.evaluation.protocol import layout_of
+from next.evaluation.ranking.distances import Layout, distance_matrix
 from next.model.network import NEXT
-from next.model.text import TextTower
+from next.model.towers.text import TextTower
 from next.retrieval.search import Ranked, rank
 from next.storage import open_folder
-from next.tracking.registry import fetch_model, registry_server
-from next.training.checkpoint import (
+from next.tracking.registry.versions import fetch_model, registry_server
+from next.training.checkpointing.checkpoint import (
     export_checkpoint,
     load_network,
     parse_state,
@@ -204,7 +204,7 @@ class Embedder:
 
         Samples that have other modalities than one another are compared over those that both have,
         unless the run was made with evaluation.common_slices off; a product of the embeddings
-        themselves is no comparison of such samples (:mod:`next.evaluation.distances`).
+        themselves is no comparison of such samples (:mod:`next.evaluation.ranking.distances`).
 
         Args:
             query: ``[Q, F]`` that :meth:`embed` gave.

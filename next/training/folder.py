@@ -27,7 +27,7 @@ from next.config import (
 from next.lease import Lease
 from next.stopping import LostRayError, Stopped, keeping, lost_ray
 from next.storage import open_folder, write_whole
-from next.training.interruption import Interrupted
+from next.training.checkpointing.interruption import Interrupted
 
 _log = logging.getLogger(__name__)
 

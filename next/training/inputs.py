@@ -8,18 +8,18 @@ from typing import NamedTuple
 
 import numpy as np
 
+from next.benchmark.card import MOST
 from next.config import BackboneConfig, RunConfig, near_matches, override
-from next.data.benchmark import MOST
-from next.data.cache import cache_root
 from next.data.holdout import fold_of_rows, split_train
 from next.data.labels import Labels
-from next.data.loader import SampleSet, open_samples
-from next.data.plan import deal_shards
-from next.data.shards import Manifest
+from next.data.loading.cache import cache_root
+from next.data.loading.loader import SampleSet, open_samples
+from next.data.loading.plan import deal_shards
+from next.data.shards.reader import Manifest
 from next.evaluation.queries import check_measurable
-from next.model.backbone import resolve_weights
-from next.model.clip import text_side
-from next.model.text import TextTower
+from next.model.towers.backbone import resolve_weights
+from next.model.towers.clip import text_side
+from next.model.towers.text import TextTower
 from next.training.loop import TrainingData
 
 

@@ -10,16 +10,18 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from next.benchmark.card import Benchmark
 from next.config import RunConfig
-from next.data.benchmark import Benchmark
-from next.data.shards import Manifest, open_manifest
+from next.data.shards.reader import Manifest, open_manifest
 from next.local_ray import on_cluster
 from next.storage import require_own_disk, write_whole
 from next.tracking.provenance import provenance_tags
 from next.tracking.run import check_server, open_run, read_metrics, start_server, view_command
-from next.training.assessment import Assessment, Carried, with_curves
-from next.training.checkpoint import read_config, read_progress, require_data
-from next.training.cluster import check_cluster, connected, start_ray
+from next.training.checkpointing.checkpoint import read_config, read_progress, require_data
+from next.training.checkpointing.interruption import Bell, listening
+from next.training.checkpointing.store import CheckpointStore, store_address
+from next.training.distributed.cluster import check_cluster, connected, start_ray
+from next.training.distributed.placement import assess_in_place
 from next.training.folder import (
     Claim,
     as_begun,
@@ -31,20 +33,18 @@ from next.training.folder import (
     run_folder,
 )
 from next.training.inputs import resolve, training_data
-from next.training.interruption import Bell, listening
 from next.training.loop import Outcome, Worker, train
-from next.training.placement import assess_in_place
-from next.training.process import configure_torch, device
-from next.training.record import (
+from next.training.results.assessment import Assessment, Carried, with_curves
+from next.training.results.mlflow_record import (
     data_tags,
     own_settings,
     record_assessment,
     record_inputs,
     seed_tags,
 )
-from next.training.registration import register_best, write_card
-from next.training.report import FolderReporter
-from next.training.store import CheckpointStore, store_address
+from next.training.results.registration import register_best, write_card
+from next.training.results.report import FolderReporter
+from next.training.step.process import configure_torch, device
 
 __all__ = [
     "RunResult",
@@ -315,7 +315,7 @@ def _train_on_ray(
     checkpoints: str,
     tracked: dict[str, Any],
 ) -> tuple[Outcome, Carried | None]:
-    from next.training.workers import train_on_workers
+    from next.training.distributed.workers import train_on_workers
 
     with open_run(**tracked) as run:
         record_inputs(run, config, manifest)

@@ -24,25 +24,25 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from next.config import LossConfig, OptimConfig, RunConfig
-from next.data.loader import Batch, SampleSet, train_batches
-from next.data.plan import occurrences, plan_hash, training_plan, worker_slice
+from next.data.loading.loader import Batch, SampleSet, train_batches
+from next.data.loading.plan import occurrences, plan_hash, training_plan, worker_slice
 from next.evaluation.protocol import Evaluation, evaluate
 from next.evaluation.share import Share
 from next.model.losses import Losses, objective
 from next.model.network import NEXT, NEXTOutput
-from next.training.checkpoint import (
+from next.training.checkpointing.checkpoint import (
     Progress,
     Snapshot,
     load_training_state,
     require_data,
     take_snapshot,
 )
-from next.training.cost import explain_shortage, is_shortage
-from next.training.interruption import Ask, Interrupted
-from next.training.optimizer import WeightAverage, build_optimizer, set_learning_rates
-from next.training.recording import Recording
-from next.training.report import Reporter, TakeSnapshot
-from next.training.step_log import StepLog
+from next.training.checkpointing.interruption import Ask, Interrupted
+from next.training.results.report import Reporter, TakeSnapshot
+from next.training.step.cost import explain_shortage, is_shortage
+from next.training.step.cuda_graph import Recording
+from next.training.step.optimizer import WeightAverage, build_optimizer, set_learning_rates
+from next.training.step.step_log import StepLog
 
 _log = logging.getLogger(__name__)
 

@@ -9,16 +9,16 @@ import numpy as np
 import torch
 
 from next.config import RunConfig
-from next.data.loader import evaluation_batches, train_batches
-from next.data.plan import occurrences, plan_hash, training_plan, worker_slice
-from next.data.shards import Manifest
+from next.data.loading.loader import evaluation_batches, train_batches
+from next.data.loading.plan import occurrences, plan_hash, training_plan, worker_slice
+from next.data.shards.reader import Manifest
 from next.evaluation.embed import embed
 from next.evaluation.queries import QuerySet, queries_held_out, queries_of_test
 from next.model.network import NEXT
-from next.training.cost import StepCost, free_bytes, measure_cost
 from next.training.inputs import training_data
 from next.training.loop import GlobalLoss, training_step
-from next.training.optimizer import build_optimizer
+from next.training.step.cost import StepCost, free_bytes, measure_cost
+from next.training.step.optimizer import build_optimizer
 
 _STEPS = 3
 

@@ -5,7 +5,7 @@
     config.toml   the settings that all trials share
     sweep.toml    how the space is searched, and what the space was
     space.py      a copy of the space
-    study.db      the record of the trials (:mod:`next.tuning.study`)
+    study.db      the record of the trials (:mod:`next.tuning.search.study`)
     trials/NAME/  journal, checkpoints, features and free axes of each run
     sweep.json, report.html, figures/, checkpoints/best/
 """
@@ -25,12 +25,12 @@ import tomli_w
 from next.config import RunConfig, from_toml, near_matches, override, read_written
 from next.lease import is_held
 from next.storage import open_folder, with_sum, without_sum, write_whole
+from next.training.checkpointing.store import store_address
 from next.training.folder import claim_folder, own_folder
-from next.training.store import store_address
 from next.tuning.results import Setting, Trial, group, read_trials, starting_point
+from next.tuning.search.space import Space
+from next.tuning.search.study import FILE, Studies, open_studies
 from next.tuning.settings import RECORD, SweepConfig
-from next.tuning.space import Space
-from next.tuning.study import FILE, Studies, open_studies
 
 _BRING_BACK = (
     "bring it back from a copy or from the sweep's store. Where it was changed on purpose, remove "

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 
 from next.config import RunConfig, from_toml
 from next.storage import Folder, open_folder, write_whole
-from next.tracking.publication import Publication
+from next.tracking.delivery.publication import Publication
+from next.training.checkpointing.store import CheckpointStore, persist, store_address
 from next.training.folder import changes
-from next.training.store import CheckpointStore, persist, store_address
 from next.tuning.settings import AXES, FEATURES
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 from next.tuning.results import Setting, Trial
-from next.tuning.search import Live, Search
-from next.tuning.seeds import Floor, noise_floor
+from next.tuning.search.searcher import Live, Search
 from next.tuning.settings import SweepConfig
-from next.tuning.summary import spread_text
+from next.tuning.statistics.seeds import Floor, noise_floor
+from next.tuning.statistics.summary import spread_text
 from next.tuning.watch import watching
 
 _LINE_SECONDS = 8.0

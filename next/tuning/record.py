@@ -24,11 +24,11 @@ from ray.tune.search import Searcher
 
 from next.lease import Lease
 from next.storage import open_folder, write_whole
-from next.training.store import StoreError
+from next.training.checkpointing.store import StoreError
 from next.tuning.folder import TEXTS, resume_command
 from next.tuning.home import Home
-from next.tuning.search import Search
-from next.tuning.study import FILE
+from next.tuning.search.searcher import Search
+from next.tuning.search.study import FILE
 
 _log = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ class StoredSearch(Search):
     Args:
         record: of the sweep.
         folder: of the sweep on this machine.
-        given: as :class:`next.tuning.search.Search` takes it.
+        given: as :class:`next.tuning.search.searcher.Search` takes it.
     """
 
     def __init__(self, record: StoredRecord, folder: Path, *given: Any, **named: Any) -> None:

@@ -14,10 +14,10 @@ import optuna
 from optuna.trial import TrialState
 
 from next.config import RunConfig, flatten
-from next.evaluation.blocks import SharedSeeds, shared_seeds
+from next.evaluation.statistics.blocks import SharedSeeds, shared_seeds
 from next.storage import write_whole
-from next.tuning.search import DEFAULT, best_of, read_curve
-from next.tuning.study import Studies
+from next.tuning.search.searcher import DEFAULT, best_of, read_curve
+from next.tuning.search.study import Studies
 
 State = Literal["finished", "pruned", "failed", "running", "waiting"]
 

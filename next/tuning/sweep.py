@@ -20,13 +20,13 @@ import optuna
 import ray
 
 from next.config import RunConfig, from_toml, override, read_written
-from next.data.shards import Manifest, open_manifest
+from next.data.shards.reader import Manifest, open_manifest
 from next.evaluation.queries import measurable
 from next.lease import Lease
 from next.local_ray import on_cluster
 from next.stopping import LostRayError, Stopped, keeping, lost_ray
 from next.storage import open_folder, require_own_disk
-from next.tracking.presence import hangs
+from next.tracking.delivery.presence import hangs
 from next.tracking.run import (
     Run,
     open_run,
@@ -35,20 +35,21 @@ from next.tracking.run import (
     replay_command,
     view_command,
 )
-from next.training.alignment import prepare_pairs
-from next.training.assessment import Assessment
-from next.training.checkpoint import read_config
-from next.training.cluster import check_cluster
+from next.training.checkpointing.checkpoint import read_config
+from next.training.checkpointing.store import persist, store_address
+from next.training.distributed.cluster import check_cluster
+from next.training.distributed.placement import assess_in_place
 from next.training.folder import data_of, own_folder
 from next.training.inputs import resolve, training_data
 from next.training.launch import check_tracking, read_history, run_tags, tracking_address
-from next.training.placement import assess_in_place
-from next.training.pretraining import ONLY, REPORTED, check_pretraining
-from next.training.record import record_assessment, record_inputs
-from next.training.registration import register_best, write_card
-from next.training.store import persist, store_address
-from next.training.tower_weights import mark_of, write_weights
-from next.tuning.comparison import comparison_link, record_pictures, set_up_comparison
+from next.training.pretraining.alignment import prepare_pairs
+from next.training.pretraining.run import ONLY, REPORTED, check_pretraining
+from next.training.pretraining.tower_weights import mark_of, write_weights
+from next.training.results.assessment import Assessment
+from next.training.results.mlflow_record import record_assessment, record_inputs
+from next.training.results.registration import register_best, write_card
+from next.tuning.execution.slots import Places
+from next.tuning.execution.tuner import run_trials
 from next.tuning.folder import (
     is_driven,
     named,
@@ -60,16 +61,14 @@ from next.tuning.folder import (
     write_record,
 )
 from next.tuning.home import Home, mirror
-from next.tuning.pictures import draw_overview
 from next.tuning.progress import Progress
 from next.tuning.record import COUNT, StoredRecord, StoredSearch, fetch_record
-from next.tuning.report import report_sweep
-from next.tuning.resources import Places
+from next.tuning.report.comparison import comparison_link, record_pictures, set_up_comparison
+from next.tuning.report.pictures import draw_overview
+from next.tuning.report.report import report_sweep
 from next.tuning.results import Setting, State, Trial, group, read_trials, starting_point
-from next.tuning.search import DEFAULT, Repeat, Search
-from next.tuning.seeds import first_metric, next_racer
-from next.tuning.settings import RECORD, SweepConfig
-from next.tuning.space import (
+from next.tuning.search.searcher import DEFAULT, Repeat, Search
+from next.tuning.search.space import (
     METRIC,
     Space,
     describe_space,
@@ -77,9 +76,17 @@ from next.tuning.space import (
     load_space,
     space_difference,
 )
-from next.tuning.study import FILE, Studies, create_studies, inherit, open_studies, set_waiting
-from next.tuning.summary import Summary, leaderboard, on_test, summarise
-from next.tuning.tuner import run_trials
+from next.tuning.search.study import (
+    FILE,
+    Studies,
+    create_studies,
+    inherit,
+    open_studies,
+    set_waiting,
+)
+from next.tuning.settings import RECORD, SweepConfig
+from next.tuning.statistics.seeds import first_metric, next_racer
+from next.tuning.statistics.summary import Summary, leaderboard, on_test, summarise
 
 _log = logging.getLogger(__name__)
 
@@ -408,7 +415,7 @@ def prepare_sweep(base: RunConfig, sweep: SweepConfig) -> tuple[Manifest, RunCon
 def checked_space(
     space: Space, base: RunConfig, sweep: SweepConfig, manifest: Manifest
 ) -> dict[str, str]:
-    """What a space varies, as :func:`next.tuning.space.describe_space`, of the sweep's task.
+    """What a space varies, as :func:`next.tuning.search.space.describe_space`, of the sweep's task.
 
     Raises:
         ValueError: as there, or pretraining does not have what the space varies or asks for.

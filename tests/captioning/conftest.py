@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from next.captioning.attributes import load_schema
+from next.benchmark.card import load_card
+from next.captioning.schema.attributes import load_schema
 from next.captioning.source import FolderSource
-from next.data.benchmark import load_card
-from next.data.ingest import ScanOptions
+from next.data.source.ingest import ScanOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 

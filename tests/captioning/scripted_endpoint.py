@@ -29,9 +29,9 @@ from typing import Any
 
 from PIL import Image
 
-from next.captioning.attributes import NOT_VISIBLE, OTHER, load_schema
-from next.captioning.labels import demo_labels
-from next.captioning.prompt import prompt_for
+from next.captioning.schema.attributes import NOT_VISIBLE, OTHER, load_schema
+from next.captioning.schema.labels import demo_labels
+from next.captioning.schema.prompt import prompt_for
 
 SPECTRA = {"RGB": "visible", "NI": "near_infrared", "TI": "thermal"}
 REASONS = {

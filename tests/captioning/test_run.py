@@ -3,19 +3,19 @@ import json
 
 import pytest
 
-from next.captioning.attributes import load_schema
-from next.captioning.labels import demo_labels, judge, load_labels, score
-from next.captioning.ledger import Ledger
-from next.captioning.merge import MergeConfig, calibrate, facts
-from next.captioning.models import ModelConfig
 from next.captioning.output import caption_path, write_captions
-from next.captioning.quality import measure, read_caption_files
+from next.captioning.quality.report import measure, read_caption_files
+from next.captioning.requests.ledger import Ledger
+from next.captioning.requests.models import ModelConfig
 from next.captioning.run import CaptionConfig, Captioner
+from next.captioning.schema.attributes import load_schema
+from next.captioning.schema.labels import demo_labels, judge, load_labels, score
+from next.captioning.schema.merge import MergeConfig, calibrate, facts
 from next.captioning.source import ShardSource
-from next.data.audit import audit
 from next.data.captions import is_reliable
-from next.data.ingest import scan
-from next.data.shards import open_manifest
+from next.data.shards.audit import audit
+from next.data.shards.reader import open_manifest
+from next.data.source.ingest import scan
 from tests.captioning.scripted_endpoint import PERSONAS, Script, scripted
 
 

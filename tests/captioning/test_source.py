@@ -3,11 +3,11 @@ import io
 import pytest
 from PIL import Image
 
+from next.benchmark.card import load_card
 from next.captioning.output import caption_path, write_caption_files
 from next.captioning.source import FolderSource, ShardSource
-from next.data.benchmark import load_card
-from next.data.ingest import ScanOptions, scan
-from next.data.shards import open_manifest
+from next.data.shards.reader import open_manifest
+from next.data.source.ingest import ScanOptions, scan
 from next.storage import open_folder
 from tests.captioning.conftest import ROOT
 

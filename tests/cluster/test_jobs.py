@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from next.config import RunConfig, override
-from next.data.shards import open_manifest
+from next.data.shards.reader import open_manifest
 from next.tracking.journal import FILE_NAME
 from next.tracking.run import read_metrics
 from next.training.launch import launch

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from next.data.benchmark import Benchmark
+from next.benchmark.card import Benchmark
 
 CARD = """
 name = "tiny"

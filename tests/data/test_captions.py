@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from next.config import CaptionsConfig
-from next.data.cache import clean_up, contents
 from next.data.captions import (
     CaptionSampler,
     CaptionTable,
@@ -23,6 +22,7 @@ from next.data.captions import (
     split_sentences,
 )
 from next.data.draws import uniform
+from next.data.loading.cache import clean_up, contents
 
 CAPTIONS = Path(__file__).resolve().parents[2].parent / "shared" / "captions"
 WIDTH = 6

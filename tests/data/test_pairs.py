@@ -6,8 +6,8 @@ import pytest
 from next.config import CaptionsConfig
 from next.data.captions import CaptionTable
 from next.data.labels import Labels
+from next.data.loading.samples import SampleSet
 from next.data.pairs import CaptionSource, pair_plan
-from next.data.samples import SampleSet
 
 CAPTIONS = [
     [["a", "b"], ["a", "b"], ["c"], [], ["d is unknown.", "e"], ["a", "c"]],  # RGB

@@ -215,7 +215,7 @@ def test_the_image_holds_the_compiled_kernel():
     made = re.search(r"cc (.*) -o /_compose.so", text)
     assert made is not None
     assert made[1] in (DEPLOY.parent / "Makefile").read_text(), "compiled as on a machine"
-    copied = text.index("COPY --from=kernel /_compose.so ./next/data/_compose.so")
+    copied = text.index("COPY --from=kernel /_compose.so ./next/data/loading/_compose.so")
     assert copied > text.index("COPY next ./next")
 
 

@@ -263,10 +263,10 @@ def test_a_compiled_kernel_that_is_missing_or_stays_behind_is_found(monkeypatch,
     found = cluster.kernel(inquire())
     assert (found.verdict, found.mend) == ("warning", "make .venv/.ready")
     assert "18.7 ms instead of 14.9" in found.found
-    ours = Path(cluster.__file__).parents[1] / "data" / "_compose.so"
+    ours = Path(cluster.__file__).parents[1] / "data" / "loading" / "_compose.so"
     monkeypatch.setattr(cluster, "_KERNEL", ours)
     if not ours.is_file():
         pytest.skip("it was not compiled here")
     assert cluster.kernel(inquire()).verdict == "ok"
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
-    assert "leaves next/data/_compose.so behind" in cluster.kernel(inquire()).found
+    assert "leaves next/data/loading/_compose.so behind" in cluster.kernel(inquire()).found

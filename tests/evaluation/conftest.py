@@ -17,7 +17,7 @@ from matplotlib.transforms import Bbox
 
 from next.config import RunConfig, override
 from next.data.labels import Labels
-from next.data.loader import SampleSet
+from next.data.loading.loader import SampleSet
 from next.model.network import NEXT
 
 Drawn = list[Figure]

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from next.config import RunConfig, from_toml, override, to_toml
-from next.data.shards import open_manifest
+from next.data.shards.reader import open_manifest
 from next.evaluation.missing import MissingMatrix, missing_matrix
-from next.training.checkpoint import load_network
+from next.training.checkpointing.checkpoint import load_network
 from next.training.inputs import resolve, training_data
 from next.training.loop import train
-from next.training.report import FolderReporter
+from next.training.results.report import FolderReporter
 from tests.conftest import TINY
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from next.data.features import read_features
-from next.data.loader import evaluation_batches
+from next.data.loading.loader import evaluation_batches
+from next.data.shards.features import read_features
 from next.evaluation.embed import SampleUsage, embed, embed_to, mean_usage, route
 from next.evaluation.protocol import embed_pair
 

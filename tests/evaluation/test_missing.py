@@ -6,13 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from next.data.loader import evaluation_batches
+from next.data.loading.loader import evaluation_batches
 from next.evaluation import missing
-from next.evaluation.distances import Layout
 from next.evaluation.embed import embed
-from next.evaluation.metrics import retrieval_metrics
 from next.evaluation.missing import missing_matrix, short_name
 from next.evaluation.protocol import evaluate
+from next.evaluation.ranking.distances import Layout
+from next.evaluation.ranking.metrics import retrieval_metrics
 
 
 def run(model, query, gallery, config, rule="camera"):

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from next.config import override
-from next.data.loader import evaluation_batches
-from next.evaluation.distances import Layout, distance_matrix
+from next.data.loading.loader import evaluation_batches
 from next.evaluation.embed import embed
-from next.evaluation.metrics import retrieval_metrics
 from next.evaluation.protocol import evaluate, retrieved
+from next.evaluation.ranking.distances import Layout, distance_matrix
+from next.evaluation.ranking.metrics import retrieval_metrics
 
 
 def plain(model, query, gallery, config, rule="camera"):

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from next.benchmark.card import load_card
+from next.benchmark.procedural.benchmark import DemoSize, write_demo
 from next.config import RunConfig, override
-from next.data.benchmark import load_card
-from next.data.demo import DemoSize, write_demo
-from next.data.ingest import prepare
 from next.data.labels import Labels
-from next.data.shards import Manifest, open_manifest
+from next.data.shards.reader import Manifest, open_manifest
+from next.data.source.ingest import prepare
 from next.evaluation.queries import (
     FEW,
     HELD_OUT,

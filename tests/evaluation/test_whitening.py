@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from next.evaluation.distances import Layout, distance_matrix, modalities_present
-from next.evaluation.metrics import retrieval_metrics
+from next.evaluation.ranking.distances import Layout, distance_matrix, modalities_present
+from next.evaluation.ranking.metrics import retrieval_metrics
 from next.evaluation.whitening import fit_whitening
-from tests.evaluation.test_distances import sliced_features, unit
-from tests.evaluation.test_metrics import make_labels
+from tests.evaluation.ranking.test_distances import sliced_features, unit
+from tests.evaluation.ranking.test_metrics import make_labels
 
 LAYOUT = Layout(2, 3)
 

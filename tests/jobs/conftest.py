@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 
-from next.data.demo import DemoSize, write_demo
+from next.benchmark.procedural.benchmark import DemoSize, write_demo
 
 JOB = str(Path(__file__).resolve().parents[2] / "jobs" / "prepare.py")
 

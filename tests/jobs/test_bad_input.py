@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from next import storage
-from next.data.cache import cache_root, open_cache
-from next.data.shards import open_manifest
+from next.data.loading.cache import cache_root, open_cache
+from next.data.shards.reader import open_manifest
 from next.storage import open_folder
 
 CARD = Path(__file__).resolve().parents[2] / "datasets" / "demo.toml"

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from next.data.cache import open_cache
-from next.data.shards import open_manifest
+from next.data.loading.cache import open_cache
+from next.data.shards.reader import open_manifest
 
 main = runpy.run_path(str(Path(__file__).resolve().parents[2] / "jobs" / "cache.py"))["main"]
 

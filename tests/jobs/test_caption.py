@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from jobs.caption import main
-from next.captioning.ledger import Ledger
-from next.data.shards import open_manifest
+from next.captioning.requests.ledger import Ledger
+from next.data.shards.reader import open_manifest
 from tests.captioning.scripted_endpoint import Script, scripted
 
 ROOT = Path(__file__).resolve().parents[2]

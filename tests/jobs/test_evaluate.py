@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from next.config import override
-from next.data.shards import open_manifest
-from next.training.assessment import assess
+from next.data.shards.reader import open_manifest
 from next.training.inputs import resolve, training_data
 from next.training.loop import train
-from next.training.report import FolderReporter
+from next.training.results.assessment import assess
+from next.training.results.report import FolderReporter
 
 JOB_FILE = Path(__file__).resolve().parents[2] / "jobs" / "evaluate.py"
 
@@ -84,7 +84,9 @@ def test_the_number_of_the_literature_is_there_on_request(job, flags, capsys):
 
 def test_features_are_centred_or_whitened_on_request(job, flags, capsys, monkeypatch):
     """Fitted on train samples: none of those that are searched."""
-    monkeypatch.setattr("next.training.assessment.draw_evaluation", lambda *args, **given: [])
+    monkeypatch.setattr(
+        "next.training.results.assessment.draw_evaluation", lambda *args, **given: []
+    )
     one = [flag for flag in flags if flag != "--missing"]
     scores, matrices = [], []
     for kind in ("plain", "centred", "whitened"):
@@ -101,7 +103,9 @@ def test_a_matrix_that_is_too_costly_is_left_out_and_the_log_says_how_to_ask(
     flags, tmp_path, caplog, monkeypatch
 ):
     monkeypatch.setattr("next.evaluation.missing.MOST_SAMPLES", 3)
-    monkeypatch.setattr("next.training.assessment.draw_evaluation", lambda *args, **given: [])
+    monkeypatch.setattr(
+        "next.training.results.assessment.draw_evaluation", lambda *args, **given: []
+    )
     checkpoint, data = Path(flags[1]), flags[3]
     caplog.set_level("INFO", "next")
     found = assess(

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from next.benchmark.card import load_card
+from next.benchmark.procedural.benchmark import AS_REAL, VARIANTS, DemoSize, Variant
 from next.cli import base_config
 from next.config import override
-from next.data.benchmark import load_card
-from next.data.demo import AS_REAL, VARIANTS, DemoSize, Variant
 from next.data.holdout import split_train
-from next.data.plan import epoch_plan, plan_hash
-from next.data.shards import open_manifest
+from next.data.loading.plan import epoch_plan, plan_hash
+from next.data.shards.reader import open_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 JOB = str(ROOT / "jobs" / "prepare.py")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from next.data.shards import open_manifest
+from next.data.shards.reader import open_manifest
 from next.retrieval.gallery import open_gallery
 
 ROOT = Path(__file__).resolve().parents[2]

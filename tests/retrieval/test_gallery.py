@@ -8,8 +8,8 @@ import numpy as np
 import pandas
 import pytest
 
-from next.data.benchmark import load_card
-from next.data.shards import open_manifest
+from next.benchmark.card import load_card
+from next.data.shards.reader import open_manifest
 from next.retrieval import sources
 from next.retrieval.embed import embed_piece, embedding_here, facts_of, write_gallery
 from next.retrieval.gallery import encode_part, finished_parts, open_gallery, require_model

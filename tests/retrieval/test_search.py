@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from next.data.labels import Labels
-from next.evaluation.distances import Layout, distance_matrix
-from next.evaluation.metrics import nearest
+from next.evaluation.ranking.distances import Layout, distance_matrix
+from next.evaluation.ranking.metrics import nearest
 from next.retrieval.search import Block, rank, search
 
 LAYOUT = Layout(2, 3)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from next.tracking.client import connect
+from next.tracking.delivery.client import connect
 from next.tracking.server import start_server
 from tests.ports import free_port
 

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from next.tracking.client import connect
-from next.tracking.delivery import read_address
-from next.tracking.registry import ModelCard, fetch_model, register
+from next.tracking.delivery.client import connect
+from next.tracking.delivery.delivery import read_address
+from next.tracking.registry.versions import ModelCard, fetch_model, register
 from next.tracking.run import check_server, open_run
 from next.training.embedder import LOADER
 from tests.tracking.conftest import mlflow_server

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from next.tracking.client import connect
-from next.tracking.delivery import read_address
+from next.tracking.delivery.client import connect
+from next.tracking.delivery.delivery import read_address
 from next.tracking.journal import read_metrics, read_status
 from next.tracking.run import child_run_ids, replay
 from next.tracking.server import start_server

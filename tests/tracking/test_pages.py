@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from next.evaluation.figures import cmc_curve
-from next.tracking.links import compare_url, run_url, view_url
+from next.pictures.charts import cmc_curve
 from next.tracking.run import child_run_ids, open_run
-from next.tracking.views import SWEEP, experiment_tags, sweep_view
+from next.tracking.views.comparison import SWEEP, experiment_tags, sweep_view
+from next.tracking.views.links import compare_url, run_url, view_url
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 

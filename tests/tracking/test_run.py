@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from next.tracking import journal as journal_module
-from next.tracking.client import connect
-from next.tracking.delivery import read_address
+from next.tracking.delivery.client import connect
+from next.tracking.delivery.delivery import read_address
 from next.tracking.journal import FILE_NAME, Artifact, Status, encode, read_metrics, read_records
 from next.tracking.run import check_name, child_run_ids, open_run, replay, start_server
 

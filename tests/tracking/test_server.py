@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from next.tracking.client import check_server, connect
+from next.tracking.delivery.client import check_server, connect
 from next.tracking.run import open_run, read_metrics
 from next.tracking.server import start_server, view_command
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from next.config import override, to_toml
-from next.tracking.client import connect
-from next.tracking.delivery import read_address
+from next.tracking.delivery.client import connect
+from next.tracking.delivery.delivery import read_address
 from next.tracking.journal import FILE_NAME
 from next.tracking.run import child_run_ids
 from next.tracking.server import start_server

@@ -24,11 +24,11 @@ import torch
 from ray.cluster_utils import Cluster
 
 from next.config import RunConfig, override, to_toml
-from next.data.shards import open_manifest
+from next.data.shards.reader import open_manifest
 from next.stopping import INTERRUPTED
 from next.tracking.run import read_metrics, read_status
+from next.training.checkpointing.interruption import Ask, Bell
 from next.training.inputs import resolve
-from next.training.interruption import Ask, Bell
 from tests.conftest import TINY
 from tests.ports import free_port
 

@@ -11,11 +11,11 @@ import pandas
 import pytest
 from PIL import Image
 
-from next.data.loader import evaluation_batches
-from next.data.shards import open_manifest
+from next.data.loading.loader import evaluation_batches
+from next.data.shards.reader import open_manifest
 from next.evaluation.embed import embed
 from next.evaluation.protocol import evaluate, retrieved
-from next.training.checkpoint import load_network
+from next.training.checkpointing.checkpoint import load_network
 from next.training.embedder import Embedder, export_model, model_columns
 from next.training.inputs import test_data as open_test_data
 from next.training.inputs import text_tower

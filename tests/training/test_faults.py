@@ -12,7 +12,7 @@ from ray.util.state import list_actors, list_tasks
 
 from next.config import override, to_toml
 from next.tracking.run import read_status
-from next.training.cluster import check_address, require_room, start_ray
+from next.training.distributed.cluster import check_address, require_room, start_ray
 from next.training.launch import launch
 from tests.training.conftest import (
     ROOT,

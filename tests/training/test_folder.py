@@ -14,10 +14,11 @@ from types import ModuleType
 import pytest
 
 from next.config import LEGACY, flatten, from_toml, override, predated, to_toml
-from next.data.shards import open_manifest
+from next.data.shards.reader import open_manifest
 from next.model.network import NEXT
 from next.stopping import LostRayError, Stopped
 from next.tracking.run import read_metrics, read_status
+from next.training.checkpointing.interruption import Interrupted
 from next.training.folder import (
     as_begun,
     changes,
@@ -28,7 +29,6 @@ from next.training.folder import (
     holding,
 )
 from next.training.inputs import resolve
-from next.training.interruption import Interrupted
 from next.training.launch import launch
 
 OLDER = {"model.semantic.text_skip": False}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from next.config import override
-from next.data.shards import Manifest, open_manifest
+from next.data.shards.reader import Manifest, open_manifest
 from next.storage import open_folder
 from next.training.inputs import for_fold, resolve, training_data
 from next.training.loop import TrainingData

@@ -19,13 +19,13 @@ import pytest
 import torch
 
 from next.config import override
-from next.data.shards import open_manifest
+from next.data.shards.reader import open_manifest
 from next.tracking.run import read_metrics, start_server
-from next.training.checkpoint import load_network, read_progress
+from next.training.checkpointing.checkpoint import load_network, read_progress
 from next.training.folder import claim_folder
 from next.training.inputs import resolve
 from next.training.launch import launch, read_history
-from next.training.registration import read_card
+from next.training.results.registration import read_card
 from tests.exposure import LOOPBACK, listeners
 
 ROOT = Path(__file__).resolve().parents[2]

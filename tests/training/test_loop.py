@@ -15,15 +15,15 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from next.config import RunConfig, from_toml, override, to_toml
-from next.data.loader import train_batches
-from next.data.shards import open_manifest
+from next.data.loading.loader import train_batches
+from next.data.shards.reader import open_manifest
 from next.model.network import NEXT
-from next.training.checkpoint import load_network, read_progress
+from next.training.checkpointing.checkpoint import load_network, read_progress
+from next.training.checkpointing.interruption import Ask, Bell, Interrupted
 from next.training.inputs import resolve, training_data
-from next.training.interruption import Ask, Bell, Interrupted
 from next.training.loop import GlobalLoss, Outcome, Worker, train
-from next.training.report import FolderReporter, TrainReporter
-from next.training.step_log import NonFiniteLossError, RouterCollapseError
+from next.training.results.report import FolderReporter, TrainReporter
+from next.training.step.step_log import NonFiniteLossError, RouterCollapseError
 from tests.training.conftest import Ringing, together
 
 
@@ -531,6 +531,8 @@ def test_a_router_that_collapsed_ends_the_run_and_says_which(tiny_config, tmp_pa
     assert len(seen) == 2 * len([row for row in shares if row])
     assert all(0.5 <= share < 0.95 for share in seen), "two experts share the attention"
 
-    monkeypatch.setattr("next.training.step_log._EVERYTHING", 0.5)  # one of two always has that
+    monkeypatch.setattr(
+        "next.training.step.step_log._EVERYTHING", 0.5
+    )  # one of two always has that
     with pytest.raises(RouterCollapseError, match=r"one semantic expert got \d.* for 3 steps, up"):
         train(config, data, FolderReporter(tmp_path / "collapsed"))

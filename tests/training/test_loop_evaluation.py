@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 
 from next.config import RunConfig, from_toml, override, to_toml
-from next.data.shards import open_manifest
+from next.data.shards.reader import open_manifest
 from next.evaluation.protocol import Evaluation, evaluate
 from next.model.network import NEXT
-from next.training.checkpoint import Progress, load_network, read_progress
+from next.training.checkpointing.checkpoint import Progress, load_network, read_progress
+from next.training.checkpointing.interruption import Bell
 from next.training.inputs import training_data
-from next.training.interruption import Bell
 from next.training.loop import Outcome, Worker, train
-from next.training.report import FolderReporter, TrainReporter
+from next.training.results.report import FolderReporter, TrainReporter
 from tests.training.conftest import together
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from next.config import override
-from next.data.shards import open_manifest
+from next.data.shards.reader import open_manifest
 from next.training.inputs import resolve
 from next.training.rehearsal import rehearse
 

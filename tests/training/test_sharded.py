@@ -8,20 +8,20 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from next.benchmark.card import load_card
 from next.config import RunConfig, from_toml, override, to_toml
-from next.data.benchmark import load_card
-from next.data.cache import contents
 from next.data.holdout import split_train
-from next.data.ingest import prepare
-from next.data.plan import deal_shards, training_plan
-from next.data.shards import open_manifest
+from next.data.loading.cache import contents
+from next.data.loading.plan import deal_shards, training_plan
+from next.data.shards.reader import open_manifest
+from next.data.source.ingest import prepare
 from next.evaluation.protocol import evaluate
-from next.training.checkpoint import load_network
+from next.training.checkpointing.checkpoint import load_network
+from next.training.checkpointing.interruption import Bell
 from next.training.folder import claim_folder
 from next.training.inputs import resolve, training_data
-from next.training.interruption import Bell
 from next.training.loop import Worker, train
-from next.training.report import TrainReporter
+from next.training.results.report import TrainReporter
 from tests.training.conftest import together
 from tests.training.test_loop import run
 
@@ -34,8 +34,8 @@ def in_shards_of(ready, demo_raw, tmp_path, monkeypatch) -> Callable[[int], RunC
 
     def prepared(identities: int) -> RunConfig:
         samples = np.bincount(open_manifest(ready.data.uri).labels("train").pid).max()
-        monkeypatch.setattr("next.data.layout.GROUP_ROWS", int(samples) * identities)
-        monkeypatch.setattr("next.data.layout.SHARD_BYTES", 1)
+        monkeypatch.setattr("next.data.shards.layout.GROUP_ROWS", int(samples) * identities)
+        monkeypatch.setattr("next.data.shards.layout.SHARD_BYTES", 1)
         out = tmp_path / "shards"
         prepare(load_card(ROOT / "datasets" / "demo.toml"), demo_raw, out)
         settings = {"data.uri": str(out), "data.placement": "sharded", "data.cache": str(tmp_path)}

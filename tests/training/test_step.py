@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from next.config import LossConfig, OptimConfig, RunConfig, override
-from next.data.loader import Batch
+from next.data.loading.loader import Batch
 from next.model.losses import Losses, objective
 from next.training.loop import GlobalLoss, record, training_step
-from next.training.optimizer import build_optimizer
-from tests.training.test_cost import batch, network
+from next.training.step.optimizer import build_optimizer
+from tests.training.step.test_cost import batch, network
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -11,12 +11,12 @@ from ray.util.placement_group import placement_group_table
 from next.config import RunConfig, override
 from next.doctor import cluster
 from next.doctor.finding import Inquiry
-from next.training.cluster import most_workers, require_room
-from next.training.nodes import Autoscaler, NodeType, from_config
-from next.tuning.demand import Demand
+from next.training.distributed.cluster import most_workers, require_room
+from next.training.distributed.nodes import Autoscaler, NodeType, from_config
+from next.tuning.execution.demand import Demand
 from next.tuning.folder import read_standing
+from next.tuning.search.space import load_space
 from next.tuning.settings import SweepConfig
-from next.tuning.space import load_space
 from next.tuning.sweep import run_sweep
 from tests.deploy.conftest import BIN, ROOT, wait_for
 from tests.tuning.autoscaling import autoscaling_head, cluster_config

@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 from next.config import override, to_toml
+from next.tuning.execution.training import kind_of
 from next.tuning.folder import read_standing
-from next.tuning.training import kind_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,7 +44,7 @@ def kill_when_it_trains(folder: Path, name: str, done: threading.Event) -> None:
             continue
         for process in psutil.process_iter():
             with suppress(psutil.Error):
-                if "next.tuning.forkserver" not in process.cmdline():
+                if "next.tuning.execution.forkserver" not in process.cmdline():
                     continue  # to list the files of every process takes longer than the trial
                 if str(trial / ".trial.lock") in [file.path for file in process.open_files()]:
                     process.send_signal(signal.SIGKILL)

@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 
 from next.config import RunConfig, override, to_toml
-from next.data.shards import open_manifest
+from next.data.shards.reader import open_manifest
 from next.storage import open_folder
 from next.tracking.journal import read_metrics, read_status
 from next.training.inputs import resolve
 from next.training.launch import read_history
+from next.tuning.execution.training import train_trial
 from next.tuning.home import Home, mirror
 from next.tuning.results import Trial, read_trials
+from next.tuning.search.space import Space
+from next.tuning.search.study import ask, create_studies, draw, inherit
 from next.tuning.settings import AXES, FEATURES, SweepConfig
-from next.tuning.space import Space
-from next.tuning.study import ask, create_studies, draw, inherit
 from next.tuning.sweep import _keep_best, _origin
-from next.tuning.training import train_trial
 
 NAME = "trial-0000"
 

@@ -10,15 +10,15 @@ import pytest
 import safetensors
 
 from next.config import override, to_toml
-from next.data.shards import open_manifest
+from next.data.shards.reader import open_manifest
 from next.model.network import NEXT
 from next.training.inputs import resolve
-from next.training.pretraining import check_pretraining
+from next.training.pretraining.run import check_pretraining
+from next.tuning.execution.training import train_trial
 from next.tuning.home import Home
+from next.tuning.search.space import load_space
 from next.tuning.settings import FEATURES, SweepConfig
-from next.tuning.space import load_space
 from next.tuning.sweep import checked_space, prepare_sweep
-from next.tuning.training import train_trial
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = {"optim.epochs": 2, "batch.instances": 2, "run.name": "towers"}

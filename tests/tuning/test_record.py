@@ -12,15 +12,15 @@ from optuna.trial import TrialState
 from next.config import override, to_toml
 from next.lease import Lease, LostLeaseError
 from next.storage import open_folder
-from next.training.store import StoreError
+from next.training.checkpointing.store import StoreError
+from next.tuning.execution.slots import Places
 from next.tuning.folder import new_folder, write_record
 from next.tuning.record import StoredRecord, StoredSearch, fetch_record
-from next.tuning.resources import Places
+from next.tuning.search.space import Space
+from next.tuning.search.study import create_studies, open_studies
 from next.tuning.settings import SweepConfig
-from next.tuning.space import Space
-from next.tuning.study import create_studies, open_studies
 from next.tuning.sweep import resume_sweep
-from tests.tuning.test_search import BASE, CPUS, suggest
+from tests.tuning.search.test_searcher import BASE, CPUS, suggest
 
 SWEEP = SweepConfig(trials=4, noise_share=0, race_share=0, pruner="none")
 

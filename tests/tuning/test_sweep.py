@@ -15,7 +15,7 @@ import pytest
 from next.config import override, to_toml
 from next.tracking.run import start_server
 from next.tuning.folder import find_sweep, read_standing
-from next.tuning.space import load_space
+from next.tuning.search.space import load_space
 from next.tuning.sweep import SweepConfig, resume_sweep, run_sweep
 
 ROOT = Path(__file__).resolve().parents[2]

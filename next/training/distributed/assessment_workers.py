@@ -1,0 +1,169 @@
+"""An assessment that several workers share, by Ray Train: each embeds and ranks its part.
+
+Features and distances go through the process group of the workers, which is bit for bit what one
+process comes to (:mod:`next.evaluation.share`). The checkpoint travels through Ray's object store,
+so that no node needs to see the driver's disk; the shards are read by each node.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import ray
+import ray.train
+import ray.train.torch
+
+from next.config import RunConfig, from_toml, override, to_toml
+from next.data.shards.reader import Manifest, open_manifest
+from next.evaluation.missing import MissingMatrix
+from next.evaluation.share import Share
+from next.training.checkpointing.checkpoint import export_checkpoint, text_of
+from next.training.distributed.cluster import (
+    connected,
+    require_room,
+    require_shared,
+    worker_resources,
+)
+from next.training.distributed.nodes import own_facts, require_versions
+from next.training.distributed.relay import Line, on_the_line
+from next.training.distributed.rendezvous import torch_config
+from next.training.distributed.workers import Trainer, repeating
+from next.training.results.assessment import Assessment, Carried, Features, assess, assess_missing
+from next.training.step.process import configure_torch
+
+_log = logging.getLogger(__name__)
+
+Found = TypeVar("Found")
+
+
+def assess_on_workers(
+    config: RunConfig,
+    checkpoint: Path,
+    manifest: Manifest,
+    folder: Path,
+    *,
+    split: Literal["test", "val"] = "test",
+    settings: Mapping[str, Any] | None = None,
+    missing: bool = False,
+    features: Features = "plain",
+) -> Assessment:
+    """``assess`` (:mod:`next.training.results.assessment`) on workers, to the same bits.
+
+    Args:
+        config: what a worker takes, and how many there are.
+        checkpoint: as there.
+        manifest: as there; each node must see it.
+        folder: the pictures go to ``figures`` below it, on this machine.
+        split: as there.
+        settings: as there.
+        missing: as there.
+        features: as there.
+
+    Raises:
+        ValueError: as there; or the cluster can never hold the workers, or a node does not see the
+            shards or has other versions.
+        ConnectionError: nothing answers at ``RAY_ADDRESS``.
+        ray.train.TrainingFailedError: workers died more often than ``run.max_failures``.
+    """
+    arguments = {"split": split, "settings": settings, "missing": missing, "features": features}
+    return _on_workers(config, checkpoint, manifest, _assess, arguments).put(folder)
+
+
+def missing_on_workers(
+    config: RunConfig,
+    checkpoint: Path,
+    manifest: Manifest,
+    *,
+    split: Literal["test", "val"] = "test",
+    settings: Mapping[str, Any] | None = None,
+    features: Features = "plain",
+) -> MissingMatrix:
+    """``assess_missing`` on workers; as :func:`assess_on_workers`."""
+    arguments = {"split": split, "settings": settings, "features": features}
+    return _on_workers(config, checkpoint, manifest, assess_missing, arguments)
+
+
+def _assess(checkpoint: Path, manifest: Manifest, **arguments: Any) -> Carried:
+    return Carried.of(assess(checkpoint, manifest, checkpoint.parent, **arguments))
+
+
+def _on_workers(
+    config: RunConfig,
+    checkpoint: Path,
+    manifest: Manifest,
+    function: Callable[..., Found],
+    arguments: dict[str, Any],
+) -> Found:
+    """What ``function`` returns on the first worker; each calls it with its share and device."""
+    scaling = config.scaling
+    line = Line(f"next-{uuid.uuid4().hex}")
+    with (
+        connected(scaling.min_workers * scaling.cpus_per_worker),
+        tempfile.TemporaryDirectory(prefix="next-assessment-") as folder,
+    ):
+        require_room(scaling)
+        require_shared(override(config, {"data.uri": manifest.folder.address}), None)
+        exported = export_checkpoint(checkpoint, Path(folder) / "checkpoint")
+        paths = [*exported.iterdir(), *filter(None, [text_of(checkpoint)])]
+        files = {path.name: path.read_bytes() for path in paths}
+        trainer = Trainer(
+            _work,
+            train_loop_config={
+                "config": to_toml(config),
+                "checkpoint": ray.put(files),
+                "data": manifest.folder.address,
+                "function": function,
+                "arguments": arguments,
+                "line": line.name,
+                "versions": own_facts().versions,
+            },
+            torch_config=torch_config(),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=scaling.min_workers,
+                use_gpu=scaling.use_gpu,
+                resources_per_worker=worker_resources(scaling),
+            ),
+            run_config=ray.train.RunConfig(
+                name="assessment",
+                storage_path=folder,
+                failure_config=ray.train.FailureConfig(max_failures=config.run.max_failures),
+            ),
+        )
+        answer = repeating(trainer, line)
+    if "error" in answer:
+        raise answer["error"]
+    found: Found = answer["found"]
+    return found
+
+
+def _work(settings: dict[str, Any]) -> dict[str, Any]:
+    """One worker. What would only come again is returned: for what is raised, Ray starts anew."""
+    require_versions(settings["versions"])
+    configure_torch(from_toml(settings["config"]))
+    context = ray.train.get_context()
+    share = Share(context.get_world_rank(), context.get_world_size())
+    with (
+        tempfile.TemporaryDirectory(prefix="next-assessment-") as folder,
+        on_the_line(Line(settings["line"]), None, speaks=share.rank == 0),
+    ):
+        checkpoint = Path(folder) / "checkpoint"
+        checkpoint.mkdir()
+        for name, content in ray.get(settings["checkpoint"]).items():
+            (checkpoint / name).write_bytes(content)
+        _log.info("assessing on %d worker%s", share.world, "" if share.world == 1 else "s")
+        try:
+            found = settings["function"](
+                checkpoint,
+                open_manifest(settings["data"]),
+                share=share,
+                device=ray.train.torch.get_device(),
+                **settings["arguments"],
+            )
+        except (ValueError, OSError) as error:
+            return {"error": error}
+    return {} if share.rank else {"found": found}

@@ -1,0 +1,335 @@
+"""The Ray cluster of a run: found or started, large enough, with folders that every node sees.
+
+A cluster is given by ``RAY_ADDRESS``, which a job of ``ray job submit`` has as well. Its driver
+often sits on a head that has no GPU, and no CPU to give: then nothing is computed where it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+from next.addresses import redacted
+from next.config import BackboneConfig, RunConfig, ScalingConfig
+from next.local_ray import join_or_start_ray, on_cluster
+from next.storage import Folder, open_folder
+
+_log = logging.getLogger(__name__)
+
+_ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # else a report costs up to two seconds
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # it ends the search as if that were over
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "30",  # a pruned trial may finish sending its metrics
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "MALLOC_ARENA_MAX": "1",  # each trial trains in a new thread; glibc keeps a heap for each
+}
+
+Found = TypeVar("Found")
+
+_CONNECT_SECONDS = 5.0
+_NODES_SECONDS = 30.0
+"""How long a node may take to join that is starting."""
+_LOOK_SECONDS = 60.0
+
+
+def start_ray(cpus: float) -> None:
+    """The cluster that ``RAY_ADDRESS`` names, or a Ray on this machine alone.
+
+    Args:
+        cpus: logical CPUs that will be asked for at once; a machine with fewer declares as many.
+
+    Raises:
+        ConnectionError: nothing answers at ``RAY_ADDRESS``.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if on_cluster():
+        check_address(os.environ["RAY_ADDRESS"])
+    join_or_start_ray(max(os.cpu_count() or 1, math.ceil(cpus)))
+
+
+@contextmanager
+def connected(cpus: float = 0) -> Iterator[None]:
+    """A Ray that runs already, or one for this block; as :func:`start_ray`."""
+    import ray
+
+    from next.session import end_ray
+
+    started = not ray.is_initialized()
+    if started:
+        start_ray(cpus)
+    try:
+        yield
+    finally:
+        if started:
+            end_ray()
+
+
+def in_a_workers_place(
+    scaling: ScalingConfig, function: Callable[..., Found], *arguments: Any
+) -> Found:
+    """What ``function(*arguments)`` returns, computed where there is room for a worker.
+
+    Without a cluster that is this process; with one, a node of it. It is tried again where that
+    node dies.
+
+    Args:
+        scaling: what a worker takes.
+        function: of a module, so that the node finds it.
+        arguments: whatever can be pickled; paths must be seen by the node.
+
+    Raises:
+        Exception: what the function raised, as it came.
+        ValueError: the cluster can never hold a worker.
+    """
+    if not on_cluster():
+        return function(*arguments)
+    import ray
+
+    needs = worker_resources(scaling)
+    one = scaling.model_copy(update={"num_workers": 1})
+    task = ray.remote(num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0))(function)
+    with connected():
+        require_room(one)
+        # By default a task of an actor is held to what that has reserved, which may be nothing.
+        placed = task.options(scheduling_strategy="DEFAULT")
+        try:
+            found: Found = ray.get(placed.remote(*arguments))
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+    return found
+
+
+def check_address(address: str) -> None:
+    """Raise unless something answers at ``HOST:PORT``; Ray itself would try for a minute or more.
+
+    Raises:
+        ConnectionError: nothing answers.
+        ValueError: it is no address.
+    """
+    if address in ("auto", "local"):
+        return
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError(
+            f"RAY_ADDRESS must be HOST:PORT (or auto), but got {redacted(address)!r}; set it as "
+            f"`ray start --head` printed it, or unset it to use this machine alone"
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
+    except OSError as error:
+        raise ConnectionError(
+            f"RAY_ADDRESS is {address}, but nothing answers there ({error}); start the cluster "
+            f"(`ray start --head`), correct the address, or unset it to use this machine alone"
+        ) from None
+
+
+def worker_resources(scaling: ScalingConfig) -> dict[str, float]:
+    """What Ray reserves for each worker."""
+    return {"CPU": scaling.cpus_per_worker} | ({"GPU": 1.0} if scaling.use_gpu else {})
+
+
+def require_room(scaling: ScalingConfig, *, patience_s: float = _NODES_SECONDS) -> None:
+    """Raise unless the cluster can hold the least number of workers, now or by its autoscaler.
+
+    Workers that others occupy count as room: the run waits for them.
+
+    Args:
+        scaling: workers and what each needs.
+        patience_s: seconds for which nodes may still join.
+
+    Raises:
+        ValueError: it can never hold them.
+    """
+    import ray
+
+    needs = worker_resources(scaling)
+    deadline = time.monotonic() + patience_s
+    while (holds := _holds(ray.nodes(), needs)) < scaling.min_workers:
+        most = most_workers(scaling)
+        if most is not None and most >= scaling.min_workers:
+            _log.info("the cluster holds %d workers now; its autoscaler may add nodes", holds)
+            return
+        if most is not None or time.monotonic() > deadline:
+            each = ", ".join(f"{need:g} {name}" for name, need in needs.items())
+            raise ValueError(
+                f"scaling.num_workers needs room for {scaling.min_workers} workers of {each} each, "
+                f"but the cluster holds {holds} and "
+                + (f"{most:g} at its largest" if most is not None else "has no autoscaler")
+                + "; lower scaling.num_workers or scaling.cpus_per_worker, or add nodes"
+            )
+        time.sleep(0.5)
+
+
+def most_workers(scaling: ScalingConfig) -> float | None:
+    """Workers that the cluster holds at its largest; None: nobody adds nodes to it.
+
+    Infinite where an autoscaler is there, and what it may start is not known.
+    """
+    from next.training.distributed.nodes import most_that_fit
+
+    return most_that_fit(worker_resources(scaling))
+
+
+def check_cluster(config: RunConfig) -> None:
+    """Raise unless a cluster, which is there already, can hold a run and keep what it leaves.
+
+    Raises:
+        ValueError: it can never hold the workers, a node has other versions or another time, or
+            does not read and write where runs are kept.
+        OSError: this node does not.
+        ConnectionError: nothing answers at ``RAY_ADDRESS``.
+    """
+    from next.training.distributed.nodes import require_alike
+
+    with connected():
+        require_room(config.scaling)
+        require_alike()
+        require_shared(config, config.checkpoint.storage_path or config.run.storage_path)
+
+
+class SilentNodeError(ValueError):
+    """A node of the cluster lives and does not answer."""
+
+
+def require_shared(config: RunConfig, place: str | None) -> None:
+    """Raise unless every node reads and writes where a run is kept, and reads its shards.
+
+    Args:
+        config: names the shards, and the setting that ``place`` comes from.
+        place: folder or store of the run, or of all runs; a file is put there for the other nodes
+            to look for. None: nothing is kept, and only the shards are asked for.
+
+    Raises:
+        ValueError: a node does not; it is named, and so is the setting.
+        SilentNodeError: a node that lives does not answer.
+        OSError: this node does not.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = ray.get_runtime_context().get_node_id()
+    others = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
+    if not others:
+        return
+    stored = config.checkpoint.storage_path is not None
+    setting = "checkpoint.storage_path" if stored else "run.storage_path"
+    look = ray.remote(num_cpus=0, max_retries=0)(_problems)
+    asked = {"data.uri": (str(config.data.uri), "manifest.json")}
+    with ExitStack() as stack:
+        if place is not None:
+            folder, marker = open_folder(place), f".seen-{uuid.uuid4().hex}"
+            asked = {setting: (folder.address, marker)} | asked | _weights(config.model.backbone)
+            stack.enter_context(_written(folder, marker))
+        answers = [  # not by address: a machine may be several nodes
+            look.options(
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            ).remote(asked, setting)
+            for node in others
+        ]
+        for node, answer in zip(others, answers, strict=True):
+            address = node["NodeManagerAddress"]
+            try:
+                problems = ray.get(answer, timeout=_LOOK_SECONDS)
+            except ray.exceptions.RayError as error:
+                living = {one["NodeID"] for one in ray.nodes() if one["Alive"]}
+                if node["NodeID"] not in living:  # so nothing of the run comes to be on it
+                    continue
+                if not isinstance(error, ray.exceptions.GetTimeoutError):
+                    raise
+                places = " and ".join(f"{where} ({name})" for name, (where, _) in asked.items())
+                raise SilentNodeError(
+                    f"node {address} did not say within {_LOOK_SECONDS:.0f} s whether it reads "
+                    f"{places}; mend that node, or take it out of the cluster"
+                ) from None
+            _raise_problems(address, problems, asked, stored=stored)
+
+
+def _weights(config: BackboneConfig) -> dict[str, tuple[str, str]]:
+    """The weights that a run begins with: setting, folder and file."""
+    files = {"model.backbone.file": config.file, "model.backbone.text_file": config.text_file}
+    return {
+        setting: (str(Path(file).parent), Path(file).name)
+        for setting, file in files.items()
+        if file is not None
+    }
+
+
+@contextmanager
+def _written(folder: Folder, marker: str) -> Iterator[None]:
+    """A file in a folder, which is left as it was found."""
+    local = Path(folder.base) if folder.is_local else None
+    made = []
+    while local is not None and not local.exists():
+        made.append(local)
+        local = local.parent
+    folder.write(marker, b"")
+    try:
+        yield
+    finally:
+        folder.delete(marker)
+        for path in made:
+            with suppress(OSError):  # a node that was given up may still be writing there
+                path.rmdir()
+
+
+def _raise_problems(
+    address: str, problems: dict[str, str], asked: dict[str, tuple[str, str]], *, stored: bool
+) -> None:
+    unseen = [setting for setting, problem in problems.items() if not problem]
+    for setting in unseen:
+        if setting.startswith("model.backbone."):
+            raise ValueError(
+                f"the weights {'/'.join(asked[setting])} ({setting}) must be on every node of the "
+                f"cluster, but node {address} does not have them; copy the file there, or keep it "
+                f"(or data.cache) on storage that all nodes mount"
+            )
+    if unseen:
+        folders = ", ".join(asked[setting][0] for setting in unseen)
+        needed = ["--data" if setting == "data.uri" else setting for setting in unseen]
+        if not stored and "run.storage_path" in needed:
+            needed[needed.index("run.storage_path")] = "checkpoint.storage_path"
+        raise ValueError(
+            f"{' and '.join(unseen)} must be seen by every node of the cluster, but node "
+            f"{address} does not see {folders}; set {' and '.join(needed)} to s3://bucket/prefix, "
+            f"or to a folder that all nodes mount"
+        )
+    for setting, problem in problems.items():
+        raise ValueError(
+            f"{setting} must be read and written by every node of the cluster, but on node "
+            f"{address}: {problem}"
+        )
+
+
+def _problems(asked: dict[str, tuple[str, str]], written: str) -> dict[str, str]:
+    """What keeps this node from each setting's place; empty text: the file is not there."""
+    found = {}
+    for setting, (place, file) in asked.items():
+        try:
+            folder = open_folder(place)
+            if folder.size(file) is None:
+                found[setting] = ""
+            elif setting == written:
+                folder.require_writable()
+        except (OSError, ValueError) as error:
+            found[setting] = str(error)
+    return found
+
+
+def _holds(nodes: list[dict[str, Any]], needs: dict[str, float]) -> int:
+    """Workers that fit on the nodes if nothing else ran there."""
+    return sum(
+        min(int(node["Resources"].get(name, 0) / need + 1e-6) for name, need in needs.items())
+        for node in nodes
+        if node["Alive"]
+    )

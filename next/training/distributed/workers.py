@@ -1,0 +1,315 @@
+"""A run on the workers of Ray Train: starts them, starts them again when they die, and listens.
+
+Ray keeps the processes, the project keeps the state: checkpoints are in the run's own store, which
+every rank continues from whatever happened to it, and the journal is written beside the driver,
+from what rank 0 reports. What rank 0 logs is repeated by the driver: one worker or many, a run
+tells the same story.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+from next.config import RunConfig, from_toml, to_toml
+from next.data.shards.reader import Manifest, open_manifest
+from next.evaluation.share import Share
+from next.local_ray import on_cluster
+from next.session import end_ray
+from next.stopping import lost_ray
+from next.storage import open_folder
+from next.training.checkpointing.interruption import Ask, Bell, Interrupted, listening
+from next.training.checkpointing.store import CheckpointStore
+from next.training.distributed.cluster import (
+    connected,
+    require_room,
+    require_shared,
+    worker_resources,
+)
+from next.training.distributed.nodes import own_facts, require_versions
+from next.training.distributed.relay import LISTEN_SECONDS, JournalWriter, Line, on_the_line
+from next.training.distributed.rendezvous import torch_config
+from next.training.inputs import training_data
+from next.training.loop import Outcome, Worker, train
+from next.training.results.assessment import Carried, assess
+from next.training.results.report import TrainReporter
+from next.training.step.process import configure_torch
+from next.training.step.step_log import NonFiniteLossError, RouterCollapseError
+
+_log = logging.getLogger(__name__)
+
+_ALIKE = {error.__name__: error for error in (NonFiniteLossError, RouterCollapseError)}
+"""Errors of the run itself, which all ranks see at the same step and would see again."""
+_FINAL = {error.__name__: error for error in (FileNotFoundError, ValueError)}
+"""Errors of settings, data and files. They would come again, too, but perhaps to one rank alone,
+for which the others would wait: so Ray ends all of them, and those that it starts anew end with
+it."""
+
+
+_STOP_SECONDS = 60.0
+"""How long workers that are asked to stop may take for their start, a step and a checkpoint."""
+_LEFT_OUT = (DatasetsCallback, PlacementGroupCleanerCallback)
+
+
+class Trainer(ray.train.torch.TorchTrainer):
+    """Ray's, without Ray's cleaner of reservations, and without Ray Data.
+
+    The cleaner asks whether the run's controller lives, and asks whichever cluster was started last
+    on the machine. Where that is another one, it takes the places of living workers away. The end
+    of a job gives them back as well, and :mod:`next.tuning.execution.reservations` does while a
+    sweep goes on. Data sets of Ray Data would have a process of their own at each start, also where
+    there are none, as here.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        every = super()._create_default_callbacks()
+        return [one for one in every if not isinstance(one, _LEFT_OUT)]
+
+
+def train_on_workers(
+    config: RunConfig,
+    manifest: Manifest,
+    folder: Path,
+    checkpoints: str,
+    tracked: dict[str, Any],
+    bell: Bell | None = None,
+    *,
+    assessed: bool = False,
+) -> tuple[Outcome, Carried | None]:
+    """Train a run with Ray Train to its end, through the deaths of workers and nodes.
+
+    Args:
+        config: resolved settings.
+        manifest: shards.
+        folder: the run's folder on this machine.
+        checkpoints: where the workers keep the checkpoints.
+        tracked: arguments of :func:`next.tracking.run.open_run`.
+        bell: by which another thread asks to stop, beside signals.
+        assessed: whether the workers, which have all they need in memory, also assess the best
+            checkpoint on the test split, together.
+
+    Raises:
+        ValueError: the cluster can never hold the workers, or a node does not see the folders.
+        ConnectionError: nothing answers at ``RAY_ADDRESS``.
+        NonFiniteLossError, RouterCollapseError: as in one process; the last good checkpoint is
+            kept.
+        FileNotFoundError: a worker lacks a file; started anew it would lack it again.
+        Interrupted: SIGTERM or Ctrl-C; the workers wrote a checkpoint.
+        ray.train.TrainingFailedError: workers died more often than ``run.max_failures``.
+    """
+    if not on_cluster() and not ray.is_initialized():
+        # The cache and the text bank, before workers ask for them. The driver of a cluster may be
+        # on a node that has no use for either; there, the first worker on a node makes them.
+        training_data(config, manifest)
+    with connected(config.scaling.max_workers * config.scaling.cpus_per_worker):
+        require_room(config.scaling)
+        require_shared(config, checkpoints)
+        with _marked(checkpoints) as marker:
+            bell = bell or Bell(waits=True)
+            return _fit(config, folder, checkpoints, marker, tracked, bell, assessed=assessed)
+
+
+@contextmanager
+def _marked(checkpoints: str) -> Iterator[str | None]:
+    """Name of a file beside the checkpoints while the block runs; None: in an object store.
+
+    Nodes that were not there when all were asked look for it.
+    """
+    place, marker = open_folder(checkpoints), f".driver-{uuid.uuid4().hex}"
+    if not place.is_local:
+        yield None
+        return
+    place.write(marker, b"")
+    try:
+        yield marker
+    finally:
+        place.delete(marker)
+
+
+def _require_seen(checkpoints: str, marker: str | None) -> None:
+    """Raise unless this node sees what the driver sees.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if marker is not None and open_folder(checkpoints).size(marker) is None:
+        raise ValueError(
+            f"node {socket.gethostname()} does not see {checkpoints}, where the run keeps its "
+            f"checkpoints; set checkpoint.storage_path to s3://bucket/prefix, or to a folder that "
+            f"all nodes mount"
+        )
+
+
+def _fit(
+    config: RunConfig,
+    folder: Path,
+    checkpoints: str,
+    marker: str | None,
+    tracked: dict[str, Any],
+    bell: Bell,
+    *,
+    assessed: bool,
+) -> tuple[Outcome, Carried | None]:
+    line = Line(f"next-{uuid.uuid4().hex}")
+    trainer = Trainer(
+        _work,
+        train_loop_config={
+            "config": to_toml(config),
+            "checkpoints": checkpoints,
+            "marker": marker,
+            "assessed": assessed,
+            "line": line.name,
+            "versions": own_facts().versions,
+        },
+        torch_config=torch_config(),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.scaling.num_workers,
+            use_gpu=config.scaling.use_gpu,
+            resources_per_worker=worker_resources(config.scaling),
+            elastic_resize_monitor_interval_s=config.scaling.elastic_resize_monitor_interval_s,
+        ),
+        run_config=ray.train.RunConfig(
+            name="ray",
+            storage_path=str(folder),
+            failure_config=ray.train.FailureConfig(max_failures=config.run.max_failures),
+            callbacks=[JournalWriter(tracked, line)],
+        ),
+    )
+    with listening(bell):
+        return _unwrapped(repeating(trainer, line, bell))
+
+
+def repeating(trainer: Trainer, line: Line, bell: Bell | None = None) -> Any:
+    """What rank 0 of a trainer returns; what it logs is repeated here meanwhile.
+
+    Args:
+        trainer: not yet started.
+        line: to its workers.
+        bell: by which they are asked to stop.
+
+    Raises:
+        ray.train.TrainingFailedError: workers died too often.
+        KeyboardInterrupt: they were asked to stop and did not; they are ended.
+    """
+    # Beside the main thread, which alone gets signals; Ray's own handling of Ctrl-C ends the
+    # workers without a checkpoint.
+    pool = ThreadPoolExecutor(1, thread_name_prefix="fit")
+    fitting = pool.submit(trainer.fit)
+    try:
+        # Neither does a call to a head that is gone let signals through.
+        with line.repeating():
+            _wait_for(fitting, line, bell)
+    except BaseException:
+        end_ray()  # or the thread would wait for workers that nobody waits for
+        pool.shutdown(wait=lost_ray() is None)  # it may ask a head that is gone
+        if lost_ray() is not None:  # whatever Ray made of it: the run has not failed
+            raise KeyboardInterrupt from None
+        raise
+    pool.shutdown()
+    line.hang_up()
+    return fitting.result().return_value
+
+
+def _wait_for(fitting: Future[Any], line: Line, bell: Bell | None) -> None:
+    asked = 0.0
+    while not fitting.done():
+        with suppress(TimeoutError):
+            fitting.exception(timeout=LISTEN_SECONDS)
+        if bell is not None and bell.answer() is Ask.STOP:
+            line.stop()
+            asked = asked or time.monotonic()
+            if time.monotonic() > asked + _STOP_SECONDS:
+                raise KeyboardInterrupt
+
+
+def _work(settings: dict[str, Any]) -> dict[str, Any]:
+    """One worker. What would only come again is returned: for what is raised, Ray starts anew."""
+    require_versions(settings["versions"])
+    _require_seen(settings["checkpoints"], settings["marker"])
+    config = from_toml(settings["config"])
+    configure_torch(config)
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    bell = Bell()
+    reporter = TrainReporter(
+        settings["checkpoints"],
+        rank,
+        world,
+        send=ray.train.report,
+        checkpoint=config.checkpoint,
+        bell=bell,
+    )
+    line = Line(settings["line"])
+    refused = line.refused()
+    if refused is not None:
+        return dict(zip(("error", "message"), refused, strict=True))
+    try:
+        with on_the_line(line, bell, speaks=rank == 0), reporter:
+            _log.info("training on %d worker%s", world, "" if world == 1 else "s")
+            outcome = train(
+                config,
+                training_data(config, open_manifest(str(config.data.uri))),
+                reporter,
+                Worker(rank, world, ray.train.torch.get_device()),
+                reporter.log_metrics,
+            )
+    except Interrupted as interrupted:
+        return {"interrupted": interrupted.step}
+    except tuple(_ALIKE.values()) as error:
+        return {"error": type(error).__name__, "message": str(error)}
+    except tuple(_FINAL.values()) as error:
+        if world > 1 and not torch.distributed.is_initialized():
+            raise  # Ray has ended the group under a step, for which torch raises a ValueError
+        kind = next(name for name, one in _FINAL.items() if isinstance(error, one))
+        line.refuse(kind, str(error))
+        raise
+    if not settings["assessed"]:
+        return {"outcome": outcome._asdict()}
+    share = Share(rank, world)
+    return {"outcome": outcome._asdict()} | _assessed(config, settings, share)
+
+
+def _assessed(config: RunConfig, settings: dict[str, Any], share: Share) -> dict[str, Any]:
+    """What the best checkpoint is worth; its last one is written once all are here."""
+    if share.world > 1:
+        torch.distributed.barrier()
+    store = CheckpointStore(settings["checkpoints"])  # what it fetched goes with it
+    with (
+        tempfile.TemporaryDirectory(prefix="next-assessment-") as folder,
+        on_the_line(Line(settings["line"]), None, speaks=share.rank == 0),
+    ):
+        try:
+            found = assess(
+                store.best(),
+                open_manifest(str(config.data.uri)),
+                Path(folder),
+                device=ray.train.torch.get_device(),
+                missing=True,
+                share=share,
+            )
+        except ValueError:  # the driver, which then assesses, comes to it and raises it
+            return {}
+        return {} if share.rank else {"assessment": Carried.of(found)}
+
+
+def _unwrapped(answer: dict[str, Any]) -> tuple[Outcome, Carried | None]:
+    if "interrupted" in answer:
+        raise Interrupted(answer["interrupted"])
+    if "error" in answer:
+        raise (_ALIKE | _FINAL)[answer["error"]](answer["message"])
+    return Outcome(**answer["outcome"]), answer.get("assessment")

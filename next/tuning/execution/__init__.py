@@ -1,0 +1,4 @@
+"""Where and how trials run.
+
+Read ``tuner.py`` first. In: a trial's settings. Out: its evaluations, as they come.
+"""

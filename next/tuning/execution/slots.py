@@ -1,0 +1,235 @@
+"""What a trial takes of the cluster, how many fit at a time, and whether it came back.
+
+Nodes come and go while a sweep goes on, so places are counted again every second. A trial is drawn
+for a place that is there: never more are drawn than the living nodes hold, and none while one that
+was drawn has waited for its place for ten seconds (others hold it). Only the first trial is drawn
+for a machine that is still to come. Machines beyond are asked for without drawing anything.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import ray
+from ray import tune
+
+from next.config import RunConfig
+from next.local_ray import on_cluster
+from next.training.distributed.cluster import most_workers, worker_resources
+from next.training.distributed.nodes import fitting
+from next.tuning.execution.demand import Demand
+from next.tuning.execution.reservations import worker_groups
+from next.tuning.settings import SweepConfig
+from next.tuning.watch import watching
+
+_log = logging.getLogger(__name__)
+
+_MARGIN = 1.25
+"""A trial may need so much more than the first one did (more experts, longer captions)."""
+_MOST_ON_A_GPU = 8
+_BESIDE_DRIVER = 0.001
+"""Share of the driver's node that the actor of a trial of several workers holds: it computes
+nothing, and without any resource Tune would not place it."""
+_PATIENCE_SECONDS = 60.0
+"""How long an ended trial may take to give its workers' places back before it is spoken of."""
+_WAIT_SECONDS = 10.0
+"""How long a drawn trial may wait for its place, with others drawn after it."""
+_COUNT_SECONDS = 1.0
+
+
+class Places:
+    """Places for trials on a running cluster.
+
+    For a trial of one worker Tune's actor holds its CPUs and its share of a GPU. For one of several
+    it holds nothing, and Ray Train reserves all the workers at once or none of them. So no trial
+    ever holds a part of what it needs while it waits for the rest, which is what a deadlock takes.
+
+    Args:
+        base: settings of every trial.
+        sweep: how many are wanted at a time.
+        nodes: what each node of the cluster has (:func:`node_resources`).
+        here: name of the resource that only the driver's node has.
+        most: workers that the cluster holds at its largest; None: machines are not waited for.
+    """
+
+    def __init__(
+        self,
+        base: RunConfig,
+        sweep: SweepConfig,
+        nodes: Sequence[Mapping[str, float]],
+        here: str = "node",
+        most: float | None = None,
+    ) -> None:
+        self.workers = base.scaling.max_workers
+        self.on_gpu = base.scaling.use_gpu
+        self.fixed = sweep.gpus_per_trial if self.workers == 1 else None
+        self.learned: float | None = None
+        self.asked = sweep.concurrency
+        self._grows = most is not None
+        held = self.asked if most is None or math.isinf(most) else int(most // self.workers)
+        self.most = max(1, min(self.asked, held))
+        """Places that there may be once all machines have come."""
+        self._needs = worker_resources(base.scaling)
+        self._here = here
+        self._waits_since: float | None = None
+        self.waiting_s = 0.0
+        """For how long a drawn trial has waited for its place."""
+        self.count(nodes)
+
+    def count(self, nodes: Sequence[Mapping[str, float]]) -> None:
+        """Take in what the nodes that live now have."""
+        self._nodes = list(nodes)
+
+    @property
+    def concurrency(self) -> int:
+        """Places that the living nodes hold, at most as many as are wanted.
+
+        One at least: whether a trial fits at all, perhaps on nodes that are still to come, has been
+        asked before. Until a trial has said how much memory it took, each has a GPU to itself.
+        """
+        needs = dict(self._needs)
+        if self.on_gpu and self.workers == 1:
+            needs["GPU"] = self.gpus
+        holds = sum(fitting(node, needs) for node in self._nodes)
+        return max(1, min(self.asked, holds // self.workers))
+
+    @property
+    def bundles(self) -> list[dict[str, float]]:
+        """What a trial takes in all, as machines are asked for."""
+        gpu = {"GPU": self.gpus} if self.on_gpu and self.workers == 1 else {}
+        return [self._needs | gpu] * self.workers
+
+    def missing(self, wanted: int) -> int:
+        """Places that may still come, of so many that would be used."""
+        return max(0, min(wanted, self.most) - self.concurrency) if self._grows else 0
+
+    def text(self, wanted: int) -> str | None:
+        """``2 of 8 places, waiting for machines``; None: there are as many as would be used."""
+        wanted, now = min(wanted, self.asked), self.concurrency
+        if now >= wanted:
+            return None
+        if not self._grows:
+            return f"{now} of {wanted} places"
+        if now < self.most:
+            few = f" ({self.most} at most)" if self.most < wanted else ""
+            return f"{now} of {wanted} places{few}, waiting for machines"
+        return f"{now} of {wanted} places, which is all that the cluster can hold"
+
+    @property
+    def gpus(self) -> float:
+        """Share of a GPU for the next trial."""
+        return (self.fixed or self.learned or 1.0) if self.on_gpu else 0.0
+
+    def resources(self, task: Mapping[str, Any]) -> tune.PlacementGroupFactory:
+        """What Tune reserves for a task of the search."""
+        if self.workers > 1:
+            return tune.PlacementGroupFactory([{self._here: _BESIDE_DRIVER}])
+        gpu = {"GPU": task["gpus"]} if task["gpus"] else {}
+        return tune.PlacementGroupFactory([{"CPU": self._needs["CPU"]} | gpu])
+
+    def learn(self, result: Mapping[str, Any]) -> None:
+        """Size the share of a GPU by the first trial that says how much memory it took."""
+        peak, size = result.get("gpu_peak_mib"), result.get("gpu_mib")
+        if not peak or not size or self.learned is not None or not self.on_gpu:
+            return
+        self.learned = gpu_share(float(peak), float(size), min(self.asked, _MOST_ON_A_GPU))
+        _log.info(
+            "the first trial took %.0f of %.0f MiB of its GPU: the next ones take %.2g of one each",
+            *(peak, size, self.learned),
+        )
+
+    def ready(self, live: int) -> bool:
+        """Whether one more trial may begin beside ``live`` ones.
+
+        Workers of an ended trial that still hold their places are waited for.
+        """
+        if live >= self.concurrency or self.waiting_s > _WAIT_SECONDS:
+            return False
+        return self.workers == 1 or self._came_back(live)
+
+    def _came_back(self, live: int) -> bool:
+        held = worker_groups()
+        over = len(held) - live
+        if over <= 0:
+            self._waits_since = None
+            return not any(group.waits for group in held)
+        now = time.monotonic()
+        if self._waits_since is None:
+            self._waits_since = now
+        elif now - self._waits_since > _PATIENCE_SECONDS:
+            self._waits_since = math.inf  # said once
+            _log.warning(
+                "%d trials are over for %.0f s, but their workers still hold %s; the next trial "
+                "waits for it",
+                *(over, _PATIENCE_SECONDS, "; ".join(map(str, held))),
+            )
+        return False
+
+
+@contextmanager
+def following(places: Places, wanted: Callable[[], int]) -> Iterator[None]:
+    """Count places again while the block runs, and ask for those that are missing.
+
+    Args:
+        places: are kept up to date.
+        wanted: how many trials would run now if there were a place for each.
+    """
+    demand, before = Demand(places.bundles), places.concurrency
+
+    def look() -> None:
+        nonlocal demand, before
+        with suppress(Exception):  # the head may be away; the next look may find it
+            places.count(node_resources()[0])
+            if demand.bundles != places.bundles:
+                demand.end()
+                demand = Demand(places.bundles)
+            demand.want(places.missing(wanted()))
+            if places.concurrency != before:
+                _log.info("places for trials: %d, before %d", places.concurrency, before)
+                before = places.concurrency
+
+    try:
+        with watching(look, _COUNT_SECONDS, "following"):
+            yield
+    finally:
+        demand.end()
+
+
+def most_places(base: RunConfig) -> float | None:
+    """Workers that a given cluster holds at its largest; None: no machine comes by itself.
+
+    A cluster without an autoscaler may be joined by any machine, so its largest is not known.
+    """
+    if not on_cluster():
+        return None
+    most = most_workers(base.scaling)
+    return math.inf if most is None else most
+
+
+def node_resources() -> tuple[list[dict[str, float]], str]:
+    """What each living node has, and the name of the resource that only this one has."""
+    nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+    here = nodes[ray.get_runtime_context().get_node_id()]
+    own = [name for name in here if name.startswith("node:") and "internal_head" not in name]
+    return list(nodes.values()), own[0]
+
+
+def gpu_share(peak_mib: float, size_mib: float, concurrency: int) -> float:
+    """Share of a GPU for trials like one that took ``peak_mib`` of ``size_mib``.
+
+    As many share it as fit with a quarter of room above the peak, at most ``concurrency``; the
+    share is rounded down to three digits, so that so many shares are one GPU at most.
+
+    Example:
+        >>> gpu_share(10_000, 80_000, concurrency=4)
+        0.25
+        >>> gpu_share(70_000, 80_000, concurrency=4)
+        1.0
+    """
+    together = max(1, min(concurrency, int(size_mib // (peak_mib * _MARGIN))))
+    return math.floor(1000 / together) / 1000

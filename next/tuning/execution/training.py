@@ -1,0 +1,324 @@
+"""What a trial does: train, measure, record, in a process that was forked for it.
+
+A trial of several workers does it in Tune's actor, and they train in processes of their own.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import resource
+import socket
+import traceback
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import AcquireReturnProxy, FileLock, Timeout
+
+from next.config import RunConfig, from_toml, override, to_toml
+from next.data.shards.reader import Manifest, open_manifest
+from next.evaluation.protocol import Evaluation
+from next.storage import open_folder, write_whole
+from next.tracking.provenance import git_tags
+from next.tracking.run import Run, open_run
+from next.tracking.views.comparison import SWEEP
+from next.training.checkpointing.checkpoint import Progress, read_progress
+from next.training.checkpointing.store import StoreError, persist
+from next.training.inputs import for_fold, training_data
+from next.training.loop import Worker, train
+from next.training.pretraining.alignment import align, prepare_pairs
+from next.training.results.mlflow_record import data_tags, record_data, seed_tags
+from next.training.results.report import FolderReporter
+from next.training.step.process import configure_torch, device
+from next.tuning.execution import workers
+from next.tuning.execution.deaths import LostProcessError
+from next.tuning.execution.forkserver import Report
+from next.tuning.home import ERROR, Home
+from next.tuning.settings import AXES, FEATURES, RECORD, Task
+from next.tuning.statistics.axes import measure_axes
+
+_log = logging.getLogger(__name__)
+
+_PREDECESSOR_SECONDS = 120.0
+
+
+def train_trial(
+    name: str,
+    settings: dict[str, Any],
+    *,
+    base: str,
+    folder: str,
+    tracked: dict[str, str | None],
+    free_axes: bool,
+    report: Report,
+    task: Task = "training",
+) -> bool:
+    """Train one trial to its end; True if Tune ended it, which it does within a report.
+
+    What the training raises is reported (``failed``) and not raised on: Tune would repeat the same
+    error, while it repeats a trial whose process was killed, which goes on from its checkpoint. A
+    trial whose store fails for too long is told apart (``interrupted``): it can go on later.
+
+    Args:
+        name: of the trial.
+        settings: what differs from ``base``.
+        base: TOML of the settings that all trials share.
+        folder: of the sweep, as the driver's machine has it; the trial's own is ``trials/NAME``
+            below it on this machine, and in ``checkpoint.storage_path`` where that is set.
+        tracked: MLflow's address, the experiment and the parent run.
+        free_axes: measure the best checkpoint with what only matters at evaluation.
+        report: tells Tune of an evaluation; raises ``SystemExit`` where Tune ends the trial.
+        task: what it trains: the network, or its towers on images and captions.
+    """
+    config = override(from_toml(base), settings)
+    own = Path(folder) / "trials" / name
+    home = Home(own, config)
+    configure_torch(config)
+    gc.collect()  # what the last trial of this process left in reference cycles
+    record = {
+        "uri": tracked["uri"],
+        "experiment": str(tracked["experiment"]),
+        "name": name,
+        "folder": str(own),
+        "parent": tracked["parent"],
+        "params": settings,
+        "tags": {"next.kind": "trial", SWEEP: tracked["parent"], **seed_tags(config)},
+        "system_seconds": config.tracking.system_seconds,
+        "store": home.store,
+    }
+    try:
+        _require_home(Path(folder), home)
+        manifest = open_manifest(str(config.data.uri))
+        if config.selection.folds > 1:
+            config = for_fold(config, manifest)
+        with _alone_in(own):
+            persist(
+                lambda: _prepare(home, config),
+                f"what {name} left before",
+                config.checkpoint.patience_s,
+                verb="read",
+            )
+        with _alone_in(own):  # a folder that was set aside took its lock along
+            return _until_tune_ends_it(config, manifest, home, record, free_axes, report, task)
+    except Exception as error:
+        lost = error if isinstance(error, LostProcessError) else LostProcessError.of(error)
+        if lost is not None:  # as if this one had died: Tune tells the search, and it goes on
+            raise lost from None
+        if isinstance(error, OSError) and _store_fails(home, error):
+            where = f"{name} on {socket.gethostname()}"
+            return _report({"interrupted": f"{where}: {error}"}, report)
+        return _failed(name, home, error, report)
+
+
+def _prepare(home: Home, config: RunConfig) -> None:
+    if home.store is not None:
+        open_folder(home.store).names()  # raises while the store is away
+    home.clear_of_others(config)
+    home.carry_over()
+
+
+def _store_fails(home: Home, error: OSError) -> bool:
+    """Whether it is the trial's store that does, and not the trial."""
+    if home.store is None or isinstance(error, StoreError):
+        return home.store is not None
+    try:
+        open_folder(home.store).names()
+    except OSError:
+        return True
+    return False
+
+
+def _failed(name: str, home: Home, error: Exception, report: Report) -> bool:
+    with suppress(OSError):  # the disk may be what failed
+        write_whole(home.folder / ERROR, traceback.format_exc())
+        home.publish(ERROR)
+    _log.info("%s failed: %r", name, error)
+    return _report({"failed": f"{kind_of(error)}: {error}"}, report)
+
+
+def kind_of(error: Exception) -> str:
+    """What kind of ending an error is, in a word or two."""
+    no_memory = "can't allocate memory" in str(error)  # torch on the CPU has no class for it
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or no_memory:
+        return "out of memory"
+    named = {"RouterCollapseError": "collapsed", "NonFiniteLossError": "diverged"}
+    for kind in type(error).__mro__:
+        if kind.__name__ in named:
+            return named[kind.__name__]
+    return f"raised {type(error).__name__}"
+
+
+def _alone_in(folder: Path) -> AcquireReturnProxy[FileLock]:
+    """The trial's folder, once a process that outlives its killed driver has left it.
+
+    Raises:
+        RuntimeError: it does not leave.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".trial.lock", timeout=_PREDECESSOR_SECONDS)
+    try:
+        return lock.acquire()
+    except Timeout:
+        raise RuntimeError(
+            f"{folder} is still written by the process of an earlier driver after "
+            f"{_PREDECESSOR_SECONDS:.0f} s; end that process and resume the sweep"
+        ) from None
+
+
+def _require_home(sweep: Path, home: Home) -> None:
+    """The driver can find what this trial will leave.
+
+    Raises:
+        ValueError: it cannot; a node may have joined that nobody asked when the sweep began.
+    """
+    if home.store is None and not (sweep / RECORD).is_file():
+        raise ValueError(
+            f"node {socket.gethostname()} does not see the sweep's folder {sweep}, in which the "
+            f"trial would leave its results; set checkpoint.storage_path to s3://bucket/prefix, or "
+            f"to a folder that all nodes mount, and start the sweep again"
+        )
+
+
+def _report(ending: dict[str, str], report: Report) -> bool:
+    """Tell the search, which stops the trial; True, as Tune ends it within the report."""
+    try:
+        report(ending)
+    except SystemExit:
+        return True
+    return False
+
+
+def _until_tune_ends_it(
+    config: RunConfig,
+    manifest: Manifest,
+    home: Home,
+    record: dict[str, Any],
+    free_axes: bool,
+    report: Report,
+    task: Task,
+) -> bool:
+    """Train and measure; True if Tune ended the trial, which it does within a report."""
+    here, seen = config.scaling.max_workers == 1, _Best()
+    with open_run(**record) as run:
+        if here and _say_again(home.folder, config, report):
+            return True
+        run.log_text(to_toml(config), "config.toml")
+        run.set_tags(git_tags() | data_tags(config, manifest))
+        record_data(run, manifest)
+        if task == "pretraining":
+            return _align_here(config, home, run, report)
+        ended = here and _train_here(config, manifest, home, run, report, seen)
+    if not here:  # the journal is written beside Ray Train's controller, on this node
+        ended = workers.train_trial(config, manifest, home, record, report)
+    if ended:
+        return True
+    if not here:
+        workers.measure_trial(config, home.folder, exhaustive=free_axes)
+        return False
+    with home.best_at_hand() as best:
+        if best is None:
+            return False
+        measure_axes(
+            best,
+            config,
+            manifest,
+            home.folder,
+            device=device(config),
+            exhaustive=free_axes,
+            found=seen.of(best),
+        )
+    home.publish(FEATURES, AXES)
+    return False
+
+
+def _say_again(folder: Path, config: RunConfig, report: Report) -> bool:
+    """Report the evaluations that the journal has; True if Tune ended the trial within one.
+
+    The driver that they were reported to may be gone with what it had not stored. One that knows
+    them drops them.
+    """
+    try:
+        for evaluation in workers.Evaluations(folder, config.batch.size).new():
+            report(evaluation)
+    except SystemExit:
+        return True
+    return False
+
+
+class _Best:
+    """The best evaluation of this process's training, so that it is not made again."""
+
+    def __init__(self) -> None:
+        self._found: Evaluation | None = None
+        self._at = Progress()
+
+    def see(self, found: Evaluation, progress: Progress) -> None:
+        """One more."""
+        if self._at.rank is None or float(progress.rank or 0.0) > self._at.rank:
+            self._found, self._at = found, progress
+
+    def of(self, checkpoint: Path) -> Evaluation | None:
+        """The evaluation of a checkpoint; None: another process made it, as of a resumed trial."""
+        return self._found if read_progress(checkpoint).step == self._at.step else None
+
+
+def _train_here(
+    config: RunConfig, manifest: Manifest, home: Home, run: Run, report: Report, seen: _Best
+) -> bool:
+    """Train; True if Tune ended the trial.
+
+    Tune ends a trial by ``SystemExit`` within its report and keeps the exception. It is dropped
+    here, because its traceback would hold network, optimizer and batches for the process's life.
+    """
+    where = device(config)
+    try:
+        with _reporter(config, home, run, report) as reporter:
+            train(
+                config,
+                training_data(config, manifest),
+                reporter,
+                Worker(device=where),
+                lambda metrics, step: run.log_metrics(metrics, step=step),
+                seen.see,
+            )
+    except SystemExit:
+        return True
+    return False
+
+
+def _align_here(config: RunConfig, home: Home, run: Run, report: Report) -> bool:
+    """Pretrain the towers; True if Tune ended the trial, as :func:`_train_here`."""
+    try:
+        with _reporter(config, home, run, report) as reporter:
+            align(
+                config,
+                prepare_pairs(config),
+                reporter,
+                lambda metrics, step: run.log_metrics(metrics, step=step),
+            )
+    except SystemExit:
+        return True
+    return False
+
+
+def _reporter(config: RunConfig, home: Home, run: Run, report: Report) -> FolderReporter:
+    where = device(config)
+    if where.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    return FolderReporter(
+        home.checkpoints,
+        lambda metrics: report(metrics | _memory(where)),
+        checkpoint=config.checkpoint,
+        publish=run.publish,
+    )
+
+
+def _memory(where: torch.device) -> dict[str, float]:
+    """Peak memory of this process, and of its share of a GPU, in MiB."""
+    found = {"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    if where.type == "cuda":
+        found["gpu_peak_mib"] = torch.cuda.max_memory_reserved(where) / (1 << 20)
+        found["gpu_mib"] = torch.cuda.get_device_properties(where).total_memory / (1 << 20)
+    return found

@@ -1,0 +1,61 @@
+"""One trial in Tune's actor, which is small: the training is in a process that it has forked.
+
+Of several workers it is in theirs. Nothing here imports torch before it is known to be needed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from ray import tune
+
+from next.training.distributed.nodes import require_versions
+from next.tuning.execution.forkserver import Forked
+
+TARGET = "next.tuning.execution.training:train_trial"
+
+_forked: Forked | None = None
+"""The process that trained this actor's last trial, and trains the next one."""
+
+
+def run_trial(
+    drawn: dict[str, Any], *, server: str, versions: dict[str, str], **shared: Any
+) -> None:
+    """Train one trial to its end, or until Tune ends it.
+
+    Args:
+        drawn: ``name`` and ``settings`` of the trial, from
+            :class:`next.tuning.search.searcher.Search`.
+        server: key of the server that processes are forked from; empty: the trial is of several
+            workers, which Ray Train starts from here.
+        versions: what the driver's node has installed.
+        shared: what :func:`next.tuning.execution.training.train_trial` takes beside, alike for all
+            trials.
+
+    Raises:
+        ValueError: this node has other versions than the driver's.
+        ForkedProcessError: the process that trained was killed; Tune repeats the trial, which goes
+            on from its checkpoint.
+    """
+    # Read when this actor is used again; Ray's default would cut off a trial that is being stopped.
+    os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "30")
+    require_versions(versions)
+    arguments = {"name": drawn["name"], "settings": drawn["settings"]} | shared
+    if server:
+        ended = _in_a_forked_process(arguments, server)
+    else:
+        from next.tuning.execution.training import train_trial
+
+        ended = train_trial(**arguments, report=tune.report)
+    if ended:
+        sys.exit(0)
+
+
+def _in_a_forked_process(arguments: dict[str, Any], server: str) -> bool:
+    global _forked
+    forked, _forked = _forked or Forked(server, TARGET), None
+    ended: bool = forked.run(arguments, tune.report)
+    _forked = forked
+    return ended

@@ -1,0 +1,141 @@
+"""Ray and its Tuner: they start the trials that the search asks for, where there is room."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.execution import class_cache
+
+from next.config import RunConfig, to_toml
+from next.local_ray import on_cluster
+from next.session import end_ray
+from next.stopping import lost_ray
+from next.training.distributed.cluster import require_room, start_ray
+from next.training.distributed.nodes import own_facts
+from next.tuning.execution.forkserver import forking
+from next.tuning.execution.reservations import reclaiming
+from next.tuning.execution.slots import Places, following, most_places, node_resources
+from next.tuning.execution.trial import TARGET, run_trial
+from next.tuning.progress import Progress
+from next.tuning.search.searcher import Pruning, Search
+from next.tuning.settings import SweepConfig
+
+
+def run_trials(
+    base: RunConfig,
+    sweep: SweepConfig,
+    folder: Path,
+    tracked: dict[str, str | None],
+    progress: Progress,
+    new_search: Callable[[Places], Search],
+) -> None:
+    """Run Tune until the search says that it is over.
+
+    Args:
+        base: settings that all trials share.
+        sweep: how many at a time, and how often one whose process died goes on.
+        folder: of the sweep.
+        tracked: MLflow's address, the experiment and the parent run.
+        progress: hears of the phases, and watches the search.
+        new_search: makes the search for the places that the cluster has.
+
+    Raises:
+        ValueError: the cluster can never hold the workers of a single trial.
+        ConnectionError: nothing answers at ``RAY_ADDRESS``.
+    """
+    here = base.scaling.max_workers == 1  # trials train in forked processes, else in Ray Train's
+    with (
+        # On one machine it imports while Ray starts.
+        forking(TARGET, here=not on_cluster()) if here else nullcontext("") as server,
+        _ray(base, sweep, progress),
+        nullcontext() if here else reclaiming(),
+    ):
+        require_room(base.scaling)
+        places = Places(base, sweep, *node_resources(), most_places(base))
+        search = new_search(places)
+        progress.watch(search)
+        for left in folder.glob("tune-*"):  # by a driver that was killed; this one is alone
+            shutil.rmtree(left, ignore_errors=True)
+        session = time.strftime("tune-%Y%m%d-%H%M%S")
+        trainable = tune.with_parameters(
+            run_trial,
+            base=to_toml(base),
+            folder=str(folder),
+            tracked=tracked,
+            free_axes=sweep.free_axes,
+            task=sweep.task,
+            server=server,
+            versions=own_facts().versions,
+        )
+        tuner = tune.Tuner(
+            tune.with_resources(trainable, places.resources),
+            tune_config=tune.TuneConfig(
+                search_alg=search,
+                scheduler=Pruning(search),
+                num_samples=-1,  # the search says when it is over
+                max_concurrent_trials=sweep.concurrency,  # where fewer fit, the search waits
+                reuse_actors=True,
+                trial_name_creator=_name,
+                trial_dirname_creator=_name,
+            ),
+            run_config=tune.RunConfig(
+                name=session,
+                storage_path=str(folder),
+                verbose=0,
+            ),
+        )
+        try:
+            with following(places, search.wanted), copying_no_credentials():
+                tuner.fit()
+            if not search.finished:  # SIGUSR1, for which Tune ends as if the search were over
+                raise KeyboardInterrupt
+        except BaseException:
+            search.note_time()
+            if lost_ray() is not None:  # whatever Ray made of it: the sweep has not failed
+                raise KeyboardInterrupt from None
+            raise
+        finally:
+            shutil.rmtree(folder / session, ignore_errors=True)  # the study is the record
+
+
+@contextmanager
+def _ray(base: RunConfig, sweep: SweepConfig, progress: Progress) -> Iterator[None]:
+    """A Ray that runs already, or one for this block."""
+    started = not ray.is_initialized()
+    if started:
+        progress.enter("starting Ray and its workers")
+        cpus = sweep.concurrency * base.scaling.max_workers * base.scaling.cpus_per_worker
+        start_ray(cpus)
+    try:
+        yield
+    finally:
+        progress.enter(("ending Ray, " if started else "") + "completing the runs in MLflow")
+        if started:
+            end_ray()
+
+
+@contextmanager
+def copying_no_credentials() -> Iterator[None]:
+    """Tune gives the trials of this block no keys of the driver's environment (``AWS_*``).
+
+    It would do so by Ray's runtime environment, which stands on a command line that every user of
+    the machine may read, and stays in Ray's logs. Trials on this machine inherit the environment;
+    other machines have their own credentials, as they have for runs of several workers.
+    """
+    keys = {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
+    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(keys)
+    try:
+        yield
+    finally:
+        class_cache.ENV_VARS_TO_PROPAGATE.update(keys)
+
+
+def _name(trial: Any) -> str:
+    return str(trial.config["name"])

@@ -1,0 +1,4 @@
+"""What a sweep draws next.
+
+Read ``space.py`` first, then ``searcher.py``. In: a space. Out: trials with settings.
+"""

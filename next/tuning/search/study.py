@@ -1,0 +1,306 @@
+"""The record of a sweep: two Optuna studies in one SQLite file that only the driver touches.
+
+``NAME`` holds what the sampler drew, ``NAME seeds`` the runs that repeat a setting over seeds.
+Every draw, evaluation and ending is a committed transaction before the sweep acts on it, so that
+whatever kills the driver, the file says which runs are done and which have to go on.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import optuna
+import sqlalchemy
+from optuna.trial import TrialState
+
+from next.storage import drafting
+from next.tuning.settings import SweepConfig
+
+FILE = "study.db"
+"""Name of the study file in a sweep's folder."""
+
+_SEEDS = " seeds"
+_LOCK_SECONDS = 5.0
+# What a signal interrupts is raised; the pool would tell of it by pages of its own.
+logging.getLogger("sqlalchemy.pool").setLevel(logging.CRITICAL)
+
+
+class Studies(NamedTuple):
+    """A sweep's record."""
+
+    search: optuna.Study
+    """One trial for each draw of the sampler."""
+    seeds: optuna.Study
+    """One trial for each repetition; ``of`` and ``seed`` are among its attributes."""
+
+
+def create_studies(
+    path: Path, name: str, objectives: Mapping[str, str], sweep: SweepConfig
+) -> Studies:
+    """A new record; its file appears whole, so that whoever looks meanwhile finds it or does not.
+
+    Raises:
+        ValueError: the file is there already, is locked, or is damaged.
+    """
+    if path.exists():
+        check_file(path)
+        raise ValueError(
+            f"{path} holds a study named {name!r} already; resume that sweep, or choose another "
+            f"run.name"
+        )
+    directions = ["maximize" if way == "max" else "minimize" for way in objectives.values()]
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with drafting(path) as draft:
+        storage = _storage(draft)
+        search = optuna.create_study(storage=storage, study_name=name, directions=directions)
+        # Metric names of several objectives are experimental; they only label a dashboard's axes.
+        with _experimental():
+            search.set_metric_names(list(objectives))
+        optuna.create_study(storage=storage, study_name=_seeds_name(name), directions=directions)
+        storage.remove_session()
+        storage.engine.dispose()  # the last connection brings the write-ahead log into the file
+    return open_studies(path, name, sweep)
+
+
+def open_studies(path: Path, name: str, sweep: SweepConfig) -> Studies:
+    """The record of a sweep that was started before; its sampler goes on where it stood.
+
+    Raises:
+        FileNotFoundError: there is no study file.
+        ValueError: the file is locked or damaged, or holds no study of this name.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no study file {path}; is this the folder of a sweep?")
+    check_file(path)
+    storage = _storage(path)
+    names = optuna.get_all_study_names(storage)
+    if name not in names or _seeds_name(name) not in names:
+        raise ValueError(
+            f"{path} must hold the studies {name!r} and {_seeds_name(name)!r} of the sweep, but "
+            f"holds {names or 'none'}; it is not this sweep's file"
+        )
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    search = optuna.load_study(study_name=name, storage=storage)
+    objectives, drawn = len(search.directions), len(search.get_trials(deepcopy=False))
+    search.sampler = make_sampler(sweep, objectives, drawn)
+    search.pruner = make_pruner(sweep, objectives)
+    return Studies(search, optuna.load_study(study_name=_seeds_name(name), storage=storage))
+
+
+def check_file(path: Path) -> None:
+    """The study file can be read and written, and is whole.
+
+    Raises:
+        ValueError: another process holds it, or its content is damaged.
+    """
+    try:
+        connection = sqlite3.connect(path, timeout=_LOCK_SECONDS)
+        try:
+            connection.execute("BEGIN IMMEDIATE").execute("ROLLBACK")
+            (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+        finally:
+            connection.close()
+    except sqlite3.OperationalError as error:
+        if "locked" not in str(error):
+            raise ValueError(f"the study file {path} cannot be used: {error}") from error
+        raise ValueError(
+            f"the study file {path} is locked by another process; end what writes to it (a second "
+            f"driver, a tool that holds a transaction) and try again"
+        ) from error
+    except sqlite3.DatabaseError as error:
+        found = str(error)
+    if found != "ok":
+        raise ValueError(
+            f"the study file {path} is damaged ({' '.join(found.split())}); put back a copy of "
+            f"it, or start a new sweep: the trials' folders beside it are whole"
+        )
+
+
+def make_sampler(sweep: SweepConfig, objectives: int, drawn: int) -> optuna.samplers.BaseSampler:
+    """The sampler for a study that holds ``drawn`` trials.
+
+    A sampler that starts anew with one seed would draw the first trials once more, so the seed
+    depends on how many there are; the Sobol sequence knows its place from the study.
+    """
+    seed = int(np.random.SeedSequence([sweep.seed, drawn]).generate_state(1)[0])
+    kind = sweep.sampler
+    if kind == "auto":
+        kind = "tpe" if objectives == 1 else "nsga2"
+    if kind == "nsga2":
+        # A generation of Optuna's usual 50 would never be followed by another in a short sweep.
+        size = min(50, max(6, sweep.search_runs // 5))
+        return optuna.samplers.NSGAIISampler(seed=seed, population_size=size)
+    if kind == "random":
+        return optuna.samplers.RandomSampler(seed=seed)
+    with _experimental():
+        if kind == "quasi-random":
+            return optuna.samplers.QMCSampler(
+                scramble=True,
+                seed=sweep.seed,
+                independent_sampler=optuna.samplers.RandomSampler(seed=seed),
+                warn_independent_sampling=False,
+                warn_asynchronous_seeding=False,
+            )
+        return optuna.samplers.TPESampler(
+            multivariate=True,
+            group=True,
+            n_startup_trials=min(10, max(4, sweep.search_runs // 4)),
+            seed=seed,
+        )
+
+
+def make_pruner(sweep: SweepConfig, objectives: int) -> optuna.pruners.BasePruner:
+    """The pruner; several objectives are never pruned."""
+    if objectives > 1 or sweep.pruner == "none":
+        return optuna.pruners.NopPruner()
+    if sweep.pruner == "median":
+        return optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=sweep.grace_epochs)
+    return optuna.pruners.SuccessiveHalvingPruner(
+        min_resource=sweep.grace_epochs, reduction_factor=sweep.reduction
+    )
+
+
+def ask(study: optuna.Study) -> optuna.Trial:
+    """The next trial of a study, without Optuna's notes on what is experimental."""
+    with _experimental():
+        return study.ask()
+
+
+def draw(suggest: Callable[[optuna.trial.BaseTrial], dict[str, Any]], trial: optuna.Trial) -> None:
+    """Draw a trial's settings and keep them with it; what was drawn before stays as it is."""
+    if "settings" not in trial.user_attrs:
+        with _experimental():
+            trial.set_user_attr("settings", suggest(trial))
+
+
+def unfinished(study: optuna.Study) -> list[optuna.Trial]:
+    """Trials that a driver began and did not see the end of; from now on they are running.
+
+    A repetition that was asked for, but not said what of, is closed: it never began. A trial of
+    the search that was not wholly drawn is drawn to its end by whoever goes on with it.
+    """
+    left = []
+    begun = (TrialState.RUNNING, TrialState.WAITING)
+    for frozen in study.get_trials(deepcopy=False, states=begun):
+        study._storage.set_trial_state_values(frozen._trial_id, TrialState.RUNNING)
+        trial = optuna.Trial(study, frozen._trial_id)
+        if study.study_name.endswith(_SEEDS) and "repeats" not in frozen.user_attrs:
+            study.tell(trial, state=TrialState.FAIL)
+            continue
+        left.append(trial)
+    return left
+
+
+def set_waiting(study: optuna.Study) -> None:
+    """Have the trials wait that a driver leaves, which :func:`unfinished` gives to the next one."""
+    study._storage.remove_session()  # one that was interrupted can do no more
+    for frozen in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        study._storage.set_trial_state_values(frozen._trial_id, TrialState.WAITING)
+
+
+def inherit(
+    old: optuna.Study,
+    new: optuna.Study,
+    settings_of: Callable[[Mapping[str, Any]], Mapping[str, Any] | None],
+    suggest: Callable[[optuna.trial.BaseTrial], dict[str, Any]],
+    attributes: Callable[[optuna.trial.FrozenTrial], Mapping[str, Any]],
+) -> int:
+    """Add to ``new`` the ended trials of ``old`` that its space could have drawn.
+
+    Args:
+        old: study to take from.
+        new: study to add to.
+        settings_of: resolved configuration of drawn settings; None where they do not fit.
+        suggest: of the new space.
+        attributes: what is kept with an inherited trial beside its own attributes.
+
+    Returns:
+        How many were compatible: all that the new space draws lies in its ranges, and the run that
+        the settings lead to is the same.
+    """
+    count = 0
+    for frozen in old.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED)):
+        fixed = optuna.trial.FixedTrial(frozen.params)
+        try:
+            with warnings.catch_warnings():  # Optuna only warns of a value out of range
+                warnings.simplefilter("error")
+                settings = suggest(fixed)
+        except (ValueError, UserWarning):  # not drawn by the old space, or out of the new one
+            continue
+        resolved = settings_of(settings)
+        if resolved is None or resolved != settings_of(frozen.user_attrs["settings"]):
+            continue
+        new.add_trial(
+            optuna.trial.create_trial(
+                state=frozen.state,
+                values=frozen.values,
+                params=fixed.params,
+                distributions=fixed.distributions,
+                intermediate_values=frozen.intermediate_values,
+                user_attrs=frozen.user_attrs | {"settings": settings} | dict(attributes(frozen)),
+                system_attrs=frozen.system_attrs,  # the rungs that it reached
+            )
+        )
+        count += 1
+    return count
+
+
+def as_completed(study: optuna.Study, scores: Mapping[int, float]) -> optuna.Study:
+    """A study in memory whose trials have the given scores, pruned ones too.
+
+    Importances are computed from finished trials alone, of which pruning leaves few.
+
+    Args:
+        study: that the sampler drew.
+        scores: by number of the trial; one without a score is left out.
+    """
+    copy = optuna.create_study(direction=study.directions[0].name.lower())
+    for frozen in study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED)):
+        if frozen.number in scores and frozen.params:
+            copy.add_trial(
+                optuna.trial.create_trial(
+                    value=scores[frozen.number],
+                    params=frozen.params,
+                    distributions=frozen.distributions,
+                )
+            )
+    return copy
+
+
+def _storage(path: Path) -> optuna.storages.RDBStorage:
+    """The study file with a write-ahead log.
+
+    A commit then needs no wait for the disk (a trial makes about forty): what a killed process
+    committed is kept, and a machine that loses its power loses the last commits and damages none.
+    """
+    with closing(sqlite3.connect(path, timeout=_LOCK_SECONDS)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+    storage = optuna.storages.RDBStorage(
+        f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": _LOCK_SECONDS}}
+    )
+
+    def without_waiting(connection: sqlite3.Connection, _: object) -> None:
+        connection.execute("PRAGMA synchronous = NORMAL")
+
+    sqlalchemy.event.listen(storage.engine, "connect", without_waiting)
+    storage.engine.dispose()  # those that were opened before
+    return storage
+
+
+def _seeds_name(name: str) -> str:
+    return name + _SEEDS
+
+
+@contextmanager
+def _experimental() -> Iterator[None]:
+    """Optuna has marked ``group``, Sobol sequences and metric names as experimental for years."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        yield
