@@ -40,6 +40,10 @@ class LostLeaseError(RuntimeError):
     """Another process has taken the folder over."""
 
 
+class HeldError(ValueError):
+    """Another process holds the folder."""
+
+
 @dataclass(frozen=True)
 class Holder:
     """A process that claims a folder."""
@@ -107,7 +111,7 @@ class Lease:
         on_lost: called, in a thread, when another process has taken the folder over.
 
     Raises:
-        ValueError: another process holds it.
+        HeldError: another process holds it.
         OSError: the place cannot be reached or written.
     """
 
@@ -189,7 +193,7 @@ class Lease:
                 self._delete(claim.key)
             elif claim < own:
                 since = datetime.fromtimestamp(claim.since, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-                raise ValueError(
+                raise HeldError(
                     f"{self.what} in {self.held.uri} is being {self.does} by {holder.host} "
                     f"(process {holder.pid}) since {since}, with a sign of life {silent:.0f} s "
                     f"ago; wait for it, or end it first. One that is gone is given up at once on "

@@ -7,7 +7,10 @@ nothing is copied.
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +23,7 @@ from next.storage import Folder, open_folder, write_whole
 from next.tracking.delivery.publication import Publication
 from next.training.checkpointing.store import CheckpointStore, persist, store_address
 from next.training.folder import changes
-from next.tuning.settings import AXES, FEATURES
+from next.tuning.settings import AXES, FEATURES, RECORD
 
 if TYPE_CHECKING:
     from next.tuning.results import Trial
@@ -33,6 +36,24 @@ ERROR = "error.txt"
 """File of what the training raised."""
 _RESULTS = (FEATURES, AXES, ERROR)
 _SETTINGS = "artifacts/config.toml"
+
+
+def working_folder(folder: Path, config: RunConfig) -> Path:
+    """Where a trial works on this machine.
+
+    That is its folder where the sweep's is on this machine, or where there is no store. Elsewhere
+    it is a temporary one: the driver's path may mean nothing there, or may not be written, and all
+    that counts goes to the store.
+
+    Args:
+        folder: of the trial, as the driver has it.
+        config: names the store.
+    """
+    if config.checkpoint.storage_path is None or (folder.parents[1] / RECORD).is_file():
+        return folder
+    key = hashlib.sha256(str(folder).encode()).hexdigest()[:12]
+    mine = Path(tempfile.gettempdir()) / f"next-trials-{os.getuid()}"
+    return mine.joinpath(key, *folder.parts[-3:])
 
 
 class Home:

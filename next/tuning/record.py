@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -29,15 +29,15 @@ from next.tuning.folder import TEXTS, resume_command
 from next.tuning.home import Home
 from next.tuning.search.searcher import Search
 from next.tuning.search.study import FILE
+from next.tuning.settings import COUNT
 
 _log = logging.getLogger(__name__)
 
-COUNT = "record.json"
-"""How often a record was stored; without it none was stored whole."""
 _COUNT_HERE = ".record.json"
 _SAVE_SECONDS = 10.0
 """Least time between two copies for reports alone."""
 _RETRY_SECONDS = 2.0
+_MIRROR_SECONDS = 60.0
 
 
 class StoredRecord:
@@ -58,6 +58,7 @@ class StoredRecord:
         self._asked, self._ended = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._work, name="record", daemon=True)
         self._mirrors = ThreadPoolExecutor(2, thread_name_prefix="mirror")
+        self._mirrored: list[Future[None]] = []
 
     def __enter__(self) -> StoredRecord:
         self._thread.start()
@@ -96,7 +97,12 @@ class StoredRecord:
 
     def mirror(self, home: Home) -> None:
         """Bring an ended trial's results here, beside what the driver does."""
-        self._mirrors.submit(_mirror, home)
+        self._mirrored.append(self._mirrors.submit(_mirror, home))
+
+    def await_mirrors(self) -> None:
+        """Return once what ended trials left is here, or after a minute."""
+        wait(self._mirrored, timeout=_MIRROR_SECONDS)
+        self._mirrored = [mirror for mirror in self._mirrored if not mirror.done()]
 
     def _read_count(self) -> bytes:
         return self.store.read(COUNT) if self.store.size(COUNT) is not None else b""
@@ -134,6 +140,8 @@ class StoredSearch(Search):
         self._away_since: float | None = None
         self._tried = 0.0
         self._interrupted: str | None = None
+        self._elsewhere: set[str] = set()
+        """Trials that go on on another node than the one whose store failed."""
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """As a search does, once the store has the draw.
@@ -161,16 +169,26 @@ class StoredSearch(Search):
     def report(self, trial_id: str, result: Mapping[str, Any]) -> bool:
         """As a search does; stored soon. A trial whose store failed stays unfinished."""
         if "interrupted" in result:
-            self._interrupted = str(result["interrupted"])
+            self._take_interruption(trial_id, str(result["interrupted"]), result.get("node"))
             return True
         stop = super().report(trial_id, result)
         self._record.ask()
         return stop
 
+    def _take_interruption(self, trial_id: str, why: str, node: str | None) -> None:
+        """A trial's store failed: for that node alone, which is left out, or for all."""
+        if node is not None and self._stores():
+            self.fail(trial_id, why, machine_lost=True, unfit=node)
+            self._elsewhere.add(trial_id)
+        else:
+            self._interrupted = why
+
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
         """As a search does; the ending is stored, and what the trial left is brought here."""
+        error = error or trial_id in self._elsewhere
+        self._elsewhere.discard(trial_id)
         if self._interrupted is not None and (result or {}).get("interrupted"):
             run = self.live.pop(trial_id)
             _log.warning("%s stays unfinished: %s", run.name, self._interrupted)
@@ -179,6 +197,14 @@ class StoredSearch(Search):
         super().on_trial_complete(trial_id, result, error)
         self._saved()
         self._record.mirror(Home(self._folder / "trials" / name, self.base))
+
+    def _stores(self) -> bool:
+        """Whether the store takes the record, from here and now."""
+        try:
+            self._record.save()
+        except OSError:
+            return False
+        return True
 
     def _saved(self) -> bool:
         """Store the record; False: the store is away, and not yet for too long."""

@@ -10,6 +10,8 @@ from next.config import Fraction, Section
 
 RECORD = "sweep.toml"
 """File in a sweep's folder: how the space is searched, and what the space was."""
+COUNT = "record.json"
+"""File in a sweep's store: how often its record was stored; without it none was stored whole."""
 FEATURES, AXES = "features.npz", "axes.json"
 """Files in a trial's folder: what its best epoch gave each held-out sample, and its free axes."""
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -22,7 +22,7 @@ import ray
 from next.config import RunConfig, from_toml, override, read_written
 from next.data.shards.reader import Manifest, open_manifest
 from next.evaluation.queries import measurable
-from next.lease import Lease
+from next.lease import HeldError, Lease
 from next.local_ray import on_cluster
 from next.stopping import LostRayError, Stopped, keeping, lost_ray
 from next.storage import open_folder, require_own_disk
@@ -62,7 +62,7 @@ from next.tuning.folder import (
 )
 from next.tuning.home import Home, mirror
 from next.tuning.progress import Progress
-from next.tuning.record import COUNT, StoredRecord, StoredSearch, fetch_record
+from next.tuning.record import StoredRecord, StoredSearch, fetch_record
 from next.tuning.report.comparison import comparison_link, record_pictures, set_up_comparison
 from next.tuning.report.pictures import draw_overview
 from next.tuning.report.report import report_sweep
@@ -84,7 +84,7 @@ from next.tuning.search.study import (
     open_studies,
     set_waiting,
 )
-from next.tuning.settings import RECORD, SweepConfig
+from next.tuning.settings import COUNT, RECORD, SweepConfig
 from next.tuning.statistics.seeds import first_metric, next_racer
 from next.tuning.statistics.summary import Summary, leaderboard, on_test, summarise
 
@@ -245,7 +245,7 @@ def resume_sweep(
     store = None if storage is None else open_folder(storage).below(folder.name).address
     if fork is not None:
         if store is not None:
-            fetch_record(folder, store)
+            _fetch_unless_driven(folder, store)
         known = _known(folder, storage, changes, space)
         return _fork(folder, fork, known, say)
     if not (folder / RECORD).is_file():
@@ -341,6 +341,13 @@ def _known(
     if dict(chosen.objectives) != record["objectives"]:
         changed.append(f"objectives: {record['objectives']} -> {dict(chosen.objectives)}")
     return _Known(base, chosen, sweep, manifest, dict(description), changed)
+
+
+def _fetch_unless_driven(folder: Path, store: str) -> None:
+    """Bring the record of a sweep that is to be forked; one that is driven from here is newest."""
+    lease = Lease(open_folder(folder), f"sweep {folder.name}", does="driven")
+    with suppress(HeldError), lease:
+        fetch_record(folder, store)
 
 
 def _storage_of(folder: Path) -> str | None:
@@ -796,6 +803,8 @@ def _complete_children(folder: Path, trials: list[Trial], tracked: dict[str, str
 
 def _race(it: _Sweep) -> Repeat | None:
     """The next repetition of the race."""
+    if it.record is not None:
+        it.record.await_mirrors()  # the choice compares what the trials left
     trials, settings = it.standing()
     repeats = [trial for trial in trials if trial.of is not None]
     noise = min(it.sweep.noise_runs, sum(trial.of == DEFAULT for trial in repeats))

@@ -289,6 +289,13 @@ class Cluster:
             return None
 
 
+def give_another_torch(machine: Machine) -> None:
+    """As a machine has that was set up before; its ``PYTHONPATH`` is ``/srv/other``."""
+    metadata = machine.path("/srv/other/torch-2.14.0.dist-info/METADATA")
+    metadata.parent.mkdir(parents=True)
+    metadata.write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.14.0\n")
+
+
 def write_token(machine: Machine, token: str) -> None:
     """As ``scp`` of the head's token would."""
     place = machine.path(f"{HOME}/.ray/auth_token")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.cluster import ACTIVATE, Cluster, job
+from tests.cluster.cluster import ACTIVATE, Cluster, give_another_torch, job
 from tests.cluster.machines import RUNS
 from tests.deploy.conftest import end_tree, wait_for
 
@@ -59,6 +59,11 @@ def test_a_sweep_outlives_a_machine_and_then_its_head(cluster: Cluster, recipe, 
     second = cluster.services.machine.start(f"{ACTIVATE}{job('sweep', **settings)}")
     cluster.kill_worker(lost)
     cluster.add_worker(joins)
+    strange = cluster.add_worker(7, PYTHONPATH="/srv/other")
+    give_another_torch(strange)
+    with cluster.services.machine.network():
+        keys = cluster.services.s3.new_user("s3:Get*", "s3:List*")
+    reader = cluster.add_worker(8, **keys)
     before = states(cluster, name)["ended"]
     assert before < TRIALS - 2, "a machine was lost in the middle"
     assert second.wait(300) == 2, cluster.services.machine.said(second)
@@ -67,6 +72,11 @@ def test_a_sweep_outlives_a_machine_and_then_its_head(cluster: Cluster, recipe, 
 
     wait_for("a trial after the loss", lambda: ended(before + 1), 600, said)
     assert states(cluster, name)["ended"] < TRIALS, "the head was lost in the middle"
+    left_out = cluster.services.machine.said(first, None)
+    assert f"node {strange.address} gets no trials: it must have what the driver" in left_out
+    assert f"node {reader.address} gets no trials: checkpoint.storage_path must be re" in left_out
+    for number in (7, 8):
+        cluster.kill_worker(number)
     cluster.head.kill()
     end_tree(first.pid)
     cluster.start_head()
@@ -78,6 +88,8 @@ def test_a_sweep_outlives_a_machine_and_then_its_head(cluster: Cluster, recipe, 
     )
     assert resumed.returncode == 0, resumed.stdout[-5000:]
     assert_whole(cluster, name)
+    for worker in cluster.workers.values():
+        assert list(worker.path(RUNS).iterdir()) == [], "all that counts is in the store"
 
 
 def states(cluster: Cluster, name: str) -> Counter:

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.cluster.cluster import Cluster, job
+from tests.cluster.cluster import Cluster, give_another_torch, job
 
 pytestmark = [
     pytest.mark.ray,
@@ -66,9 +66,7 @@ def test_a_machine_whose_clock_is_an_hour_ahead_is_named(cluster, recipe):
 @pytest.mark.cluster
 def test_a_machine_with_another_torch_is_named(cluster, recipe):
     other = cluster.add_worker(6, PYTHONPATH="/srv/other")
-    metadata = other.path("/srv/other/torch-2.14.0.dist-info/METADATA")
-    metadata.parent.mkdir(parents=True)
-    metadata.write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.14.0\n")
+    give_another_torch(other)
     said = submitted_beside(cluster, 6, recipe, "other")
     assert other.address in said
     assert "torch is 2.14.0, the driver has " in said

@@ -37,8 +37,13 @@ def stored(request, tiny_config, tmp_path) -> RunConfig:
 class Machine:
     """A folder of its own in place of a machine's disk."""
 
-    def __init__(self, folder, config: RunConfig, uri: str | None = None) -> None:
+    def __init__(
+        self, folder, config: RunConfig, uri: str | None = None, *, sees: bool = True
+    ) -> None:
         self.sweep, self.config = folder / "search", config
+        if sees:
+            self.sweep.mkdir(parents=True, exist_ok=True)
+            (self.sweep / "sweep.toml").touch()
         self.own = self.sweep / "trials" / NAME
         self.home = Home(self.own, config)
         self.tracked = {"uri": uri, "experiment": "demo", "parent": None}
@@ -78,8 +83,6 @@ def test_a_trial_that_goes_on_elsewhere_comes_to_what_it_would_have_come_to(
     server, stored, tiny_config, tmp_path
 ):
     undisturbed = Machine(tmp_path / "none", resolve(tiny_config, open_manifest(stored.data.uri)))
-    undisturbed.sweep.mkdir(parents=True)
-    (undisturbed.sweep / "sweep.toml").touch()
     undisturbed.train()
 
     one = Machine(tmp_path / "one", stored, server.uri)
@@ -169,13 +172,22 @@ def test_the_winner_without_a_checkpoint_is_an_error_that_says_what_to_do(stored
         _keep_best(trial(driver), driver.sweep, alone)
 
 
-def test_a_trial_whose_results_the_driver_would_not_find_fails_and_says_why(tiny_config, tmp_path):
-    config = resolve(tiny_config, open_manifest(str(tiny_config.data.uri)))
-    machine = Machine(tmp_path / "other", config)
-    assert not machine.train()
-    (failure,) = machine.told
-    assert "does not see the sweep's folder" in failure["failed"]
-    assert "set checkpoint.storage_path to s3://bucket/prefix" in failure["failed"]
+def test_where_the_sweep_is_not_on_this_machine_a_trial_leaves_all_in_its_store(
+    stored, tmp_path, monkeypatch
+):
+    """As on a machine where the path of the driver's folder may not be made."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    there = Machine(tmp_path / "driver", stored, sees=False)
+    there.train()
+    assert not there.sweep.exists()
+    assert len(list(temporary.glob(f"next-trials-*/*/search/trials/{NAME}/journal.jsonl"))) == 1
+    driver = Machine(tmp_path / "driver", stored)
+    mirror([trial(driver)], stored)
+    assert losses(driver.own) == list(range(1, losses(driver.own)[-1] + 1))
+    assert (driver.own / FEATURES).is_file()
+    assert driver.home.best() is not None
 
 
 def test_a_sweep_that_gets_a_store_later_goes_on_from_the_checkpoints_on_its_disk(
@@ -183,8 +195,6 @@ def test_a_sweep_that_gets_a_store_later_goes_on_from_the_checkpoints_on_its_dis
 ):
     config = resolve(tiny_config, open_manifest(str(tiny_config.data.uri)))
     before = Machine(tmp_path / "one", config)
-    before.sweep.mkdir(parents=True)
-    (before.sweep / "sweep.toml").touch()
     before.train(ends_after=2)
     later = override(config, {"checkpoint.storage_path": str(tmp_path / "kept")})
     machine = Machine(tmp_path / "one", later)
@@ -214,8 +224,6 @@ def test_a_store_that_stays_away_leaves_the_trial_unfinished_and_not_failed(tiny
 def test_without_a_store_nothing_is_written_beside_what_always_was(tiny_config, tmp_path):
     config = resolve(tiny_config, open_manifest(str(tiny_config.data.uri)))
     machine = Machine(tmp_path / "one", config)
-    machine.sweep.mkdir(parents=True)
-    (machine.sweep / "sweep.toml").touch()
     machine.train()
     mirror([trial(machine)], config)
     assert sorted(path.name for path in machine.own.iterdir() if path.name[0] != ".") == [

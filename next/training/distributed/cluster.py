@@ -35,10 +35,15 @@ _ENVIRONMENT = {
 }
 
 Found = TypeVar("Found")
+Seen = dict[str, tuple[str, str]]
+"""By setting: a folder that nodes must see, and a file that lies there."""
 
 _CONNECT_SECONDS = 5.0
 _NODES_SECONDS = 30.0
 """How long a node may take to join that is starting."""
+_FIRST_NODE_SECONDS = 300.0
+"""How long the first machine may take to join a head that computes nothing."""
+_SAY_SECONDS = 30.0
 _LOOK_SECONDS = 60.0
 
 
@@ -139,14 +144,15 @@ def worker_resources(scaling: ScalingConfig) -> dict[str, float]:
     return {"CPU": scaling.cpus_per_worker} | ({"GPU": 1.0} if scaling.use_gpu else {})
 
 
-def require_room(scaling: ScalingConfig, *, patience_s: float = _NODES_SECONDS) -> None:
+def require_room(scaling: ScalingConfig, *, patience_s: float | None = None) -> None:
     """Raise unless the cluster can hold the least number of workers, now or by its autoscaler.
 
     Workers that others occupy count as room: the run waits for them.
 
     Args:
         scaling: workers and what each needs.
-        patience_s: seconds for which nodes may still join.
+        patience_s: seconds for which nodes may still join; None: 30, and 300 where no node has
+            any CPU yet, as on a head that was just started.
 
     Raises:
         ValueError: it can never hold them.
@@ -154,13 +160,20 @@ def require_room(scaling: ScalingConfig, *, patience_s: float = _NODES_SECONDS) 
     import ray
 
     needs = worker_resources(scaling)
-    deadline = time.monotonic() + patience_s
+    began = said = time.monotonic()
     while (holds := _holds(ray.nodes(), needs)) < scaling.min_workers:
+        now, patience = time.monotonic(), patience_s
+        if patience is None:
+            computes = any(node["Alive"] and "CPU" in node["Resources"] for node in ray.nodes())
+            patience = _NODES_SECONDS if computes else _FIRST_NODE_SECONDS
+        if now - said > _SAY_SECONDS:
+            said = now
+            _log.warning("waiting for machines to join the cluster (%.0f s so far)", now - began)
         most = most_workers(scaling)
         if most is not None and most >= scaling.min_workers:
             _log.info("the cluster holds %d workers now; its autoscaler may add nodes", holds)
             return
-        if most is not None or time.monotonic() > deadline:
+        if most is not None or now - began > patience:
             each = ", ".join(f"{need:g} {name}" for name, need in needs.items())
             raise ValueError(
                 f"scaling.num_workers needs room for {scaling.min_workers} workers of {each} each, "
@@ -196,6 +209,27 @@ def check_cluster(config: RunConfig) -> None:
         require_room(config.scaling)
         require_alike()
         require_shared(config, config.checkpoint.storage_path or config.run.storage_path)
+        _require_store_for_machines_to_come(config)
+
+
+def _require_store_for_machines_to_come(config: RunConfig) -> None:
+    """Raise where an autoscaler adds the machines, and nobody can ask them what they see.
+
+    Raises:
+        ValueError: results would stay on machines that the autoscaler takes away.
+    """
+    import ray
+
+    if config.checkpoint.storage_path is not None:
+        return
+    living = sum(node["Alive"] for node in ray.nodes())
+    most = most_workers(config.scaling)
+    here = _holds(ray.nodes(), worker_resources(config.scaling))
+    if living == 1 and most is not None and most > here:
+        raise ValueError(
+            "this cluster's autoscaler adds machines, and results would stay on their disks; set "
+            "checkpoint.storage_path to s3://bucket/prefix, or to a folder that all nodes mount"
+        )
 
 
 class SilentNodeError(ValueError):
@@ -225,11 +259,11 @@ def require_shared(config: RunConfig, place: str | None) -> None:
     stored = config.checkpoint.storage_path is not None
     setting = "checkpoint.storage_path" if stored else "run.storage_path"
     look = ray.remote(num_cpus=0, max_retries=0)(_problems)
-    asked = {"data.uri": (str(config.data.uri), "manifest.json")}
+    asked: Seen = {"data.uri": (str(config.data.uri), "manifest.json")}
     with ExitStack() as stack:
         if place is not None:
             folder, marker = open_folder(place), f".seen-{uuid.uuid4().hex}"
-            asked = {setting: (folder.address, marker)} | asked | _weights(config.model.backbone)
+            asked = {setting: (folder.address, marker)} | places_seen_by_all(config)
             stack.enter_context(_written(folder, marker))
         answers = [  # not by address: a machine may be several nodes
             look.options(
@@ -252,7 +286,23 @@ def require_shared(config: RunConfig, place: str | None) -> None:
                     f"node {address} did not say within {_LOOK_SECONDS:.0f} s whether it reads "
                     f"{places}; mend that node, or take it out of the cluster"
                 ) from None
-            _raise_problems(address, problems, asked, stored=stored)
+            if (told := _told(problems, asked, f"node {address}")) is not None:
+                raise ValueError(told)
+
+
+def places_seen_by_all(config: RunConfig) -> Seen:
+    """What each node of a cluster must see of a run: its shards and its weights."""
+    return {"data.uri": (str(config.data.uri), "manifest.json")} | _weights(config.model.backbone)
+
+
+def unseen_here(asked: Seen, written: str) -> str | None:
+    """What this node does not see of a run; None: it sees all that it must.
+
+    Args:
+        asked: what it must see.
+        written: the setting whose folder it must write, too.
+    """
+    return _told(_problems(asked, written), asked, f"node {socket.gethostname()}")
 
 
 def _weights(config: BackboneConfig) -> dict[str, tuple[str, str]]:
@@ -283,35 +333,35 @@ def _written(folder: Folder, marker: str) -> Iterator[None]:
                 path.rmdir()
 
 
-def _raise_problems(
-    address: str, problems: dict[str, str], asked: dict[str, tuple[str, str]], *, stored: bool
-) -> None:
+def _told(problems: dict[str, str], asked: Seen, node: str) -> str | None:
+    """What keeps a node from the places of a run, and what to do; None: nothing does."""
     unseen = [setting for setting, problem in problems.items() if not problem]
     for setting in unseen:
         if setting.startswith("model.backbone."):
-            raise ValueError(
+            return (
                 f"the weights {'/'.join(asked[setting])} ({setting}) must be on every node of the "
-                f"cluster, but node {address} does not have them; copy the file there, or keep it "
+                f"cluster, but {node} does not have them; copy the file there, or keep it "
                 f"(or data.cache) on storage that all nodes mount"
             )
     if unseen:
         folders = ", ".join(asked[setting][0] for setting in unseen)
-        needed = ["--data" if setting == "data.uri" else setting for setting in unseen]
-        if not stored and "run.storage_path" in needed:
-            needed[needed.index("run.storage_path")] = "checkpoint.storage_path"
-        raise ValueError(
-            f"{' and '.join(unseen)} must be seen by every node of the cluster, but node "
-            f"{address} does not see {folders}; set {' and '.join(needed)} to s3://bucket/prefix, "
+        # Results are brought to a store by another setting than that of the folder here.
+        flags = {"data.uri": "--data", "run.storage_path": "checkpoint.storage_path"}
+        needed = [flags.get(setting, setting) for setting in unseen]
+        return (
+            f"{' and '.join(unseen)} must be seen by every node of the cluster, but {node} "
+            f"does not see {folders}; set {' and '.join(needed)} to s3://bucket/prefix, "
             f"or to a folder that all nodes mount"
         )
     for setting, problem in problems.items():
-        raise ValueError(
-            f"{setting} must be read and written by every node of the cluster, but on node "
-            f"{address}: {problem}"
+        return (
+            f"{setting} must be read and written by every node of the cluster, but on {node}: "
+            f"{problem}"
         )
+    return None
 
 
-def _problems(asked: dict[str, tuple[str, str]], written: str) -> dict[str, str]:
+def _problems(asked: Seen, written: str) -> dict[str, str]:
     """What keeps this node from each setting's place; empty text: the file is not there."""
     found = {}
     for setting, (place, file) in asked.items():

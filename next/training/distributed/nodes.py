@@ -76,6 +76,10 @@ class Autoscaler(NamedTuple):
         return room
 
 
+class UnfitNodeError(ValueError):
+    """A node cannot work for a job; others can."""
+
+
 class Facts(NamedTuple):
     """What a node has."""
 
@@ -101,7 +105,9 @@ def find_autoscaler() -> Autoscaler | None:
     address, node = context.gcs_address, heads[0]["NodeID"]
     if node == context.get_node_id():
         return read_autoscaler(address)
-    found: Autoscaler | None = ray.get(_on(node, read_autoscaler, address), timeout=_LOOK_SECONDS)
+    found: Autoscaler | None = ray.get(
+        on_node(node, read_autoscaler, address), timeout=_LOOK_SECONDS
+    )
     return found
 
 
@@ -172,12 +178,12 @@ def require_versions(driver: Mapping[str, str]) -> None:
     """Raise unless this node, which may have joined later, has the driver's versions.
 
     Raises:
-        ValueError: it has not; it is named.
+        UnfitNodeError: it has not; it is named.
     """
     here = _known_here()  # asked by each trial of a process
     found = differences(here, Facts(dict(driver), here.clock), here.clock, here.clock)
     if found:
-        raise ValueError(
+        raise UnfitNodeError(
             f"node {socket.gethostname()} must have what the driver has, but {'; '.join(found)}; "
             f"give it the same checkout and environment (make .venv/.ready)"
         )
@@ -248,6 +254,16 @@ def survey(needs: Mapping[str, float]) -> dict[str, Any]:
     }
 
 
+def ask_facts(node: str) -> Any:
+    """Ask a node, by its id, for its facts: what Ray's ``get`` then returns as :class:`Facts`."""
+    # By its code and not by its name, which a node with another version may lack.
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    try:
+        return on_node(node, own_facts)
+    finally:
+        ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
 def _facts_of_nodes() -> dict[str, tuple[Facts, float, float]]:
     """Of each node beside this one by its address, and this one's clock before and after."""
     # By its code and not by its name, which a node with another version may lack.
@@ -261,7 +277,7 @@ def _facts_of_nodes() -> dict[str, tuple[Facts, float, float]]:
                 name = node["NodeManagerAddress"]
                 if name in asked:  # a machine may be several nodes
                     name = f"{name} ({node['NodeID'][:8]})"
-                asked[name] = _on(node["NodeID"], own_facts)
+                asked[name] = on_node(node["NodeID"], own_facts)
         return {
             address: (ray.get(answer, timeout=_LOOK_SECONDS), sent, time.time())
             for address, answer in asked.items()
@@ -274,8 +290,8 @@ def _alive() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
-def _on(node: str, function: Any, *arguments: Any) -> Any:
-    """Call a function on a node, which needs no resources for it."""
+def on_node(node: str, function: Any, *arguments: Any) -> Any:
+    """Call a function on a node, given by its id, which needs no resources for it."""
     there = NodeAffinitySchedulingStrategy(node, soft=False)
     task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(function)
     return task.remote(*arguments)

@@ -13,7 +13,7 @@ import socket
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -41,7 +41,8 @@ from next.training.distributed.cluster import (
     require_shared,
     worker_resources,
 )
-from next.training.distributed.nodes import own_facts, require_versions
+from next.training.distributed.joining import elsewhere
+from next.training.distributed.nodes import UnfitNodeError, own_facts, require_versions
 from next.training.distributed.relay import LISTEN_SECONDS, JournalWriter, Line, on_the_line
 from next.training.distributed.rendezvous import torch_config
 from next.training.inputs import training_data
@@ -90,6 +91,7 @@ def train_on_workers(
     bell: Bell | None = None,
     *,
     assessed: bool = False,
+    left_out: Mapping[str, str] | None = None,
 ) -> tuple[Outcome, Carried | None]:
     """Train a run with Ray Train to its end, through the deaths of workers and nodes.
 
@@ -102,6 +104,7 @@ def train_on_workers(
         bell: by which another thread asks to stop, beside signals.
         assessed: whether the workers, which have all they need in memory, also assess the best
             checkpoint on the test split, together.
+        left_out: why nodes get no workers, by id, after all were asked; None: all must be fit.
 
     Raises:
         ValueError: the cluster can never hold the workers, or a node does not see the folders.
@@ -118,10 +121,14 @@ def train_on_workers(
         training_data(config, manifest)
     with connected(config.scaling.max_workers * config.scaling.cpus_per_worker):
         require_room(config.scaling)
-        require_shared(config, checkpoints)
+        if left_out is None:
+            require_shared(config, checkpoints)
+        selector = elsewhere(left_out or {})
         with _marked(checkpoints) as marker:
             bell = bell or Bell(waits=True)
-            return _fit(config, folder, checkpoints, marker, tracked, bell, assessed=assessed)
+            return _fit(
+                *(config, folder, checkpoints, marker, tracked, bell, selector), assessed=assessed
+            )
 
 
 @contextmanager
@@ -145,10 +152,10 @@ def _require_seen(checkpoints: str, marker: str | None) -> None:
     """Raise unless this node sees what the driver sees.
 
     Raises:
-        ValueError: it does not.
+        UnfitNodeError: it does not.
     """
     if marker is not None and open_folder(checkpoints).size(marker) is None:
-        raise ValueError(
+        raise UnfitNodeError(
             f"node {socket.gethostname()} does not see {checkpoints}, where the run keeps its "
             f"checkpoints; set checkpoint.storage_path to s3://bucket/prefix, or to a folder that "
             f"all nodes mount"
@@ -162,6 +169,7 @@ def _fit(
     marker: str | None,
     tracked: dict[str, Any],
     bell: Bell,
+    selector: dict[str, str],
     *,
     assessed: bool,
 ) -> tuple[Outcome, Carried | None]:
@@ -181,6 +189,7 @@ def _fit(
             num_workers=config.scaling.num_workers,
             use_gpu=config.scaling.use_gpu,
             resources_per_worker=worker_resources(config.scaling),
+            label_selector=selector or None,
             elastic_resize_monitor_interval_s=config.scaling.elastic_resize_monitor_interval_s,
         ),
         run_config=ray.train.RunConfig(

@@ -22,11 +22,13 @@ class LostProcessError(RuntimeError):
     Args:
         how: it died.
         machine: whether it died with its machine.
+        node: id of a machine that cannot be used; None: the machine is not to blame.
     """
 
-    def __init__(self, how: str, machine: bool) -> None:
-        super().__init__(how, machine)
+    def __init__(self, how: str, machine: bool, node: str | None = None) -> None:
+        super().__init__(how, machine, node)
         self.machine = machine
+        self.node = node
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -37,6 +39,12 @@ class LostProcessError(RuntimeError):
         if isinstance(error, (RayActorError, NodeDiedError, WorkerCrashedError, OwnerDiedError)):
             return cls(how_it_died(error), is_lost_machine(error))
         return None
+
+
+def unfit_node(error: Any) -> str | None:
+    """Id of the machine that a trial cannot be trained on; None: that is not what ended it."""
+    cause = _cause(error)
+    return cause.node if isinstance(cause, LostProcessError) else None
 
 
 def is_lost_machine(error: Any) -> bool:

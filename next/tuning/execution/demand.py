@@ -23,10 +23,12 @@ class Demand:
 
     Args:
         bundles: what a trial takes.
+        selector: of the nodes that may hold it, by their labels; empty: all may.
     """
 
-    def __init__(self, bundles: list[dict[str, float]]) -> None:
+    def __init__(self, bundles: list[dict[str, float]], selector: dict[str, str]) -> None:
         self.bundles = bundles
+        self.selector = selector
         self._waiting: list[PlacementGroup] = []
 
     def want(self, places: int) -> bool:
@@ -40,8 +42,12 @@ class Demand:
             return False
         self._keep(places)
         while len(self._waiting) < places:
-            self._waiting.append(placement_group(self.bundles, strategy="PACK"))
+            self._waiting.append(self._group())
         return True
+
+    def _group(self) -> PlacementGroup:
+        selectors = [self.selector] * len(self.bundles)
+        return placement_group(self.bundles, strategy="PACK", bundle_label_selector=selectors)
 
     def end(self) -> None:
         """Wait for nothing any more."""

@@ -21,6 +21,7 @@ from ray import tune
 from next.config import RunConfig
 from next.local_ray import on_cluster
 from next.training.distributed.cluster import most_workers, worker_resources
+from next.training.distributed.joining import Needs, Newcomers, elsewhere
 from next.training.distributed.nodes import fitting
 from next.tuning.execution.demand import Demand
 from next.tuning.execution.reservations import worker_groups
@@ -77,6 +78,8 @@ class Places:
         self._needs = worker_resources(base.scaling)
         self._here = here
         self._waits_since: float | None = None
+        self.refused: dict[str, str] = {}
+        """Why nodes get no trials, by id."""
         self.waiting_s = 0.0
         """For how long a drawn trial has waited for its place."""
         self.count(nodes)
@@ -90,13 +93,21 @@ class Places:
         """Places that the living nodes hold, at most as many as are wanted.
 
         One at least: whether a trial fits at all, perhaps on nodes that are still to come, has been
-        asked before. Until a trial has said how much memory it took, each has a GPU to itself.
+        asked before.
+        """
+        return max(1, self.held)
+
+    @property
+    def held(self) -> int:
+        """Places that the living nodes hold, none too.
+
+        Until a trial has said how much memory it took, each has a GPU to itself.
         """
         needs = dict(self._needs)
         if self.on_gpu and self.workers == 1:
             needs["GPU"] = self.gpus
         holds = sum(fitting(node, needs) for node in self._nodes)
-        return max(1, min(self.asked, holds // self.workers))
+        return min(self.asked, holds // self.workers)
 
     @property
     def bundles(self) -> list[dict[str, float]]:
@@ -108,11 +119,20 @@ class Places:
         """Places that may still come, of so many that would be used."""
         return max(0, min(wanted, self.most) - self.concurrency) if self._grows else 0
 
+    def refuse(self, node: str, why: str) -> None:
+        """Place no further trial on a node until it says that it can be used."""
+        self.refused[node] = why
+
     def text(self, wanted: int) -> str | None:
         """``2 of 8 places, waiting for machines``; None: there are as many as would be used."""
-        wanted, now = min(wanted, self.asked), self.concurrency
+        wanted, now = min(wanted, self.asked), self.held
         if now >= wanted:
             return None
+        if (count := len(self.refused)) > 0:
+            return f"{self._said(now, wanted)} ({count} machine{'s' * (count > 1)} left out)"
+        return self._said(now, wanted)
+
+    def _said(self, now: int, wanted: int) -> str:
         if not self._grows:
             return f"{now} of {wanted} places"
         if now < self.most:
@@ -130,7 +150,9 @@ class Places:
         if self.workers > 1:
             return tune.PlacementGroupFactory([{self._here: _BESIDE_DRIVER}])
         gpu = {"GPU": task["gpus"]} if task["gpus"] else {}
-        return tune.PlacementGroupFactory([{"CPU": self._needs["CPU"]} | gpu])
+        return tune.PlacementGroupFactory(
+            [{"CPU": self._needs["CPU"]} | gpu], bundle_label_selector=[elsewhere(self.refused)]
+        )
 
     def learn(self, result: Mapping[str, Any]) -> None:
         """Size the share of a GPU by the first trial that says how much memory it took."""
@@ -172,26 +194,32 @@ class Places:
 
 
 @contextmanager
-def following(places: Places, wanted: Callable[[], int]) -> Iterator[None]:
+def following(
+    places: Places, wanted: Callable[[], int], needs: Needs | None = None
+) -> Iterator[None]:
     """Count places again while the block runs, and ask for those that are missing.
 
     Args:
         places: are kept up to date.
         wanted: how many trials would run now if there were a place for each.
+        needs: what nodes that join must have, to be counted and used.
     """
-    demand, before = Demand(places.bundles), places.concurrency
+    newcomers = Newcomers(needs, places.refused)
+    demand, before = Demand(places.bundles, {}), places.held
 
     def look() -> None:
         nonlocal demand, before
         with suppress(Exception):  # the head may be away; the next look may find it
-            places.count(node_resources()[0])
-            if demand.bundles != places.bundles:
+            newcomers.look()
+            places.count(node_resources(newcomers.can_use)[0])
+            selector = elsewhere(places.refused)
+            if (demand.bundles, demand.selector) != (places.bundles, selector):
                 demand.end()
-                demand = Demand(places.bundles)
+                demand = Demand(places.bundles, selector)
             demand.want(places.missing(wanted()))
-            if places.concurrency != before:
-                _log.info("places for trials: %d, before %d", places.concurrency, before)
-                before = places.concurrency
+            if places.held != before:
+                _log.info("places for trials: %d, before %d", places.held, before)
+                before = places.held
 
     try:
         with watching(look, _COUNT_SECONDS, "following"):
@@ -211,12 +239,18 @@ def most_places(base: RunConfig) -> float | None:
     return math.inf if most is None else most
 
 
-def node_resources() -> tuple[list[dict[str, float]], str]:
-    """What each living node has, and the name of the resource that only this one has."""
+def node_resources(
+    can_use: Callable[[str], bool] = lambda node: True,
+) -> tuple[list[dict[str, float]], str]:
+    """What each living node has, and the name of the resource that only this one has.
+
+    Args:
+        can_use: whether a node, by its id, is counted.
+    """
     nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
     here = nodes[ray.get_runtime_context().get_node_id()]
     own = [name for name in here if name.startswith("node:") and "internal_head" not in name]
-    return list(nodes.values()), own[0]
+    return [has for node, has in nodes.items() if can_use(node)], own[0]
 
 
 def gpu_share(peak_mib: float, size_mib: float, concurrency: int) -> float:

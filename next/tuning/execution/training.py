@@ -10,6 +10,7 @@ import logging
 import resource
 import socket
 import traceback
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from next.tracking.run import Run, open_run
 from next.tracking.views.comparison import SWEEP
 from next.training.checkpointing.checkpoint import Progress, read_progress
 from next.training.checkpointing.store import StoreError, persist
+from next.training.distributed.joining import Needs, unfit_nodes
 from next.training.inputs import for_fold, training_data
 from next.training.loop import Worker, train
 from next.training.pretraining.alignment import align, prepare_pairs
@@ -35,8 +37,8 @@ from next.training.step.process import configure_torch, device
 from next.tuning.execution import workers
 from next.tuning.execution.deaths import LostProcessError
 from next.tuning.execution.forkserver import Report
-from next.tuning.home import ERROR, Home
-from next.tuning.settings import AXES, FEATURES, RECORD, Task
+from next.tuning.home import ERROR, Home, working_folder
+from next.tuning.settings import AXES, FEATURES, Task
 from next.tuning.statistics.axes import measure_axes
 
 _log = logging.getLogger(__name__)
@@ -54,6 +56,8 @@ def train_trial(
     free_axes: bool,
     report: Report,
     task: Task = "training",
+    needs: Needs | None = None,
+    avoid: Collection[str] = (),
 ) -> bool:
     """Train one trial to its end; True if Tune ended it, which it does within a report.
 
@@ -66,14 +70,16 @@ def train_trial(
         settings: what differs from ``base``.
         base: TOML of the settings that all trials share.
         folder: of the sweep, as the driver's machine has it; the trial's own is ``trials/NAME``
-            below it on this machine, and in ``checkpoint.storage_path`` where that is set.
+            below it, or on another machine :func:`next.tuning.home.working_folder`.
         tracked: MLflow's address, the experiment and the parent run.
         free_axes: measure the best checkpoint with what only matters at evaluation.
         report: tells Tune of an evaluation; raises ``SystemExit`` where Tune ends the trial.
         task: what it trains: the network, or its towers on images and captions.
+        needs: what the nodes of a trial of several workers must have; None: there is one node.
+        avoid: ids of nodes that are known to lack it.
     """
     config = override(from_toml(base), settings)
-    own = Path(folder) / "trials" / name
+    own = working_folder(Path(folder) / "trials" / name, config)
     home = Home(own, config)
     configure_torch(config)
     gc.collect()  # what the last trial of this process left in reference cycles
@@ -89,7 +95,6 @@ def train_trial(
         "store": home.store,
     }
     try:
-        _require_home(Path(folder), home)
         manifest = open_manifest(str(config.data.uri))
         if config.selection.folds > 1:
             config = for_fold(config, manifest)
@@ -101,6 +106,9 @@ def train_trial(
                 verb="read",
             )
         with _alone_in(own):  # a folder that was set aside took its lock along
+            if config.scaling.max_workers > 1:
+                left_out = {} if needs is None else unfit_nodes(needs, avoid)
+                return _on_workers(config, manifest, home, record, free_axes, report, left_out)
             return _until_tune_ends_it(config, manifest, home, record, free_axes, report, task)
     except Exception as error:
         lost = error if isinstance(error, LostProcessError) else LostProcessError.of(error)
@@ -167,20 +175,6 @@ def _alone_in(folder: Path) -> AcquireReturnProxy[FileLock]:
         ) from None
 
 
-def _require_home(sweep: Path, home: Home) -> None:
-    """The driver can find what this trial will leave.
-
-    Raises:
-        ValueError: it cannot; a node may have joined that nobody asked when the sweep began.
-    """
-    if home.store is None and not (sweep / RECORD).is_file():
-        raise ValueError(
-            f"node {socket.gethostname()} does not see the sweep's folder {sweep}, in which the "
-            f"trial would leave its results; set checkpoint.storage_path to s3://bucket/prefix, or "
-            f"to a folder that all nodes mount, and start the sweep again"
-        )
-
-
 def _report(ending: dict[str, str], report: Report) -> bool:
     """Tell the search, which stops the trial; True, as Tune ends it within the report."""
     try:
@@ -200,23 +194,15 @@ def _until_tune_ends_it(
     task: Task,
 ) -> bool:
     """Train and measure; True if Tune ended the trial, which it does within a report."""
-    here, seen = config.scaling.max_workers == 1, _Best()
+    seen = _Best()
     with open_run(**record) as run:
-        if here and _say_again(home.folder, config, report):
+        if _say_again(home.folder, config, report):
             return True
-        run.log_text(to_toml(config), "config.toml")
-        run.set_tags(git_tags() | data_tags(config, manifest))
-        record_data(run, manifest)
+        _describe(run, config, manifest)
         if task == "pretraining":
             return _align_here(config, home, run, report)
-        ended = here and _train_here(config, manifest, home, run, report, seen)
-    if not here:  # the journal is written beside Ray Train's controller, on this node
-        ended = workers.train_trial(config, manifest, home, record, report)
-    if ended:
-        return True
-    if not here:
-        workers.measure_trial(config, home.folder, exhaustive=free_axes)
-        return False
+        if _train_here(config, manifest, home, run, report, seen):
+            return True
     with home.best_at_hand() as best:
         if best is None:
             return False
@@ -231,6 +217,31 @@ def _until_tune_ends_it(
         )
     home.publish(FEATURES, AXES)
     return False
+
+
+def _on_workers(
+    config: RunConfig,
+    manifest: Manifest,
+    home: Home,
+    record: dict[str, Any],
+    free_axes: bool,
+    report: Report,
+    left_out: Mapping[str, str],
+) -> bool:
+    """The same by workers of Ray Train, on other nodes than those that are left out."""
+    with open_run(**record) as run:
+        _describe(run, config, manifest)
+    # The journal is written beside Ray Train's controller, on this node.
+    if workers.train_trial(config, manifest, home, record, report, left_out):
+        return True
+    workers.measure_trial(config, home.folder, left_out, exhaustive=free_axes)
+    return False
+
+
+def _describe(run: Run, config: RunConfig, manifest: Manifest) -> None:
+    run.log_text(to_toml(config), "config.toml")
+    run.set_tags(git_tags() | data_tags(config, manifest))
+    record_data(run, manifest)
 
 
 def _say_again(folder: Path, config: RunConfig, report: Report) -> bool:

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import ray
 from ray import tune
 
-from next.training.distributed.nodes import require_versions
+from next.tuning.execution.deaths import LostProcessError
 from next.tuning.execution.forkserver import Forked
+
+if TYPE_CHECKING:
+    from next.training.distributed.joining import Needs
 
 TARGET = "next.tuning.execution.training:train_trial"
 
@@ -20,9 +24,7 @@ _forked: Forked | None = None
 """The process that trained this actor's last trial, and trains the next one."""
 
 
-def run_trial(
-    drawn: dict[str, Any], *, server: str, versions: dict[str, str], **shared: Any
-) -> None:
+def run_trial(drawn: dict[str, Any], *, server: str, needs: Needs | None, **shared: Any) -> None:
     """Train one trial to its end, or until Tune ends it.
 
     Args:
@@ -30,25 +32,28 @@ def run_trial(
             :class:`next.tuning.search.searcher.Search`.
         server: key of the server that processes are forked from; empty: the trial is of several
             workers, which Ray Train starts from here.
-        versions: what the driver's node has installed.
+        needs: what this node, which may have joined a moment ago, must have; None: there
+            is one node.
         shared: what :func:`next.tuning.execution.training.train_trial` takes beside, alike for all
             trials.
 
     Raises:
-        ValueError: this node has other versions than the driver's.
+        LostProcessError: the trial cannot be trained on this node; it goes on on another.
         ForkedProcessError: the process that trained was killed; Tune repeats the trial, which goes
             on from its checkpoint.
     """
     # Read when this actor is used again; Ray's default would cut off a trial that is being stopped.
     os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "30")
-    require_versions(versions)
+    problem = None if needs is None else needs.problem_here()
+    if problem is not None:
+        raise LostProcessError(problem, True, ray.get_runtime_context().get_node_id())
     arguments = {"name": drawn["name"], "settings": drawn["settings"]} | shared
     if server:
         ended = _in_a_forked_process(arguments, server)
     else:
         from next.tuning.execution.training import train_trial
 
-        ended = train_trial(**arguments, report=tune.report)
+        ended = train_trial(**arguments, avoid=drawn["avoid"], report=tune.report)
     if ended:
         sys.exit(0)
 
@@ -56,6 +61,13 @@ def run_trial(
 def _in_a_forked_process(arguments: dict[str, Any], server: str) -> bool:
     global _forked
     forked, _forked = _forked or Forked(server, TARGET), None
-    ended: bool = forked.run(arguments, tune.report)
+    ended: bool = forked.run(arguments, _report)
     _forked = forked
     return ended
+
+
+def _report(found: dict[str, Any]) -> None:
+    """To Tune; whoever hears that the store failed hears on which node."""
+    if "interrupted" in found:
+        found = found | {"node": ray.get_runtime_context().get_node_id()}
+    tune.report(found)

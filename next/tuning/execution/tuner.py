@@ -17,15 +17,16 @@ from next.config import RunConfig, to_toml
 from next.local_ray import on_cluster
 from next.session import end_ray
 from next.stopping import lost_ray
+from next.training.checkpointing.store import store_address
 from next.training.distributed.cluster import require_room, start_ray
-from next.training.distributed.nodes import own_facts
+from next.training.distributed.joining import Needs, needs_of
 from next.tuning.execution.forkserver import forking
 from next.tuning.execution.reservations import reclaiming
 from next.tuning.execution.slots import Places, following, most_places, node_resources
 from next.tuning.execution.trial import TARGET, run_trial
 from next.tuning.progress import Progress
 from next.tuning.search.searcher import Pruning, Search
-from next.tuning.settings import SweepConfig
+from next.tuning.settings import COUNT, RECORD, SweepConfig
 
 
 def run_trials(
@@ -58,6 +59,7 @@ def run_trials(
         nullcontext() if here else reclaiming(),
     ):
         require_room(base.scaling)
+        needs = _needs(base, folder) if on_cluster() else None
         places = Places(base, sweep, *node_resources(), most_places(base))
         search = new_search(places)
         progress.watch(search)
@@ -72,7 +74,7 @@ def run_trials(
             free_axes=sweep.free_axes,
             task=sweep.task,
             server=server,
-            versions=own_facts().versions,
+            needs=needs,
         )
         tuner = tune.Tuner(
             tune.with_resources(trainable, places.resources),
@@ -92,7 +94,7 @@ def run_trials(
             ),
         )
         try:
-            with following(places, search.wanted), copying_no_credentials():
+            with following(places, search.wanted, needs), copying_no_credentials():
                 tuner.fit()
             if not search.finished:  # SIGUSR1, for which Tune ends as if the search were over
                 raise KeyboardInterrupt
@@ -103,6 +105,12 @@ def run_trials(
             raise
         finally:
             shutil.rmtree(folder / session, ignore_errors=True)  # the study is the record
+
+
+def _needs(base: RunConfig, folder: Path) -> Needs:
+    """What a node must have for the trials of a sweep: versions, data, and the sweep's folder."""
+    store = store_address(base, folder.name)
+    return needs_of(base, str(folder), RECORD) if store is None else needs_of(base, store, COUNT)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ it, which is also how a trial that continues says again what an earlier driver m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
@@ -19,11 +19,13 @@ from next.data.shards.reader import Manifest, open_manifest
 from next.tracking.journal import Metrics, read_records
 from next.training.checkpointing.interruption import Ask, Bell, Interrupted
 from next.training.distributed.cluster import SilentNodeError, worker_resources
+from next.training.distributed.joining import elsewhere
+from next.training.distributed.nodes import UnfitNodeError
 from next.training.distributed.workers import train_on_workers
 from next.training.step.process import configure_torch, device
 from next.tuning.execution.deaths import LostProcessError
 from next.tuning.execution.forkserver import Report
-from next.tuning.home import Home
+from next.tuning.home import Home, working_folder
 from next.tuning.settings import AXES, FEATURES
 from next.tuning.statistics.axes import measure_axes
 
@@ -36,6 +38,7 @@ def train_trial(
     home: Home,
     record: dict[str, Any],
     report: Report,
+    left_out: Mapping[str, str],
 ) -> bool:
     """Train a trial on workers of Ray Train; True if Tune ended it.
 
@@ -45,14 +48,18 @@ def train_trial(
         home: of the trial.
         record: arguments of :func:`next.tracking.run.open_run`; the journal exists.
         report: tells Tune of an evaluation.
+        left_out: why nodes get no workers, by id.
 
     Raises:
-        Exception: what a worker raised, as it came.
+        LostProcessError: a worker's process or machine was lost, or its machine cannot be used.
+        Exception: what else a worker raised, as it came.
     """
     bell, told = Bell(), Evaluations(home.folder, config.batch.size)
     with ThreadPoolExecutor(1, thread_name_prefix="workers") as thread:
         training = thread.submit(
-            train_on_workers, config, manifest, home.folder, home.checkpoints, record, bell
+            train_on_workers,
+            *(config, manifest, home.folder, home.checkpoints, record, bell),
+            left_out=left_out,
         )
         try:
             over = False
@@ -68,18 +75,23 @@ def train_trial(
     try:
         training.result()
     except ray.train.WorkerGroupError as error:
-        raise first_cause(error) from error
+        cause = first_cause(error)
+        if isinstance(cause, UnfitNodeError):  # it has joined since the nodes were asked
+            raise LostProcessError(str(cause), machine=True) from None
+        raise cause from error
     except SilentNodeError as error:  # it answered when the sweep began, or has come since
         raise LostProcessError(str(error), machine=True) from None
     return False
 
 
-def measure_trial(config: RunConfig, folder: Path, *, exhaustive: bool) -> None:
+def measure_trial(
+    config: RunConfig, folder: Path, left_out: Mapping[str, str], *, exhaustive: bool
+) -> None:
     """``measure_axes`` (:mod:`next.tuning.statistics.axes`) where one worker would be."""
     needs = worker_resources(config.scaling)
     task = ray.remote(num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0), max_retries=3)(_measure)
     # By default it would be held to what the trial's actor has reserved, which is next to nothing.
-    placed = task.options(scheduling_strategy="DEFAULT")
+    placed = task.options(scheduling_strategy="DEFAULT", label_selector=elsewhere(left_out))
     ray.get(placed.remote(to_toml(config), str(folder), exhaustive))
 
 
@@ -140,7 +152,7 @@ class Evaluations:
 def _measure(settings: str, folder: str, exhaustive: bool) -> None:
     config = from_toml(settings)
     configure_torch(config)
-    home = Home(Path(folder), config)
+    home = Home(working_folder(Path(folder), config), config)
     with home.best_at_hand() as best:
         if best is None:
             return

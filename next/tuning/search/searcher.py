@@ -21,7 +21,7 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from next.config import RunConfig
-from next.tuning.execution.deaths import how_it_died, is_lost_machine
+from next.tuning.execution.deaths import how_it_died, is_lost_machine, unfit_node
 from next.tuning.execution.slots import Places
 from next.tuning.search.space import Space
 from next.tuning.search.study import Studies, ask, draw, unfinished
@@ -174,6 +174,7 @@ class Search(Searcher):
             "name": begun.name,
             "settings": begun.settings,
             "gpus": self.places.gpus,
+            "avoid": sorted(self.places.refused),
         }
 
     def _next(self) -> Live | None:
@@ -242,8 +243,19 @@ class Search(Searcher):
             run.ending = "pruned"
         return run.ending is not None
 
-    def fail(self, trial_id: str, error: str, *, machine_lost: bool = False) -> None:
-        """Tune says that a run's process died, by itself or with its machine."""
+    def fail(
+        self, trial_id: str, error: str, *, machine_lost: bool = False, unfit: str | None = None
+    ) -> None:
+        """Tune says that a run's process died.
+
+        Args:
+            trial_id: that Tune gave.
+            error: how it died.
+            machine_lost: whether it died with its machine, or could not work there.
+            unfit: id of a machine that no further trial is placed on.
+        """
+        if unfit is not None:
+            self.places.refuse(unfit, error)
         run = self.live.get(trial_id)
         if run is None:
             return
@@ -350,7 +362,12 @@ class Pruning(TrialScheduler):
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         """The process died; said before the search is told that the trial is over."""
         error = trial.get_pickled_error() or trial.get_error()
-        self.search.fail(trial.trial_id, how_it_died(error), machine_lost=is_lost_machine(error))
+        self.search.fail(
+            trial.trial_id,
+            how_it_died(error),
+            machine_lost=is_lost_machine(error),
+            unfit=unfit_node(error),
+        )
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
         """In the order in which they were drawn."""

@@ -267,7 +267,7 @@ def test_places_follow_the_nodes_and_no_trial_is_drawn_for_one_that_is_still_to_
     assert search.suggest("a") is not None, "the first one says that a machine is wanted"
     assert search.suggest("b") is None
     assert places.missing(search.wanted()) == 2, "the cluster never holds more than three"
-    assert places.text(search.wanted()) == "1 of 4 places (3 at most), waiting for machines"
+    assert places.text(search.wanted()) == "0 of 4 places (3 at most), waiting for machines"
     places.count([{"CPU": 0.0}, {"CPU": 1.0}, {"CPU": 1.0}])
     assert search.suggest("b") is not None
     assert search.suggest("c") is None

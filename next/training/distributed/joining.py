@@ -1,0 +1,211 @@
+"""Nodes that join while a job runs: asked what the others were asked when it began.
+
+A node with other versions, another time, or no way to the job's folders would end every trial that
+Ray places on it. It is left out instead, asked again now and then, and used once it is mended.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from typing import NamedTuple
+
+import ray
+
+from next.config import RunConfig
+from next.storage import open_folder
+from next.training.distributed.cluster import Seen, places_seen_by_all, unseen_here
+from next.training.distributed.nodes import (
+    UnfitNodeError,
+    ask_facts,
+    differences,
+    on_node,
+    own_facts,
+    require_versions,
+)
+
+_log = logging.getLogger(__name__)
+
+_AGAIN_SECONDS = 60.0
+"""Until a node that cannot be used is asked again."""
+_ANSWER_SECONDS = 60.0
+NODE_ID = "ray.io/node-id"
+"""The label by which Ray names its nodes."""
+
+
+class Needs(NamedTuple):
+    """What a node must have for a job.
+
+    A tuple of plain values, which go to nodes that may have another version of the project.
+    """
+
+    versions: dict[str, str]
+    """As the driver has them (:func:`next.training.distributed.nodes.own_facts`)."""
+    places: Seen
+    """Folder and a file in it, by setting."""
+    written: str
+    """The setting whose folder is written, too."""
+
+    def problem_here(self) -> str | None:
+        """What keeps this node from working for the job; None: nothing does."""
+        try:
+            require_versions(self.versions)
+        except UnfitNodeError as error:
+            return str(error)
+        return unseen_here(self.places, self.written)
+
+
+def needs_of(config: RunConfig, place: str, file: str) -> Needs:
+    """Those of a job that keeps its results in ``place``, where ``file`` lies already."""
+    stored = config.checkpoint.storage_path is not None
+    setting = "checkpoint.storage_path" if stored else "run.storage_path"
+    places = places_seen_by_all(config) | {setting: (open_folder(place).address, file)}
+    return Needs(own_facts().versions, places, setting)
+
+
+class _Question:
+    """What one node was asked.
+
+    Args:
+        node: its id.
+        needs: what it must have.
+    """
+
+    def __init__(self, node: str, needs: Needs) -> None:
+        self._needs = needs
+        self._sent = time.time()
+        self.began = time.monotonic()
+        self._facts = ask_facts(node)
+        self._places = on_node(node, unseen_here, needs.places, needs.written)
+
+    def answer(self, timeout_s: float) -> str | None:
+        """What keeps the node from working for the job; None: nothing does.
+
+        Raises:
+            TimeoutError: it has not said so yet.
+        """
+        with suppress(ray.exceptions.GetTimeoutError):
+            facts = ray.get(self._facts, timeout=timeout_s)
+            here = own_facts()._replace(versions=self._needs.versions)
+            found = differences(facts, here, self._sent, time.time())
+            if found:
+                return (
+                    f"it must have what the driver has, but {'; '.join(found)}; give it the same "
+                    f"checkout, environment (make .venv/.ready) and time"
+                )
+            unseen: str | None = ray.get(self._places, timeout=timeout_s)
+            return unseen
+        raise TimeoutError
+
+
+class Newcomers:
+    """Which of the nodes that join while a job runs can work for it.
+
+    Args:
+        needs: what they must have; None: nothing is asked.
+        refused: gets why, by id, for the nodes that cannot be used; they leave it once they can.
+    """
+
+    def __init__(self, needs: Needs | None, refused: dict[str, str]) -> None:
+        self._needs = needs
+        self.refused = refused
+        self._fit = set(_living())
+        self._asked: dict[str, _Question] = {}
+        self._again: dict[str, float] = {}
+
+    def can_use(self, node: str) -> bool:
+        """Whether a node was there when the job began, or has said since that it can."""
+        return self._needs is None or (node in self._fit and node not in self.refused)
+
+    def look(self) -> None:
+        """Ask who has joined, and hear who has answered; waits for nobody."""
+        if self._needs is None:
+            return
+        living = _living()
+        for gone in [node for node in {*self._fit, *self._asked, *self.refused} - set(living)]:
+            self._fit.discard(gone)
+            self._asked.pop(gone, None)
+            self.refused.pop(gone, None)
+        for node, address in living.items():
+            if node in self._asked:
+                self._hear(node, address)
+            elif node in self.refused:
+                since = self._again.setdefault(node, time.monotonic())
+                if time.monotonic() - since > _AGAIN_SECONDS:
+                    self._ask(node)
+            elif node not in self._fit:
+                self._ask(node)
+
+    def _ask(self, node: str) -> None:
+        assert self._needs is not None
+        self._asked[node] = _Question(node, self._needs)
+
+    def _hear(self, node: str, address: str) -> None:
+        question = self._asked[node]
+        try:
+            problem = question.answer(timeout_s=0.0)
+        except TimeoutError:
+            if time.monotonic() - question.began < _ANSWER_SECONDS:
+                return
+            problem = f"it did not answer within {_ANSWER_SECONDS:.0f} s"
+        except ray.exceptions.RayError as error:
+            problem = _what_it_raised(error)
+        del self._asked[node]
+        if problem is None:
+            self._fit.add(node)
+            if self.refused.pop(node, None) is not None:
+                _log.warning("node %s can be used now", address)
+            return
+        if self.refused.get(node) != problem:
+            _log.warning("node %s gets no trials: %s", address, problem)
+        self.refused[node] = problem
+        self._again[node] = time.monotonic()
+
+
+def unfit_nodes(needs: Needs, known: Collection[str]) -> dict[str, str]:
+    """Why nodes other than this one cannot be used for a job, by id.
+
+    Args:
+        needs: what they must have.
+        known: ids of nodes that are not asked, since they cannot be used.
+    """
+    here = ray.get_runtime_context().get_node_id()
+    asked = {
+        node: (address, _Question(node, needs))
+        for node, address in _living().items()
+        if node != here and node not in known
+    }
+    found = dict.fromkeys(known, "it was asked before")
+    deadline = time.monotonic() + _ANSWER_SECONDS
+    for node, (address, question) in asked.items():
+        try:
+            problem = question.answer(max(deadline - time.monotonic(), 0.0))
+        except TimeoutError:
+            problem = f"it did not answer within {_ANSWER_SECONDS:.0f} s"
+        except ray.exceptions.RayError as error:
+            problem = _what_it_raised(error)
+        if problem is not None and node in _living():
+            _log.warning("node %s gets no workers: %s", address, problem)
+            found[node] = problem
+    return found
+
+
+def elsewhere(refused: Mapping[str, str]) -> dict[str, str]:
+    """The label selector that keeps work off these nodes; empty: none is refused."""
+    return {NODE_ID: f"!in({','.join(sorted(refused))})"} if refused else {}
+
+
+def _what_it_raised(error: Exception) -> str:
+    cause = getattr(error, "cause", None) or error
+    first = (str(cause).strip().splitlines() or [""])[0][:200]
+    return (
+        f"asked whether it sees the job's folders, it raised {type(cause).__name__}: {first}; give "
+        f"it the driver's checkout and environment (make .venv/.ready)"
+    )
+
+
+def _living() -> dict[str, str]:
+    """Addresses of the nodes that live, by id."""
+    return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}

@@ -1,0 +1,125 @@
+"""Nodes that join a cluster while a job runs, on a real one: who lacks something gets no work."""
+
+import time
+from pathlib import Path
+
+import pytest
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from next.config import RunConfig, override
+from next.training.distributed import joining
+from next.training.distributed.joining import Newcomers, elsewhere, needs_of, unfit_nodes
+from next.tuning.execution.slots import Places, following, node_resources
+from next.tuning.settings import SweepConfig
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+@pytest.fixture
+def config(demo_shards, tmp_path) -> RunConfig:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "record.json").write_text("{}")
+    names = {"data.uri": str(demo_shards), "checkpoint.storage_path": str(tmp_path / "kept")}
+    return override(RunConfig(), names)
+
+
+def until(condition, newcomers: Newcomers) -> None:
+    end = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < end, newcomers.refused
+        newcomers.look()
+        time.sleep(0.05)
+
+
+def test_a_node_that_joins_later_is_used_once_it_has_what_the_job_needs(
+    cluster, config, tmp_path, monkeypatch, caplog
+):
+    other = tmp_path / "other" / "torch-2.14.0.dist-info"
+    other.mkdir(parents=True)
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.14.0\n")
+    monkeypatch.setattr(joining, "_AGAIN_SECONDS", 0.5)
+    needs = needs_of(config, str(config.checkpoint.storage_path), "record.json")
+    refused: dict[str, str] = {}
+    newcomers, before = Newcomers(needs, refused), set(node_ids())
+    assert all(map(newcomers.can_use, before)), "who was there was asked when the job began"
+
+    root = str(Path(__file__).resolve().parents[3])
+    strange = cluster.add_node(num_cpus=1, env_vars={"PYTHONPATH": f"{tmp_path / 'other'}:{root}"})
+    [node] = set(node_ids()) - before
+    assert not newcomers.can_use(node), "not before it has answered"
+    until(lambda: refused, newcomers)
+    assert "it must have what the driver has, but torch is 2.14.0, the driver has " in refused[node]
+    assert f"gets no trials: {refused[node]}" in caplog.text
+    groups = [
+        placement_group([{"CPU": 1}], bundle_label_selector=[elsewhere(refused)]) for _ in range(3)
+    ]
+    placed = [group for group in groups if group.wait(5)]
+    assert len(placed) == 2, "the two that were there"
+    assert node not in {where(group) for group in placed}
+    for group in groups:
+        remove_placement_group(group)
+    assert unfit_nodes(needs, ()) == refused
+    assert set(unfit_nodes(needs, refused)) == {node}, "who is known is not asked again"
+    cluster.remove_node(strange)
+    until(lambda: not refused, newcomers)
+
+    record = tmp_path / "kept" / "record.json"
+    record.unlink()  # as where the store's file system is not mounted
+    late = cluster.add_node(num_cpus=1)
+    until(lambda: refused, newcomers)
+    [(node, problem)] = refused.items()
+    assert "checkpoint.storage_path must be seen by every node of the cluster" in problem
+    record.write_text("{}")
+    until(lambda: newcomers.can_use(node), newcomers)
+    assert f"node {address(node)} can be used now" in caplog.text
+    cluster.remove_node(late)
+
+
+def test_places_on_a_node_count_once_it_can_be_used(cluster, config, tmp_path):
+    record = tmp_path / "kept" / "record.json"
+    needs = needs_of(config, str(config.checkpoint.storage_path), "record.json")
+    sweep = SweepConfig(trials=8, concurrency=4)
+    places = Places(config, sweep, *node_resources(), most=4.0)
+    record.unlink()
+    with following(places, lambda: 2, needs):
+        late = cluster.add_node(num_cpus=1)
+        wait(lambda: places.refused)
+        assert places.held == 2
+        assert places.text(4) == "2 of 4 places, waiting for machines (1 machine left out)"
+        drawn = [places.resources({"gpus": 0}).to_placement_group() for _ in range(3)]
+        assert sum(group.wait(5) for group in drawn) == 2, "none is placed on the one left out"
+        for group in drawn:
+            remove_placement_group(group)
+        cluster.remove_node(late)
+        wait(lambda: not places.refused)
+        record.write_text("{}")
+        late = cluster.add_node(num_cpus=1)
+        wait(lambda: places.held == 3)
+    cluster.remove_node(late)
+
+
+def wait(condition) -> None:
+    end = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def node_ids() -> list[str]:
+    return [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+
+
+def address(node: str) -> str:
+    return next(one["NodeManagerAddress"] for one in ray.nodes() if one["NodeID"] == node)
+
+
+def where(group) -> str:
+    @ray.remote(num_cpus=1)
+    def here() -> str:
+        return ray.get_runtime_context().get_node_id()
+
+    return ray.get(
+        here.options(scheduling_strategy=PlacementGroupSchedulingStrategy(group)).remote()
+    )
