@@ -26,7 +26,7 @@ from next.training.folder import claim_folder
 from next.training.inputs import resolve
 from next.training.launch import launch, read_history
 from next.training.results.registration import read_card
-from tests.exposure import LOOPBACK, listeners
+from tests.exposure import exposed, leaks, planted
 
 ROOT = Path(__file__).resolve().parents[2]
 RAY_WARNINGS = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
@@ -286,13 +286,18 @@ def test_two_workers_of_ray_train_come_to_what_one_process_comes_to(tiny_config,
         "scaling.cpus_per_worker": 0.5,
         "tracking.enabled": True,
     }
-    with listeners() as places:  # of Ray, its workers, their process group, and MLflow
-        done = run_script(tmp_path, override(tiny_config, settings))
+    hidden = planted()
+    with exposed(tmp_path) as seen:  # Ray, its workers, their process group, and MLflow
+        done = run_script(tmp_path, override(tiny_config, settings), **hidden)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "URL http://127.0.0.1:" in done.stdout
-    assert len(places) > 12
-    assert [who for (ip, _), who in places.items() if ip not in LOOPBACK] == []
+    assert len(seen.places) > 12
+    assert seen.beyond_loopback() == []
     folder = Path(tiny_config.run.storage_path) / "two"
+    hidden["RAY_AUTH_TOKEN"] = os.environ["RAY_AUTH_TOKEN"]
+    assert seen.told(hidden) == []
+    assert leaks([tmp_path, folder.parent], hidden) == []
+    assert not any(secret in done.stdout + done.stderr for secret in hidden.values())
     stored = json.loads((folder / "result.json").read_text())
     torch.testing.assert_close(
         torch.tensor(stored["losses"]), torch.tensor(alone.outcome.losses), rtol=2e-3, atol=2e-3

@@ -17,19 +17,21 @@ from next.tracking.run import start_server
 from next.tuning.folder import find_sweep, read_standing
 from next.tuning.search.space import load_space
 from next.tuning.sweep import SweepConfig, resume_sweep, run_sweep
+from tests.exposure import exposed, leaks, planted
 
 ROOT = Path(__file__).resolve().parents[2]
 EPOCHS = 6
 
 
-def sweep_job(*flags: str, home: Path, log: Path) -> subprocess.Popen:
+def sweep_job(*flags: str, home: Path, log: Path, **environment: str) -> subprocess.Popen:
     with log.open("w") as out:
         return subprocess.Popen(
             [sys.executable, "jobs/sweep.py", *flags],
             cwd=ROOT,
-            env=os.environ | {"HOME": str(home), "RAY_TMPDIR": "/tmp"},
+            env=os.environ | {"HOME": str(home), "RAY_TMPDIR": "/tmp"} | environment,
             stdout=out,
             stderr=subprocess.STDOUT,
+            umask=0o022,  # as most users have it
         )
 
 
@@ -60,8 +62,28 @@ def half_trained(folder: Path) -> list[Path]:
 @pytest.mark.slow
 @pytest.mark.timeout(1000)
 def test_a_killed_sweep_resumes_with_nothing_lost_or_doubled_and_ends_in_mlflow(
-    tiny_config, tmp_path
+    tiny_config, tmp_path, short_folder, monkeypatch
 ):
+    """And it tells nobody the secrets that it was started with."""
+    monkeypatch.delenv("RAY_AUTH_TOKEN")  # Ray makes one, as for a user
+    hidden = planted()
+    with exposed(tmp_path) as seen:
+        folder = kill_and_resume(tiny_config, tmp_path, RAY_TMPDIR=str(short_folder), **hidden)
+    token = tmp_path / ".ray" / "auth_token"
+    hidden["RAY_AUTH_TOKEN"] = token.read_text().strip()
+    assert len(seen.places) > 8, "those of two drivers, of their Rays and of MLflow"
+    assert seen.beyond_loopback() == []
+    assert seen.modes == {0o600}
+    assert seen.told(hidden) == []
+    token.unlink()
+    left = [path for path in short_folder.rglob("*.log") if path.is_file()]
+    assert len(left) > 10, "Ray's logs are there to be looked at"
+    for name in ("mlflow/mlflow.db", "sweep/report.html", "sweep/journal.jsonl", "sweep/study.db"):
+        assert (folder.parent / name).is_file()
+    assert leaks([tmp_path, short_folder, folder.parent], hidden) == []
+
+
+def kill_and_resume(tiny_config, tmp_path: Path, **environment: str) -> Path:
     config = override(
         tiny_config,
         {"run.name": "sweep", "tracking.enabled": True, "optim.epochs": EPOCHS},
@@ -75,7 +97,7 @@ def test_a_killed_sweep_resumes_with_nothing_lost_or_doubled_and_ends_in_mlflow(
         *("--recipe", str(tmp_path / "settings.toml"), "--trials", "7"),
         *("--sweep.grace_epochs", "1", "--sweep.reduction", "2"),
     ]
-    driver = sweep_job(*start, home=tmp_path, log=log)
+    driver = sweep_job(*start, home=tmp_path, log=log, **environment)
     wait_for(lambda: half_trained(folder), driver, log)
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
@@ -84,7 +106,8 @@ def test_a_killed_sweep_resumes_with_nothing_lost_or_doubled_and_ends_in_mlflow(
     assert ("RUNNING" in {state for _, _, state in before}) or len(before) > 2
 
     again = ["resume", "sweep", "--storage_path", str(storage), "--trials", "8"]
-    driver = sweep_job(*again, home=tmp_path, log=log)
+    log = tmp_path / "resumed.txt"
+    driver = sweep_job(*again, home=tmp_path, log=log, **environment)
     assert driver.wait(timeout=800) == 0, log.read_text()[-3000:]
     printed = log.read_text()
 
@@ -117,6 +140,7 @@ def test_a_killed_sweep_resumes_with_nothing_lost_or_doubled_and_ends_in_mlflow(
     check_mlflow(storage, found)
     check_free_axes(folder, found)
     check_changed_space(folder, tmp_path)
+    return folder
 
 
 def check_mlflow(storage: Path, found) -> None:
