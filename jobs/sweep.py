@@ -178,7 +178,11 @@ def _resume(argv: Sequence[str]) -> int:
     folder = find_sweep(job.storage_path, job.name, stored=stored and not job.dry_run)
     if job.dry_run:
         plan = plan_resume(
-            folder, changes=changes, space=job.space, storage=job.checkpoint_storage_path
+            folder,
+            changes=changes,
+            space=job.space,
+            fork=job.fork,
+            storage=job.checkpoint_storage_path,
         )
         print(json.dumps(plan) if job.json else "\n".join(f"{k:12}{v}" for k, v in plan.items()))
         return 0

@@ -24,7 +24,7 @@ import tomli_w
 
 from next.config import RunConfig, from_toml, near_matches, override, read_written
 from next.lease import is_held
-from next.storage import open_folder, with_sum, without_sum, write_whole
+from next.storage import Folder, open_folder, with_sum, without_sum, write_whole
 from next.training.checkpointing.store import store_address
 from next.training.folder import claim_folder, own_folder
 from next.tuning.results import Setting, Trial, group, read_trials, starting_point
@@ -182,6 +182,22 @@ def new_folder(base: RunConfig, digest: str | None = None) -> Path:
     Raises:
         ValueError: a sweep or a run of this name exists.
     """
+    store = require_new(base)
+    if store is not None and base.run.fresh:
+        store.move(time.strftime("%Y%m%d-%H%M%S"))
+    return claim_folder(base, own_folder(base), digest=digest)
+
+
+def require_new(base: RunConfig) -> Folder | None:
+    """See that a sweep of this name can be begun; nothing is written.
+
+    Returns:
+        The store that holds something of this name, which ``run.fresh`` sets aside; None: it holds
+        nothing, or there is none.
+
+    Raises:
+        ValueError: a sweep or a run of this name exists, and ``run.fresh`` is not set.
+    """
     folder = own_folder(base)
     if (folder / "config.toml").exists() and not base.run.fresh:
         what = "sweep" if (folder / RECORD).exists() else "run"
@@ -190,29 +206,19 @@ def new_folder(base: RunConfig, digest: str | None = None) -> Path:
             + ("go on with it by `jobs/sweep.py resume`, " if what == "sweep" else "")
             + "choose another run.name, or set run.fresh"
         )
-    _clear_store(base)
-    return claim_folder(base, folder, digest=digest)
-
-
-def _clear_store(base: RunConfig) -> None:
-    """See that a new sweep's store is empty; ``run.fresh`` sets aside what is there.
-
-    Raises:
-        ValueError: a sweep or a run of this name is there.
-    """
     address = store_address(base, str(base.run.name))
     if address is None:
-        return
+        return None
     store = open_folder(address)
     if set(store.names()) <= {*TEXTS, FILE}:  # a head was lost while it first stored its record
-        return
+        return None
     if not base.run.fresh:
         raise ValueError(
             f"{store.uri} holds a sweep or a run of this name already; go on with a sweep by "
-            f"`{resume_command(own_folder(base), base.checkpoint.storage_path)}`, choose another "
+            f"`{resume_command(folder, base.checkpoint.storage_path)}`, choose another "
             f"run.name, or set run.fresh"
         )
-    store.move(time.strftime("%Y%m%d-%H%M%S"))
+    return store
 
 
 def write_record(

@@ -57,6 +57,7 @@ from next.tuning.folder import (
     parse_record,
     read_record,
     read_standing,
+    require_new,
     resume_command,
     write_record,
 )
@@ -78,8 +79,10 @@ from next.tuning.search.space import (
 )
 from next.tuning.search.study import (
     FILE,
+    Fitting,
     Studies,
     create_studies,
+    fitting,
     inherit,
     open_studies,
     set_waiting,
@@ -279,6 +282,7 @@ def plan_resume(
     *,
     changes: Mapping[str, Any] | None = None,
     space: Path | None = None,
+    fork: str | None = None,
     storage: str | None = None,
 ) -> dict[str, Any]:
     """What :func:`resume_sweep` would do with a sweep whose record is here; starts nothing.
@@ -288,7 +292,7 @@ def plan_resume(
     known = _known(folder, storage or _storage_of(folder), changes, space)
     found = read_standing(folder)
     states = [trial.state for trial in found.trials]
-    return {
+    plan = {
         "sweep": folder.name,
         "driver": "at work" if is_driven(folder) else "none",
         "data_digest": known.manifest.digest,
@@ -297,6 +301,10 @@ def plan_resume(
         "varied": list(known.description),
         "space_changed": known.changed,
     }
+    if fork is not None:
+        new = _plan_fork(folder, fork, known)
+        plan |= {"fork": str(own_folder(new.base)), "inherited": len(new.inherited)}
+    return plan
 
 
 class _Known(NamedTuple):
@@ -445,15 +453,25 @@ def checked_space(
     return describe_space(space, base, check_pretraining)
 
 
-def _fork(old: Path, name: str, known: _Known, say: Say) -> SweepResult:
-    """A new sweep that begins with the trials of ``old`` that its space could have drawn."""
-    space, sweep, description = known.space, known.sweep, known.description
-    source = open_studies(old / FILE, old.name, sweep)
+class _Fork(NamedTuple):
+    """A new sweep that begins with trials of another one."""
+
+    base: RunConfig
+    inherited: list[Fitting]
+    """Trials of the old sweep that the new one's space could have drawn."""
+
+
+def _plan_fork(old: Path, name: str, known: _Known) -> _Fork:
+    """What a fork begins with; nothing is written.
+
+    Raises:
+        ValueError: a sweep or a run of this name exists.
+    """
     # Not fresh, whatever the old one was: that would set a sweep of the new name aside.
     plain = {"selection.metric": METRIC, "selection.mode": "auto"}  # of the space that it had
     base = override(known.base, {"run.name": name, "run.fresh": False} | plain)
-    base = judged_by(base, space)
-    folder = own_folder(base)
+    base = judged_by(base, known.space)
+    require_new(base)
 
     def resolved(settings: Mapping[str, Any]) -> dict[str, Any] | None:
         try:
@@ -461,21 +479,25 @@ def _fork(old: Path, name: str, known: _Known, say: Say) -> SweepResult:
         except ValueError:
             return None
 
+    if dict(known.space.objectives) != read_record(old)["objectives"]:
+        return _Fork(base, [])
+    source = open_studies(old / FILE, old.name, known.sweep)
+    return _Fork(base, fitting(source.search, resolved, known.space.suggest))
+
+
+def _fork(old: Path, name: str, known: _Known, say: Say) -> SweepResult:
+    """A new sweep that begins with the trials of ``old`` that its space could have drawn."""
+    space, sweep, description = known.space, known.sweep, known.description
+    base, inherited = _plan_fork(old, name, known)
+    folder = own_folder(base)
     with _driving(folder, store_address(base, name), sweep.lease_s) as stored:
         record = stored(new_folder(base, known.manifest.digest))
         studies = create_studies(folder / FILE, name, space.objectives, sweep)
-        taken = 0
-        if dict(space.objectives) == read_record(old)["objectives"]:
-            taken = inherit(
-                source.search,
-                studies.search,
-                resolved,
-                space.suggest,
-                lambda frozen: _origin(frozen, old),
-            )
+        inherit(inherited, studies.search, lambda frozen: _origin(frozen, old))
         write_record(folder, space, sweep, description)
         if record is not None:
             record.save()
+        taken = len(inherited)
         say(f"sweep {name}: forked from {old.name}, {taken} of its trials fit the new space")
         return _drive(
             _Sweep(

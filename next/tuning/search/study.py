@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import sqlite3
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -205,27 +205,31 @@ def set_waiting(study: optuna.Study) -> None:
         study._storage.set_trial_state_values(frozen._trial_id, TrialState.WAITING)
 
 
-def inherit(
+class Fitting(NamedTuple):
+    """An ended trial that another space could have drawn."""
+
+    trial: optuna.trial.FrozenTrial
+    drawn: optuna.trial.FixedTrial
+    """As the other space draws it."""
+    settings: dict[str, Any]
+    """To which that leads."""
+
+
+def fitting(
     old: optuna.Study,
-    new: optuna.Study,
     settings_of: Callable[[Mapping[str, Any]], Mapping[str, Any] | None],
     suggest: Callable[[optuna.trial.BaseTrial], dict[str, Any]],
-    attributes: Callable[[optuna.trial.FrozenTrial], Mapping[str, Any]],
-) -> int:
-    """Add to ``new`` the ended trials of ``old`` that its space could have drawn.
+) -> list[Fitting]:
+    """The ended trials of ``old`` that another space could have drawn.
+
+    All that this space draws lies in its ranges, and the run that the settings lead to is the same.
 
     Args:
-        old: study to take from.
-        new: study to add to.
+        old: study to look at.
         settings_of: resolved configuration of drawn settings; None where they do not fit.
-        suggest: of the new space.
-        attributes: what is kept with an inherited trial beside its own attributes.
-
-    Returns:
-        How many were compatible: all that the new space draws lies in its ranges, and the run that
-        the settings lead to is the same.
+        suggest: of the other space.
     """
-    count = 0
+    found = []
     for frozen in old.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED)):
         fixed = optuna.trial.FixedTrial(frozen.params)
         try:
@@ -235,21 +239,35 @@ def inherit(
         except (ValueError, UserWarning):  # not drawn by the old space, or out of the new one
             continue
         resolved = settings_of(settings)
-        if resolved is None or resolved != settings_of(frozen.user_attrs["settings"]):
-            continue
+        if resolved is not None and resolved == settings_of(frozen.user_attrs["settings"]):
+            found.append(Fitting(frozen, fixed, settings))
+    return found
+
+
+def inherit(
+    trials: Iterable[Fitting],
+    new: optuna.Study,
+    attributes: Callable[[optuna.trial.FrozenTrial], Mapping[str, Any]],
+) -> None:
+    """Add trials of another study to ``new``.
+
+    Args:
+        trials: as :func:`fitting` finds them.
+        new: study to add to.
+        attributes: what is kept with an inherited trial beside its own attributes.
+    """
+    for frozen, drawn, settings in trials:
         new.add_trial(
             optuna.trial.create_trial(
                 state=frozen.state,
                 values=frozen.values,
-                params=fixed.params,
-                distributions=fixed.distributions,
+                params=drawn.params,
+                distributions=drawn.distributions,
                 intermediate_values=frozen.intermediate_values,
                 user_attrs=frozen.user_attrs | {"settings": settings} | dict(attributes(frozen)),
                 system_attrs=frozen.system_attrs,  # the rungs that it reached
             )
         )
-        count += 1
-    return count
 
 
 def as_completed(study: optuna.Study, scores: Mapping[int, float]) -> optuna.Study:

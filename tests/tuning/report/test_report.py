@@ -273,8 +273,14 @@ def test_the_list_of_sweeps_has_numbers_as_numbers(played, capsys):
     assert f"score {row['score']:.4g}  " in capsys.readouterr().out
 
 
+def content(folder: Path) -> dict[Path, bytes]:
+    """All files below a folder, without those in which SQLite notes who reads."""
+    found = [path for path in folder.rglob("*") if path.is_file()]
+    return {path: path.read_bytes() for path in found if not path.name.endswith("-shm")}
+
+
 def test_a_resume_can_be_rehearsed(played, capsys, tmp_path):
-    before = {path: path.read_bytes() for path in played.iterdir() if path.is_file()}
+    before = content(played.parent)
     asked = ["resume", "played", "--storage_path", str(played.parent), "--dry-run", "--json"]
     assert sweep_job([*asked, "--trials", "50"]) == 0
     plan = json.loads(capsys.readouterr().out)
@@ -289,7 +295,28 @@ def test_a_resume_can_be_rehearsed(played, capsys, tmp_path):
     sweep_job([*asked, "--space", str(changed)])
     (line,) = json.loads(capsys.readouterr().out)["space_changed"]
     assert line == "model.structure.slots: whole number 1 to 4 -> whole number 1 to 8"
-    assert {path: path.read_bytes() for path in played.iterdir() if path.is_file()} == before
+    assert content(played.parent) == before
+
+
+def test_a_fork_can_be_rehearsed(played, capsys, tmp_path):
+    drawn = [trial for trial in read_standing(played).trials if trial.of is None]
+    slots = [trial.settings["model.structure.slots"] for trial in drawn]
+    narrow = tmp_path / "narrow.py"
+    body = (ROOT / "tune_spaces" / "experts.py").read_text()
+    narrow.write_text(
+        body.replace('"model.structure.slots", 1, 4', '"model.structure.slots", 1, 2')
+    )
+    before = content(played.parent)
+    asked = ["resume", "played", "--storage_path", str(played.parent), "--dry-run", "--json"]
+    assert sweep_job([*asked, "--space", str(narrow), "--fork", "next"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["fork"] == str(played.parent / "next")
+    assert 0 < plan["inherited"] == sum(number <= 2 for number in slots) < len(slots)
+    with pytest.raises(
+        ValueError, match=r"a sweep named 'played' exists .*choose another run.name"
+    ):
+        sweep_job([*asked, "--fork", "played"])
+    assert content(played.parent) == before
 
 
 def test_a_sweep_goes_on_with_its_own_data_alone(played, tmp_path):

@@ -12,6 +12,7 @@ from next.tuning.search.study import (
     ask,
     create_studies,
     draw,
+    fitting,
     inherit,
     make_sampler,
     open_studies,
@@ -135,7 +136,6 @@ def narrower(trial):
 def test_a_fork_takes_the_trials_whose_run_the_new_space_could_have_drawn(tmp_path):
     old = create_studies(tmp_path / "old.db", "old", OBJECTIVES, SWEEP).search
     base = RunConfig()
-    fits = []
     for params in (
         {"optim.lr": 5e-3, "captions.sampling": "all"},  # fits
         {"optim.lr": 5e-4, "captions.sampling": "all"},  # out of range
@@ -146,12 +146,9 @@ def test_a_fork_takes_the_trials_whose_run_the_new_space_could_have_drawn(tmp_pa
         draw(suggest, trial)
         trial.report(30.0, 1)
         old.tell(trial, 40.0)
-        fits.append(trial.number)
     new = create_studies(tmp_path / "new.db", "new", OBJECTIVES, SWEEP).search
-    taken = inherit(
-        old, new, lambda s: override(base, s).model_dump(), narrower, lambda t: {"inherited": "old"}
-    )
-    assert taken == 1
+    found = fitting(old, lambda settings: override(base, settings).model_dump(), narrower)
+    inherit(found, new, lambda trial: {"inherited": "old"})
     (trial,) = new.trials
     assert trial.params == {"optim.lr": 5e-3, "captions.sampling": "all"}
     assert trial.value == 40.0
@@ -168,15 +165,12 @@ def test_a_setting_that_the_new_space_leaves_out_must_have_had_the_base_value(tm
         settings = {"optim.lr": trial.params["optim.lr"], "captions.keep": keep}
         trial.set_user_attr("settings", settings)
         old.tell(trial, 1.0)
-    new = create_studies(tmp_path / "new.db", "new", OBJECTIVES, SWEEP).search
 
     def without(trial):
         return {"optim.lr": trial.suggest_float("optim.lr", 1e-3, 1e-2)}
 
-    taken = inherit(
-        old, new, lambda s: override(RunConfig(), s).model_dump(), without, lambda t: {}
-    )
-    assert taken == 1
+    (found,) = fitting(old, lambda s: override(RunConfig(), s).model_dump(), without)
+    assert found.trial.number == 0
 
 
 def test_the_sampler_follows_the_number_of_objectives():
