@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import urllib.request
@@ -138,6 +139,21 @@ def tiny_config(demo_shards, cache_folder, tmp_path) -> RunConfig:
             "run.name": "tiny",
         },
     )
+
+
+@pytest.fixture
+def older_runs(demo_shards, tmp_path) -> Path:
+    """Storage path with what commit a36958b made of this benchmark, without weights and pictures.
+
+    ``first`` is a run of three epochs, ``stopped`` one of 200 that SIGTERM ended after 63 steps,
+    ``search`` a sweep of three trials over ``tune_spaces/quick.py``; all with :data:`TINY`.
+    """
+    with tarfile.open(Path(__file__).with_name("fixtures") / "a36958b.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    for record in tmp_path.rglob("*.toml"):
+        text = record.read_text().replace("SHARDS", str(demo_shards))
+        record.write_text(text.replace("RUNS", str(tmp_path)))
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import pytest
 
-from next.config import LEGACY, flatten, from_toml, override, predated, to_toml
+from next.config import LEGACY, RunConfig, flatten, from_toml, override, predated, to_toml
 from next.data.shards.reader import open_manifest
 from next.model.network import NEXT
 from next.stopping import LostRayError, Stopped
@@ -30,6 +30,7 @@ from next.training.folder import (
 )
 from next.training.inputs import resolve
 from next.training.launch import launch
+from tests.conftest import TINY
 
 OLDER = {"model.semantic.text_skip": False}
 
@@ -134,6 +135,32 @@ def train_job() -> ModuleType:
     module = sys.modules[spec.name] = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "steps", "ended"),
+    [("first", 3, 11, "FINISHED"), ("stopped", 200, 63, "KILLED")],
+)
+def test_a_run_that_commit_a36958b_began_goes_on_by_its_command_and_with_its_data(
+    demo_shards, older_runs, name, epochs, steps, ended
+):
+    manifest = open_manifest(demo_shards)
+    command = {"run.name": name, "run.storage_path": str(older_runs), "optim.epochs": epochs}
+    recipe = manifest.benchmark.recipe | TINY | {"data.uri": str(demo_shards)}
+    config = override(RunConfig(), recipe | command)
+    record = older_runs / name / "config.toml"
+    older = resolve(as_begun(config, record), manifest)
+    assert older.model.semantic.text_skip is False
+    assert data_of(record.parent) == manifest.digest
+    losses = [row["step"] for row in read_metrics(record.parent) if "train/loss" in row["values"]]
+    assert losses == list(range(1, steps + 1))
+    assert read_status(record.parent) == ended
+    check_claim(older, digest=manifest.digest).take()
+    assert from_toml(record.read_text()) == older
+    with pytest.raises(ValueError, match=rf"(?s)run '{name}'.*optim.lr: 0.001 -> 0.002"):
+        check_claim(override(older, {"optim.lr": 2e-3}), digest=manifest.digest)
+    with pytest.raises(ValueError, match=rf"run '{name}' .* was started with data of digest 9e06"):
+        check_claim(older, digest="a" * 64)
 
 
 def test_a_run_goes_on_with_its_own_data_alone(tiny_config):
