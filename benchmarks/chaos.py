@@ -196,6 +196,11 @@ class Subject(ABC):
                 found += (folder / "journal.jsonl").read_bytes().count(b'"train/loss":')
         return found
 
+    def written(self) -> int:
+        """Bytes of the journals."""
+        journals = [folder / "journal.jsonl" for folder in self.folders().values()]
+        return sum(path.stat().st_size for path in journals if path.is_file())
+
     def last_line(self) -> str:
         """The last one that the driver wrote."""
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -371,6 +376,7 @@ class Drill:
         self.happened: list[Happened] = []
         self._life: list[Happened] = []
         self._seen: set[psutil.Process] = set()
+        self._written = 0
 
     def new(self, name: str) -> Subject:
         """A run or sweep that is not started yet."""
@@ -414,6 +420,7 @@ class Drill:
         """Start it, kill, start it again, until it has ended by itself."""
         first, fruitless = len(self.happened), 0
         while fruitless < FRUITLESS:
+            self._written = subject.written()
             driver, self._life = subject.start(), []
             try:
                 while driver.poll() is None:
@@ -526,7 +533,8 @@ class Drill:
         how = (f"resume {subject.name}", "the same command", "Give the command again")
         happened.silent = not unheard and not any(each in happened.told for each in how)
         served = all(each.kind != "tracking server" for each in self._life)
-        if driver.returncode == INTERRUPTED and served:
+        begun = subject.written() > self._written  # else MLflow still says how it ended before
+        if driver.returncode == INTERRUPTED and served and begun:
             status = subject.status()
             if status not in (None, "KILLED"):
                 happened.differences = [f"stopped, and MLflow says {status} of {subject.name}"]
@@ -669,6 +677,8 @@ def main() -> int:
     options = parser.parse_args()
     out = options.out or options.folder / "chaos.json"
     pieces = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else []
+    # A shell that started this in the background lets it, and all it starts, ignore SIGINT.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     plan = drawn(options.parts, options.kills, options.seed)
     place = (options.folder / time.strftime("%Y%m%d-%H%M%S")).absolute()
     happened: list[Happened] = []
