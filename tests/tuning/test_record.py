@@ -2,6 +2,7 @@
 
 import shutil
 import sqlite3
+import threading
 import time
 from contextlib import closing
 from pathlib import Path
@@ -15,11 +16,12 @@ from next.storage import open_folder
 from next.training.checkpointing.store import StoreError
 from next.tuning.execution.slots import Places
 from next.tuning.folder import new_folder, write_record
+from next.tuning.home import Home
 from next.tuning.record import StoredRecord, StoredSearch, fetch_record
 from next.tuning.search.space import Space
 from next.tuning.search.study import create_studies, open_studies
 from next.tuning.settings import SweepConfig
-from next.tuning.sweep import resume_sweep
+from next.tuning.sweep import _fetch_unless_driven, resume_sweep
 from tests.tuning.search.test_searcher import BASE, CPUS, suggest
 
 SWEEP = SweepConfig(trials=4, noise_share=0, race_share=0, pruner="none")
@@ -191,6 +193,73 @@ def test_a_trial_whose_store_failed_stays_unfinished_and_goes_on_later(tmp_path)
     two = Head(tmp_path / "two", str(tmp_path / "kept"))
     assert two.search.suggest("a") == task
     two.ends()
+
+
+def test_a_trial_whose_node_alone_lost_the_store_goes_on_elsewhere(tmp_path):
+    one = Head(tmp_path / "one", str(tmp_path / "kept"))
+    task = one.search.suggest("a")
+    told = {"interrupted": "trial-0000 on m3: access denied", "node": "f00d"}
+    assert one.search.report("a", told)
+    one.search.on_trial_complete("a", told)
+    assert one.search.places.refused == {"f00d": "trial-0000 on m3: access denied"}
+    again = one.search.suggest("b")
+    assert again == task | {"avoid": ["f00d"]}, "the head reaches the store: it is the node"
+    one.search.report("b", {"epoch": 4, "val/mAP": 10.0})
+    one.search.on_trial_complete("b")
+    [trial] = one.search.studies.search.get_trials(states=[TrialState.COMPLETE])
+    assert trial.user_attrs["machines_lost"] == 1
+    one.ends()
+
+
+def test_where_the_head_does_not_reach_the_store_either_the_sweep_waits_for_it(tmp_path):
+    kept = tmp_path / "kept"
+    one = Head(tmp_path / "one", str(kept))
+    one.search.suggest("a")
+    kept.rename(tmp_path / "away")
+    kept.write_text("no folder")
+    told = {"interrupted": "trial-0000 on m3: gone", "node": "f00d"}
+    assert one.search.report("a", told)
+    one.search.on_trial_complete("a", told)
+    assert one.search.places.refused == {}
+    with pytest.raises(StoreError, match=r"trial-0000 on m3: gone. The record is kept whole"):
+        one.search.suggest("b")
+    one.ends()
+
+
+def test_the_race_waits_for_what_ended_trials_left(tmp_path, monkeypatch):
+    began, may_end, brought = threading.Event(), threading.Event(), []
+
+    def mirror(home: Home) -> None:
+        began.set()
+        may_end.wait(60)
+        brought.append(home.folder.name)
+
+    monkeypatch.setattr("next.tuning.home.Home.mirror", mirror)
+    one = Head(tmp_path / "one", str(tmp_path / "kept"))
+    one.search.suggest("a")
+    one.search.report("a", {"epoch": 4, "val/mAP": 10.0})
+    one.search.on_trial_complete("a")
+    assert began.wait(60)
+    assert brought == []
+    threading.Timer(0.2, may_end.set).start()
+    one.record.await_mirrors()
+    assert brought == ["trial-0000"]
+    one.ends()
+
+
+def test_a_sweep_that_is_driven_from_here_is_forked_from_its_own_folder(tmp_path):
+    one = Head(tmp_path / "one", str(tmp_path / "kept"))
+    one.search.suggest("a")
+    two = StoredRecord(one.folder, one.lease)  # another head has stored since
+    two._count = 7
+    two.save()
+    (one.folder / ".record.json").write_text('{"saved": 1}')
+    with Lease(open_folder(one.folder), "sweep search", does="driven"):
+        _fetch_unless_driven(one.folder, one.address)
+    assert list(one.folder.glob("study.db.2*")) == [], "a live study keeps its name"
+    _fetch_unless_driven(one.folder, one.address)
+    assert len(list(one.folder.glob("study.db.2*"))) == 1
+    one.ends()
 
 
 def test_a_driver_that_was_given_up_stores_nothing_more(tmp_path):
