@@ -63,6 +63,22 @@ _FIRST_DRILLS = ("training/test_faults", "tuning/execution/test_workers")
 _LAST_DRILL = "tuning/test_kills"
 """Who is done with the others takes it. More than one would all go to the same process."""
 _CLUSTER, _OTHERS, _LAST = 0, 3, 4
+_TOGETHER = (
+    "captioning/quality/test_report",
+    "captioning/test_run",
+    "deploy/test_mlflow_server",
+    "evaluation/test_common_slices",
+    "evaluation/test_share",
+    "export/test_export",
+    "jobs/test_search",
+    "retrieval/test_gallery",
+    "retrieval/test_search",
+    "tracking/registry/test_versions",
+    "tracking/test_backends",
+    "tracking/test_pages",
+    "tuning/report/test_report",
+)
+"""Modules whose set-up takes longer than a test: each is of one process, which does it once."""
 
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own hook
@@ -75,6 +91,8 @@ def pytest_collection_modifyitems(items) -> None:
     place = {item: _place(item) for item in items}
     for item, group in place.items():
         if group == _OTHERS:
+            if (module := _module(item)) in _TOGETHER:
+                item.add_marker(pytest.mark.xdist_group(module))
             continue
         item.add_marker(pytest.mark.xdist_group(f"ray-{group}"))
         if not item.get_closest_marker("timeout"):
@@ -86,12 +104,17 @@ def _place(item) -> int:
     """Which group a test is in, by their order."""
     if not item.get_closest_marker("ray"):
         return _OTHERS
-    module = item.path.relative_to(Path(__file__).parent).with_suffix("").as_posix()
+    module = _module(item)
     if module == _LAST_DRILL:
         return _LAST
     if item.path.parent.name == "cluster":
         return _CLUSTER
     return 1 if module in _FIRST_DRILLS else 2
+
+
+def _module(item) -> str:
+    name: str = item.path.relative_to(Path(__file__).parent).with_suffix("").as_posix()
+    return name
 
 
 @pytest.fixture(scope="module")

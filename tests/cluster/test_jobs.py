@@ -115,6 +115,34 @@ def test_a_run_whose_store_is_full_ends_and_goes_on_when_there_is_room(cluster, 
     assert len(evaluated) == len(set(evaluated)) == EPOCHS, "no score is lost, none is doubled"
 
 
+@pytest.mark.cluster
+def test_a_sweep_whose_store_is_full_ends_and_goes_on_when_there_is_room(cluster, recipe):
+    cluster.wait_for_nodes(*cluster.workers)
+    settings = {
+        "run__name": "filled",
+        "optim__epochs": "12",
+        "checkpoint__patience_s": "3",
+        "sweep__trials": "4",
+        "sweep__pruner": "none",
+        "sweep__pictures": "0",
+        "space": "tune_spaces/quick.py",
+    }
+    submission = cluster.submitting(job("sweep", recipe=recipe, **settings))
+    said = lambda: cluster.services.machine.said(submission)  # noqa: E731
+    wait_for("a checkpoint", lambda: written(cluster, "s3://data/checkpoints/filled/"), 500, said)
+    with cluster.services.full():
+        assert submission.wait(timeout=400) == 1, said()
+        assert "for 3 s (checkpoint.patience_s)" in said()
+        assert "XMinioStorageFull" in said()
+        assert "jobs/sweep.py resume filled" in said()
+    resumed = cluster.submit(job("sweep resume").replace("resume search", "resume filled"))
+    assert resumed.returncode == 0, resumed.stdout[-4000:]
+    sweep = json.loads(cluster.head.path(f"{RUNS}/filled/sweep.json").read_text())
+    assert [trial["state"] for trial in sweep["trials"]] == ["finished"] * 4
+    [parent] = [run for run in cluster.services.runs("demo") if run.name == "filled"]
+    assert parent.metrics["test/mAP"] > 0
+
+
 def written(cluster, store: str) -> list[str]:
     """Checkpoints that were written to their end."""
     return [key for key in cluster.services.keys(store) if key.endswith("state.json")]
