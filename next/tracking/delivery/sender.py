@@ -143,7 +143,9 @@ class Sender:
 
     def _published(self, *, now: bool) -> bool:
         """Whether the store (if there is one) has what is due; for good if another has the run."""
-        if self._publication is None or not (now or time.monotonic() >= self._publish_at):
+        if self._publication is None:
+            return True
+        if self._publication.published and not now and time.monotonic() < self._publish_at:
             return True
         try:
             self.publish()
@@ -169,6 +171,8 @@ class Sender:
         """Whether the server (if there is one) took everything that it would take."""
         if self._delivery is None:
             return True
+        if self._publication is not None and not self._publication.published:
+            return True  # whoever goes on elsewhere would make the run once more
         try:
             self._delivery.locate()
             self._located.set()

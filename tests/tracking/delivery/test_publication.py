@@ -78,6 +78,20 @@ def test_a_run_that_goes_on_on_another_machine_loses_and_doubles_nothing(
     assert on_server(client, run_id) == stored, "nor does the lost one add to it"
 
 
+def test_a_machine_that_is_lost_as_its_run_begins_leaves_no_second_run(
+    server, client, store, tmp_path
+):
+    """MLflow has the run only once the store knows its key."""
+    first = begin(tmp_path / "one", store, server.uri)
+    run_id = first.run_id
+    assert run_id is not None
+    assert segments(store) != []
+    second = begin(tmp_path / "two", store, server.uri)
+    second.close()
+    assert (second.key, second.run_id) == (first.key, run_id)
+    first._sender._given_up.set()
+
+
 def test_a_machine_that_comes_back_goes_on_from_what_the_store_knows(store, tmp_path, caplog):
     with begin(tmp_path / "one", store) as run:
         log(run, range(3))
