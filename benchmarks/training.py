@@ -43,7 +43,7 @@ from next.data.shards.reader import open_manifest
 from next.model.network import NEXT
 from next.tracking.run import read_metrics
 from next.training.checkpointing.checkpoint import Progress, take_snapshot, write_snapshot
-from next.training.checkpointing.interruption import Ask, Bell
+from next.training.checkpointing.interruption import Request, Requests
 from next.training.inputs import resolve, training_data
 from next.training.loop import Worker, train
 from next.training.results.report import FolderReporter, TrainReporter
@@ -448,7 +448,7 @@ def member(rank: int, world: int, settings: str, began: float, queue: Any) -> No
     rows: list[dict[str, float]] = []
     if rank == 0:
         note_steps(folder.parent)
-    kept = {"checkpoint": config.checkpoint, "bell": Bell()}
+    kept = {"checkpoint": config.checkpoint, "requests": Requests()}
     reporter: FolderReporter | TrainReporter = FolderReporter(folder, **kept)
     if world > 1:
         meeting = folder.parent.with_suffix(".meeting")
@@ -470,13 +470,13 @@ def note_steps(folder: Path) -> None:
     """From now on this process writes down when it began each step, in the run's folder."""
     folder.mkdir(parents=True, exist_ok=True)
     notes = (folder / f"steps-{os.getpid()}").open("ab", buffering=0)
-    answer = Bell.answer
+    take = Requests.take
 
-    def noted(self: Bell) -> Ask:  # asked once a step
+    def noted(self: Requests) -> Request:  # taken once a step
         notes.write(struct.pack("d", time.time()))
-        return answer(self)
+        return take(self)
 
-    Bell.answer = noted
+    Requests.take = noted
 
 
 def step_times(config: RunConfig) -> list[float]:

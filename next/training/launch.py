@@ -18,7 +18,7 @@ from next.storage import require_own_disk, write_whole
 from next.tracking.provenance import provenance_tags
 from next.tracking.run import check_server, open_run, read_metrics, start_server, view_command
 from next.training.checkpointing.checkpoint import read_config, read_progress, require_data
-from next.training.checkpointing.interruption import Bell, listening
+from next.training.checkpointing.interruption import Requests, stop_on_signals
 from next.training.checkpointing.store import CheckpointStore, store_address
 from next.training.distributed.cluster import check_cluster, connected, start_ray
 from next.training.distributed.placement import assess_in_place
@@ -290,12 +290,12 @@ def _train_here(
     checkpoints: str,
     tracked: dict[str, Any],
 ) -> Outcome:
-    bell = Bell()
+    requests = Requests()
     with (
         open_run(**tracked) as run,
-        listening(bell),
+        stop_on_signals(requests),
         FolderReporter(
-            checkpoints, checkpoint=config.checkpoint, bell=bell, publish=run.publish
+            checkpoints, checkpoint=config.checkpoint, requests=requests, publish=run.publish
         ) as reporter,
     ):
         record_inputs(run, config, manifest)

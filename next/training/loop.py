@@ -37,7 +37,7 @@ from next.training.checkpointing.checkpoint import (
     require_data,
     take_snapshot,
 )
-from next.training.checkpointing.interruption import Ask, Interrupted
+from next.training.checkpointing.interruption import Interrupted, Request
 from next.training.results.report import Reporter, TakeSnapshot
 from next.training.step.cost import explain_shortage, is_shortage
 from next.training.step.cuda_graph import Recording
@@ -170,13 +170,13 @@ def train(
             if average is not None:
                 average.update(network, progress.step + len(losses))
 
-            asked = reporter.asked()
+            request = reporter.requested()
             due = is_due(progress.step + len(losses), config.checkpoint.every_steps)
-            keeps = asked is not Ask.GO_ON or (due and not (evaluates and index == len(plan)))
+            keeps = request is not Request.NONE or (due and not (evaluates and index == len(plan)))
             if keeps or len(losses) == config.tracking.every_steps:
                 progress, losses = log.steps(losses, progress), []
                 reporter.hand_over(snapshot if keeps else None)
-            if asked is Ask.STOP:
+            if request is Request.STOP:
                 raise Interrupted(progress.step)
 
         progress = log.steps(losses, progress)

@@ -27,7 +27,7 @@ from next.config import RunConfig, override, to_toml
 from next.data.shards.reader import open_manifest
 from next.stopping import INTERRUPTED
 from next.tracking.run import read_metrics, read_status
-from next.training.checkpointing.interruption import Ask, Bell
+from next.training.checkpointing.interruption import Request, Requests
 from next.training.inputs import resolve
 from tests.conftest import TINY
 from tests.ports import free_port
@@ -57,18 +57,18 @@ def ready(tiny_config) -> RunConfig:
     return resolve(tiny_config, open_manifest(tiny_config.data.uri))
 
 
-class Ringing(Bell):
-    """A bell that is rung after so many steps."""
+class RequestsAt(Requests):
+    """Makes a request after so many steps."""
 
-    def __init__(self, step: int, ask: Ask) -> None:
+    def __init__(self, step: int, request: Request) -> None:
         super().__init__()
-        self.step, self.ask = step, ask
+        self.step, self.request = step, request
 
-    def answer(self) -> Ask:
+    def take(self) -> Request:
         self.step -= 1
         if self.step == 0:
-            self.ring(self.ask)
-        return super().answer()
+            self.make(self.request)
+        return super().take()
 
 
 def together(target: Callable[..., None], members: list[tuple]) -> list[Any]:

@@ -19,12 +19,12 @@ from next.data.loading.loader import train_batches
 from next.data.shards.reader import open_manifest
 from next.model.network import NEXT
 from next.training.checkpointing.checkpoint import load_network, read_progress
-from next.training.checkpointing.interruption import Ask, Bell, Interrupted
+from next.training.checkpointing.interruption import Interrupted, Request, Requests
 from next.training.inputs import resolve, training_data
 from next.training.loop import GlobalLoss, Outcome, Worker, train
 from next.training.results.report import FolderReporter, TrainReporter
 from next.training.step.step_log import NonFiniteLossError, RouterCollapseError
-from tests.training.conftest import Ringing, together
+from tests.training.conftest import RequestsAt, together
 
 
 def run(config: RunConfig, folder: Path) -> Outcome:
@@ -53,31 +53,31 @@ class Killed(Exception):
     """The process dies here."""
 
 
-class Watching(Bell):
+class Watching(Requests):
     """Shows the loop's variables after each step to a function."""
 
     def __init__(self, look: Callable[[dict[str, Any]], None]) -> None:
         super().__init__()
         self._look = look
 
-    def answer(self) -> Ask:
+    def take(self) -> Request:
         frames = [frame for frame in inspect.stack(0) if frame.function == "train"]
         self._look(frames[0].frame.f_locals)
-        return super().answer()
+        return super().take()
 
 
-class Dying(Bell):
+class Dying(Requests):
     """Lets the process die after so many steps, without another word."""
 
     def __init__(self, step: int) -> None:
         super().__init__()
         self.step = step
 
-    def answer(self) -> Ask:
+    def take(self) -> Request:
         self.step -= 1
         if self.step == 0:
             raise Killed
-        return super().answer()
+        return super().take()
 
 
 class Rows(list):
@@ -95,10 +95,10 @@ class Rows(list):
         return found
 
 
-def run_until(config, folder, rows=None, bell=None, worker=Worker()) -> Outcome:  # noqa: B008
+def run_until(config, folder, rows=None, requests=None, worker=Worker()) -> Outcome:  # noqa: B008
     data = training_data(config, open_manifest(config.data.uri))
     rows = Rows() if rows is None else rows
-    with FolderReporter(folder, checkpoint=config.checkpoint, bell=bell) as reporter:
+    with FolderReporter(folder, checkpoint=config.checkpoint, requests=requests) as reporter:
         return train(config, data, reporter, worker, rows)
 
 
@@ -128,13 +128,13 @@ def test_a_run_stopped_or_killed_at_any_step_ends_with_the_bits_of_an_undisturbe
     for step in (
         {3, first_epoch} if settings else sorted({1, 3, first_epoch, first_epoch + 1, steps})
     ):
-        for how, bell, error in (
-            ("stopped", Ringing(step, Ask.STOP), Interrupted),
+        for how, requests, error in (
+            ("stopped", RequestsAt(step, Request.STOP), Interrupted),
             ("killed", Dying(step), Killed),
         ):
             folder, logged = tmp_path / f"{how}-{step}", Rows()
             with pytest.raises(error):
-                run_until(ready, folder, logged, bell)
+                run_until(ready, folder, logged, requests)
             rest = run_until(ready, folder, logged)
             done = steps - len(rest.losses)
             assert done == step if how == "stopped" else done <= step - 1
@@ -150,7 +150,7 @@ def test_a_process_that_dies_between_its_checkpoint_and_its_metrics_loses_none(r
     rows, logged = Rows(), Rows()
     run_until(ready, tmp_path / "whole", rows)
     with pytest.raises(Interrupted):
-        run_until(ready, tmp_path / "torn", Rows(), Ringing(3, Ask.STOP))
+        run_until(ready, tmp_path / "torn", Rows(), RequestsAt(3, Request.STOP))
     progress = read_progress(tmp_path / "torn" / "last")
     assert [step for step, _ in progress.rows] == [3], "those of the checkpoint before are out"
     run_until(ready, tmp_path / "torn", logged)
@@ -162,14 +162,14 @@ def test_a_checkpoint_is_written_when_this_node_may_be_gone_soon_and_training_go
     ready, tmp_path
 ):
     ready = override(ready, {"optim.epochs": 1, "checkpoint.num_to_keep": 5})
-    done = run_until(ready, tmp_path, bell=Ringing(2, Ask.KEEP))
+    done = run_until(ready, tmp_path, requests=RequestsAt(2, Request.CHECKPOINT))
     assert len(done.losses) == done.step
     assert read_progress(tmp_path / "step-00000002").step_in_epoch == 2
 
 
 def test_a_checkpoint_within_an_epoch_of_another_plan_is_refused(ready, tmp_path):
     with pytest.raises(Interrupted):
-        run_until(ready, tmp_path, bell=Ringing(2, Ask.STOP))
+        run_until(ready, tmp_path, requests=RequestsAt(2, Request.STOP))
     with pytest.raises(ValueError, match=r"stands within epoch 1 of plan \w+, but this version"):
         run_until(override(ready, {"seed": 1}), tmp_path)
 
@@ -326,7 +326,7 @@ def test_no_step_leaves_its_graph_behind_and_no_more_than_its_losses(ready, tmp_
 
     hooked = torch.nn.modules.module.register_module_forward_hook(hook)
     try:
-        run_until(ready, tmp_path, bell=Watching(look))
+        run_until(ready, tmp_path, requests=Watching(look))
     finally:
         hooked.remove()
     settled = tensors[3:]  # the optimizer's moments are made in the first step
@@ -345,7 +345,7 @@ def test_nan_is_found_within_so_many_steps_and_not_at_the_end_of_the_epoch(ready
 
     ready = override(ready, LONGER | {"optim.epochs": 1, "tracking.every_steps": 2})
     with pytest.raises(NonFiniteLossError, match=r"is nan from step 3 on, to step 4 at least"):
-        run_until(ready, tmp_path, bell=Watching(spoil))
+        run_until(ready, tmp_path, requests=Watching(spoil))
     assert taken[-1] == 4
 
 
@@ -353,9 +353,9 @@ def test_workers_tell_what_they_logged_within_an_epoch(ready, tmp_path):
     """Ray gets each row once, at the step where it was read."""
     ready = override(ready, LONGER | {"optim.epochs": 1, "tracking.every_steps": 2})
     sent: list[dict] = []
-    bell = Watching(lambda loop: None)
+    requests = Watching(lambda loop: None)
     reporter = TrainReporter(
-        tmp_path, 0, 1, send=sent.append, checkpoint=ready.checkpoint, bell=bell
+        tmp_path, 0, 1, send=sent.append, checkpoint=ready.checkpoint, requests=requests
     )
     data = training_data(ready, open_manifest(ready.data.uri))
     with reporter:
@@ -383,13 +383,13 @@ def test_the_average_counts_the_steps_of_the_whole_run(ready, tmp_path, stop):
         for mean, found in zip(expected, loop["average"].network.parameters(), strict=True):
             torch.testing.assert_close(found, mean, rtol=1e-5, atol=1e-6)
         if steps == stop:
-            bell.ring(Ask.STOP)
+            requests.make(Request.STOP)
 
-    bell = Watching(look)
+    requests = Watching(look)
     if stop is not None:
         with pytest.raises(Interrupted):
-            run_until(ready, tmp_path, bell=bell)
-    run_until(ready, tmp_path, bell=Watching(look))
+            run_until(ready, tmp_path, requests=requests)
+    run_until(ready, tmp_path, requests=Watching(look))
     assert steps == 14
 
 
@@ -408,17 +408,17 @@ def test_nan_keeps_the_last_good_checkpoint_and_none_that_has_it(ready, tmp_path
     class Spoiling(Dying):
         """Spoils the weights in the step before the one that would see it."""
 
-        def answer(self) -> Ask:
+        def take(self) -> Request:
             self.step -= 1
             if self.step == 0:
                 frames = [frame for frame in inspect.stack() if frame.function == "train"]
                 network = frames[0].frame.f_locals["network"]
                 next(iter(network.parameters())).data.fill_(math.nan)
-            return Ask.GO_ON
+            return Request.NONE
 
     ready = override(ready, {"checkpoint.every_steps": 1, "optim.epochs": 1})
     with pytest.raises(NonFiniteLossError, match=r"loss and .* is nan from step 3 on"):
-        run_until(ready, tmp_path, bell=Spoiling(2))
+        run_until(ready, tmp_path, requests=Spoiling(2))
     assert read_progress(tmp_path / "last").step == 1
     assert "step 2: " in caplog.text
     assert "is not finite; this checkpoint is not kept" in caplog.text
@@ -454,7 +454,7 @@ def world_member(rank: int, world: int, meeting: str, parts: list[Part], queue) 
     ended = []
     for part in parts:
         config = from_toml(part.config)
-        bell = Ringing(part.stop if rank == world - 1 else 0, Ask.STOP)
+        requests = RequestsAt(part.stop if rank == world - 1 else 0, Request.STOP)
         data = training_data(config, open_manifest(config.data.uri))
         reporter = TrainReporter(
             part.folder,
@@ -462,7 +462,7 @@ def world_member(rank: int, world: int, meeting: str, parts: list[Part], queue) 
             world,
             send=lambda report: None,
             checkpoint=config.checkpoint,
-            bell=bell,
+            requests=requests,
         )
         try:
             with reporter:
@@ -495,7 +495,7 @@ def test_world_size_is_invisible_also_through_a_stop_and_a_resume(ready, tmp_pat
     alone = run(longer, tmp_path / "alone").losses
     assert len(alone) >= 20
     with pytest.raises(Interrupted):
-        run_until(ready, tmp_path / "mixed", bell=Ringing(5, Ask.STOP))
+        run_until(ready, tmp_path / "mixed", requests=RequestsAt(5, Request.STOP))
     torn = Part(to_toml(ready), tmp_path / "torn")
     two, whole, stopped, rest, mixed = train_together(
         2,

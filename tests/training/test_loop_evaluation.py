@@ -16,7 +16,7 @@ from next.data.shards.reader import open_manifest
 from next.evaluation.protocol import Evaluation, evaluate
 from next.model.network import NEXT
 from next.training.checkpointing.checkpoint import Progress, load_network, read_progress
-from next.training.checkpointing.interruption import Bell
+from next.training.checkpointing.interruption import Requests
 from next.training.inputs import training_data
 from next.training.loop import Outcome, Worker, train
 from next.training.results.report import FolderReporter, TrainReporter
@@ -31,7 +31,7 @@ def evaluating_member(rank: int, world: int, meeting: str, config: str, queue) -
     data = training_data(own, open_manifest(own.data.uri))
     reporter = TrainReporter(
         f"{meeting}/run", rank, world, send=lambda report: None, checkpoint=own.checkpoint,
-        bell=Bell(),
+        requests=Requests(),
     )  # fmt: skip
     seen: list[int] = []
     found: list[Any] = []
@@ -107,7 +107,7 @@ def test_a_worker_rescues_its_checkpoint_without_waiting_for_the_others(ready, t
     sent: list[dict[str, Any]] = []
     for rank in range(2):
         reporter = TrainReporter(
-            tmp_path, rank, 1, send=sent.append, checkpoint=ready.checkpoint, bell=Bell()
+            tmp_path, rank, 1, send=sent.append, checkpoint=ready.checkpoint, requests=Requests()
         )
         data = training_data(ready, open_manifest(ready.data.uri))
         labels = data.query.labels.replace(camera=np.zeros_like(data.query.labels.pid))

@@ -17,7 +17,7 @@ from next.data.shards.reader import open_manifest
 from next.data.source.ingest import prepare
 from next.evaluation.protocol import evaluate
 from next.training.checkpointing.checkpoint import load_network
-from next.training.checkpointing.interruption import Bell
+from next.training.checkpointing.interruption import Requests
 from next.training.folder import claim_folder
 from next.training.inputs import resolve, training_data
 from next.training.loop import Worker, train
@@ -89,7 +89,7 @@ def member(rank: int, meeting: str, config: str, folder: str, queue) -> None:
     own = override(from_toml(config), {"data.cache": f"{folder}/cache-{rank}"})
     data = training_data(own, open_manifest(own.data.uri))
     reporter = TrainReporter(
-        folder, rank, 2, send=lambda report: None, checkpoint=own.checkpoint, bell=Bell()
+        folder, rank, 2, send=lambda report: None, checkpoint=own.checkpoint, requests=Requests()
     )
     scores: list[dict[str, float]] = []
     with reporter:

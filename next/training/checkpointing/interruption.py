@@ -13,11 +13,11 @@ from next.stopping import Stopped, handling
 _log = logging.getLogger(__name__)
 
 
-class Ask(IntEnum):
-    """What a run is asked for; the higher one wins."""
+class Request(IntEnum):
+    """What is requested of a run; the higher one wins."""
 
-    GO_ON = 0
-    KEEP = 1
+    NONE = 0
+    CHECKPOINT = 1
     """Write a checkpoint now: this node may be gone soon."""
     STOP = 2
     """Write a checkpoint and end."""
@@ -36,43 +36,43 @@ class Interrupted(Stopped):
         self.step = step
 
 
-class Bell:
-    """What one process is asked for; rung from any thread or signal handler.
+class Requests:
+    """What is requested of one process, from any thread or signal handler.
 
     Args:
-        waits: whether a stop waits for who looks at the bell; else it ends this process at once.
+        waits: whether a stop waits until it is taken; else it ends this process at once.
     """
 
     def __init__(self, *, waits: bool = False) -> None:
-        self._asked = Ask.GO_ON
+        self._pending = Request.NONE
         self.waits = waits
 
-    def ring(self, ask: Ask) -> None:
-        """Ask; what was asked for already is not taken back."""
-        self._asked = max(self._asked, ask)
+    def make(self, request: Request) -> None:
+        """Request a checkpoint or a stop; an earlier, higher request stays."""
+        self._pending = max(self._pending, request)
 
-    def answer(self) -> Ask:
-        """What is asked for; a checkpoint is asked for once, to stop is final."""
-        asked = self._asked
-        if asked is Ask.KEEP:
-            self._asked = Ask.GO_ON
-        return asked
+    def take(self) -> Request:
+        """The pending request; one for a checkpoint is taken once, one to stop is final."""
+        pending = self._pending
+        if pending is Request.CHECKPOINT:
+            self._pending = Request.NONE
+        return pending
 
 
 @contextmanager
-def listening(bell: Bell) -> Iterator[None]:
-    """SIGTERM and Ctrl-C ask to stop while the block runs; a second Ctrl-C ends at once.
+def stop_on_signals(requests: Requests) -> Iterator[None]:
+    """SIGTERM and Ctrl-C request a stop while the block runs; a second Ctrl-C ends at once.
 
-    Where the bell's own process is within no step (it decodes images, or evaluates), there is
-    nothing to wait for: the block ends by ``KeyboardInterrupt``. Does nothing outside of the main
+    Where this process is within no step (it decodes images, or evaluates), there is nothing to wait
+    for: the block ends by ``KeyboardInterrupt``. Does nothing outside of the main
     thread, which alone gets signals.
     """
 
     def stop(number: int, frame: object) -> None:
         name = signal.Signals(number).name
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        bell.ring(Ask.STOP)
-        if not bell.waits:
+        requests.make(Request.STOP)
+        if not requests.waits:
             raise KeyboardInterrupt(name)
         _log.warning("%s: finishing the step and writing a checkpoint", name)
 

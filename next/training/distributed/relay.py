@@ -27,7 +27,7 @@ from ray.experimental.internal_kv import (
 
 from next.stopping import lost_ray
 from next.tracking.run import Run, open_run
-from next.training.checkpointing.interruption import Ask, Bell
+from next.training.checkpointing.interruption import Request, Requests
 
 _log = logging.getLogger(__name__)
 
@@ -118,16 +118,16 @@ class Drain:
     Clouds tell minutes ahead. Without the second, what is trained in them would be trained again.
 
     Args:
-        bell: of this worker.
+        requests: of this worker.
     """
 
-    def __init__(self, bell: Bell) -> None:
-        self._bell = bell
+    def __init__(self, requests: Requests) -> None:
+        self._requests = requests
         self._heard: ray.train.PreemptionInfo | None = None
         self._again = math.inf
 
     def look(self, info: ray.train.PreemptionInfo | None, now: float) -> None:
-        """Ring if there is reason to.
+        """Request a checkpoint if there is reason to.
 
         Args:
             info: of the nodes that are to be drained; None: there are none.
@@ -143,16 +143,16 @@ class Drain:
             _log.warning("the node goes in %.0f s: writing a checkpoint", _LAST_CALL_SECONDS)
         else:
             return
-        self._bell.ring(Ask.KEEP)
+        self._requests.make(Request.CHECKPOINT)
 
 
 @contextmanager
-def on_the_line(line: Line, bell: Bell | None, *, speaks: bool) -> Iterator[None]:
+def on_the_line(line: Line, requests: Requests | None, *, speaks: bool) -> Iterator[None]:
     """Rings when the driver was asked to stop, or when a node of the workers is to be drained.
 
     Args:
         line: to the driver.
-        bell: of this worker; None: it has nothing to keep, and only speaks.
+        requests: of this worker; None: it has nothing to keep, and only speaks.
         speaks: whether what this worker logs goes to the driver, and it asks for checkpoints.
     """
     from ray.train.v2._internal.execution.context import get_train_context
@@ -160,7 +160,7 @@ def on_the_line(line: Line, bell: Bell | None, *, speaks: bool) -> Iterator[None
     # The public `get_preemption_info` is a barrier, which no step could pay for.
     preemption = get_train_context().preemption_context
     ended, memory, ours = threading.Event(), _Memory(), logging.getLogger("next")
-    drain = None if bell is None else Drain(bell)
+    drain = None if requests is None else Drain(requests)
 
     def speak() -> None:
         while memory.kept:
@@ -170,8 +170,8 @@ def on_the_line(line: Line, bell: Bell | None, *, speaks: bool) -> Iterator[None
     def listen() -> None:
         while not ended.wait(LISTEN_SECONDS):
             with suppress(Exception):  # the head may be away; the next look may find it
-                if bell is not None and line.stopped():
-                    bell.ring(Ask.STOP)
+                if requests is not None and line.stopped():
+                    requests.make(Request.STOP)
                 speak()
             if (
                 speaks and drain is not None

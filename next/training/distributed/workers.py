@@ -33,7 +33,7 @@ from next.local_ray import on_cluster
 from next.session import end_ray
 from next.stopping import lost_ray
 from next.storage import open_folder
-from next.training.checkpointing.interruption import Ask, Bell, Interrupted, listening
+from next.training.checkpointing.interruption import Interrupted, Request, Requests, stop_on_signals
 from next.training.checkpointing.store import CheckpointStore
 from next.training.distributed.cluster import (
     connected,
@@ -88,7 +88,7 @@ def train_on_workers(
     folder: Path,
     checkpoints: str,
     tracked: dict[str, Any],
-    bell: Bell | None = None,
+    requests: Requests | None = None,
     *,
     assessed: bool = False,
     left_out: Mapping[str, str] | None = None,
@@ -101,7 +101,7 @@ def train_on_workers(
         folder: the run's folder on this machine.
         checkpoints: where the workers keep the checkpoints.
         tracked: arguments of :func:`next.tracking.run.open_run`.
-        bell: by which another thread asks to stop, beside signals.
+        requests: by which another thread asks to stop, beside signals.
         assessed: whether the workers, which have all they need in memory, also assess the best
             checkpoint on the test split, together.
         left_out: why nodes get no workers, by id, after all were asked; None: all must be fit.
@@ -125,9 +125,10 @@ def train_on_workers(
             require_shared(config, checkpoints)
         selector = elsewhere(left_out or {})
         with _marked(checkpoints) as marker:
-            bell = bell or Bell(waits=True)
+            requests = requests or Requests(waits=True)
             return _fit(
-                *(config, folder, checkpoints, marker, tracked, bell, selector), assessed=assessed
+                *(config, folder, checkpoints, marker, tracked, requests, selector),
+                assessed=assessed,
             )
 
 
@@ -168,7 +169,7 @@ def _fit(
     checkpoints: str,
     marker: str | None,
     tracked: dict[str, Any],
-    bell: Bell,
+    requests: Requests,
     selector: dict[str, str],
     *,
     assessed: bool,
@@ -199,17 +200,17 @@ def _fit(
             callbacks=[JournalWriter(tracked, line)],
         ),
     )
-    with listening(bell):
-        return _unwrapped(repeating(trainer, line, bell))
+    with stop_on_signals(requests):
+        return _unwrapped(repeating(trainer, line, requests))
 
 
-def repeating(trainer: Trainer, line: Line, bell: Bell | None = None) -> Any:
+def repeating(trainer: Trainer, line: Line, requests: Requests | None = None) -> Any:
     """What rank 0 of a trainer returns; what it logs is repeated here meanwhile.
 
     Args:
         trainer: not yet started.
         line: to its workers.
-        bell: by which they are asked to stop.
+        requests: by which they are asked to stop.
 
     Raises:
         ray.train.TrainingFailedError: workers died too often.
@@ -222,7 +223,7 @@ def repeating(trainer: Trainer, line: Line, bell: Bell | None = None) -> Any:
     try:
         # Neither does a call to a head that is gone let signals through.
         with line.repeating():
-            _wait_for(fitting, line, bell)
+            _wait_for(fitting, line, requests)
     except BaseException:
         end_ray()  # or the thread would wait for workers that nobody waits for
         pool.shutdown(wait=lost_ray() is None)  # it may ask a head that is gone
@@ -234,12 +235,12 @@ def repeating(trainer: Trainer, line: Line, bell: Bell | None = None) -> Any:
     return fitting.result().return_value
 
 
-def _wait_for(fitting: Future[Any], line: Line, bell: Bell | None) -> None:
+def _wait_for(fitting: Future[Any], line: Line, requests: Requests | None) -> None:
     asked = 0.0
     while not fitting.done():
         with suppress(TimeoutError):
             fitting.exception(timeout=LISTEN_SECONDS)
-        if bell is not None and bell.answer() is Ask.STOP:
+        if requests is not None and requests.take() is Request.STOP:
             line.stop()
             asked = asked or time.monotonic()
             if time.monotonic() > asked + _STOP_SECONDS:
@@ -254,21 +255,21 @@ def _work(settings: dict[str, Any]) -> dict[str, Any]:
     configure_torch(config)
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    bell = Bell()
+    requests = Requests()
     reporter = TrainReporter(
         settings["checkpoints"],
         rank,
         world,
         send=ray.train.report,
         checkpoint=config.checkpoint,
-        bell=bell,
+        requests=requests,
     )
     line = Line(settings["line"])
     refused = line.refused()
     if refused is not None:
         return dict(zip(("error", "message"), refused, strict=True))
     try:
-        with on_the_line(line, bell, speaks=rank == 0), reporter:
+        with on_the_line(line, requests, speaks=rank == 0), reporter:
             _log.info("training on %d worker%s", world, "" if world == 1 else "s")
             outcome = train(
                 config,

@@ -29,7 +29,7 @@ from next.training.checkpointing.checkpoint import (
     require_data,
     take_snapshot,
 )
-from next.training.checkpointing.interruption import Ask, Interrupted
+from next.training.checkpointing.interruption import Interrupted, Request
 from next.training.inputs import training_data
 from next.training.loop import TrainingData, is_due, rescuing
 from next.training.results.report import Reporter
@@ -100,14 +100,14 @@ def align(
             index += 1
             set_learning_rates(optimizer, epoch + index / len(plan), config.optim)
             losses.append(alignment_step(network, optimizer, *batch, config))
-            asked = reporter.asked()
-            keeps = asked is not Ask.GO_ON or is_due(
+            request = reporter.requested()
+            keeps = request is not Request.NONE or is_due(
                 progress.step + len(losses), config.checkpoint.every_steps
             )
             if keeps or len(losses) == config.tracking.every_steps:
                 progress, losses = log.steps(losses, progress), []
                 reporter.hand_over(snapshot if keeps else None)
-            if asked is Ask.STOP:
+            if request is Request.STOP:
                 raise Interrupted(progress.step)
         trained = progress = log.steps(losses, progress)
         train_loss = progress.loss_sum / len(plan)

@@ -15,7 +15,7 @@ from next.data.shards.reader import Manifest, open_manifest
 from next.model.towers.clip import is_clip
 from next.tracking.provenance import provenance_tags
 from next.tracking.run import open_run
-from next.training.checkpointing.interruption import Bell, listening
+from next.training.checkpointing.interruption import Requests, stop_on_signals
 from next.training.checkpointing.store import CheckpointStore
 from next.training.folder import Claim, check_claim, going_on, holding, own_folder
 from next.training.inputs import resolve
@@ -112,7 +112,7 @@ def _pretrain(manifest: Manifest, claim: Claim, out: Path | None, mark: str) -> 
     store = CheckpointStore(folder / "checkpoints")
     if config.run.fresh:
         store.set_aside(time.strftime("%Y%m%d-%H%M%S"))
-    bell = Bell()
+    requests = Requests()
     with (
         tracking_address(config) as uri,
         open_run(
@@ -124,8 +124,8 @@ def _pretrain(manifest: Manifest, claim: Claim, out: Path | None, mark: str) -> 
             tags=provenance_tags() | seed_tags(config) | {"next.kind": "pretraining"},
             system_seconds=config.tracking.system_seconds,
         ) as run,
-        listening(bell),
-        FolderReporter(store.uri, checkpoint=config.checkpoint, bell=bell) as reporter,
+        stop_on_signals(requests),
+        FolderReporter(store.uri, checkpoint=config.checkpoint, requests=requests) as reporter,
     ):
         record_inputs(run, config, manifest)
         align(config, pairs, reporter, lambda metrics, step: run.log_metrics(metrics, step=step))

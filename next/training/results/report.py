@@ -12,7 +12,7 @@ import torch.distributed as dist
 from next.config import CheckpointConfig
 from next.training.checkpointing.agreement import Agreement
 from next.training.checkpointing.checkpoint import Row, Snapshot
-from next.training.checkpointing.interruption import Ask, Bell, Interrupted
+from next.training.checkpointing.interruption import Interrupted, Request, Requests
 from next.training.checkpointing.store import BackgroundWriter, CheckpointStore
 from next.training.step.step_log import NonFiniteLossError, RouterCollapseError
 
@@ -45,8 +45,8 @@ class Reporter(Protocol):
     def steps(self, batches: Iterable[Item]) -> Iterator[Item]:
         """The batches of an epoch: a stop that is asked for meanwhile waits for the step's end."""
 
-    def asked(self) -> Ask:
-        """What the run is asked for, the same on every rank; called once a step."""
+    def requested(self) -> Request:
+        """The pending request to the run, the same on every rank; called once a step."""
 
 
 class FolderReporter:
@@ -67,7 +67,7 @@ class FolderReporter:
         on_report: Callable[[Metrics], None] | None = None,
         *,
         checkpoint: CheckpointConfig = CheckpointConfig(),  # noqa: B008 (frozen)
-        bell: Bell | None = None,
+        requests: Requests | None = None,
         publish: Callable[[], None] = lambda: None,
     ) -> None:
         """Nothing is read or written yet.
@@ -76,7 +76,7 @@ class FolderReporter:
             folder: of the checkpoints.
             on_report: is told of each evaluation.
             checkpoint: settings.
-            bell: by which another thread asks to stop.
+            requests: by which another thread stops the run.
             publish: brings the journal to the run's store; done before each checkpoint, so that
                 who continues from one has all that was logged until then.
         """
@@ -85,7 +85,7 @@ class FolderReporter:
             self._store, patience_s=checkpoint.patience_s, before=publish
         )
         self._on_report = on_report
-        self._bell = bell or Bell()
+        self._requests = requests or Requests()
 
     def latest(self) -> AbstractContextManager[Path | None]:
         self._writer.wait()
@@ -106,14 +106,14 @@ class FolderReporter:
         self._writer.submit(take)
 
     def steps(self, batches: Iterable[Item]) -> Iterator[Item]:
-        self._bell.waits = True
+        self._requests.waits = True
         try:
             yield from batches
         finally:
-            self._bell.waits = False
+            self._requests.waits = False
 
-    def asked(self) -> Ask:
-        return self._bell.answer()
+    def requested(self) -> Request:
+        return self._requests.take()
 
     def best(self) -> Path:
         """The best checkpoint so far.
@@ -146,7 +146,7 @@ class TrainReporter:
         *,
         send: Callable[[dict[str, Any]], None],
         checkpoint: CheckpointConfig,
-        bell: Bell,
+        requests: Requests,
     ) -> None:
         """Every rank makes one, at the same point.
 
@@ -156,13 +156,13 @@ class TrainReporter:
             world: ranks in all.
             send: ``ray.train.report``.
             checkpoint: settings.
-            bell: what this process is asked for.
+            requests: to this process.
         """
         self._send = send
         self._rank = rank
         self._store = CheckpointStore(folder, num_to_keep=checkpoint.num_to_keep)
         self._writer = BackgroundWriter(self._store, patience_s=checkpoint.patience_s)
-        self._asked: Callable[[], Ask] = Agreement(bell) if world > 1 else bell.answer
+        self._asked: Callable[[], Request] = Agreement(requests) if world > 1 else requests.take
         self._rows: list[Row] = []
         self._first = True
 
@@ -194,7 +194,7 @@ class TrainReporter:
     def steps(self, batches: Iterable[Item]) -> Iterator[Item]:
         yield from batches
 
-    def asked(self) -> Ask:
+    def requested(self) -> Request:
         return self._asked()
 
     def __enter__(self) -> TrainReporter:

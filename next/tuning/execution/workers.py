@@ -17,7 +17,7 @@ import ray
 from next.config import RunConfig, from_toml, to_toml
 from next.data.shards.reader import Manifest, open_manifest
 from next.tracking.journal import Metrics, read_records
-from next.training.checkpointing.interruption import Ask, Bell, Interrupted
+from next.training.checkpointing.interruption import Interrupted, Request, Requests
 from next.training.distributed.cluster import SilentNodeError, worker_resources
 from next.training.distributed.joining import elsewhere
 from next.training.distributed.nodes import UnfitNodeError
@@ -54,11 +54,11 @@ def train_trial(
         LostProcessError: a worker's process or machine was lost, or its machine cannot be used.
         Exception: what else a worker raised, as it came.
     """
-    bell, told = Bell(), Evaluations(home.folder, config.batch.size)
+    requests, told = Requests(), Evaluations(home.folder, config.batch.size)
     with ThreadPoolExecutor(1, thread_name_prefix="workers") as thread:
         training = thread.submit(
             train_on_workers,
-            *(config, manifest, home.folder, home.checkpoints, record, bell),
+            *(config, manifest, home.folder, home.checkpoints, record, requests),
             left_out=left_out,
         )
         try:
@@ -68,7 +68,7 @@ def train_trial(
                 for evaluation in told.new():  # also the last ones, which come before the end
                     report(evaluation)
         except SystemExit:  # so Tune ends a trial, within its report
-            bell.ring(Ask.STOP)
+            requests.make(Request.STOP)
             with suppress(Interrupted, Exception):  # whatever it comes to, Tune wants it no more
                 training.result()
             return True

@@ -5,7 +5,7 @@ import logging
 import pytest
 from ray.train import PreemptionInfo
 
-from next.training.checkpointing.interruption import Ask, Bell
+from next.training.checkpointing.interruption import Request, Requests
 from next.training.distributed.relay import Drain
 
 NOW = 1_800_000_000.0
@@ -17,11 +17,11 @@ def node(name: str, goes_in: float | None) -> PreemptionInfo:
 
 def asked_at(looks: list[tuple[float, PreemptionInfo | None]]) -> list[float]:
     """Seconds from now at which a checkpoint is asked for."""
-    bell = Bell()
-    drain, found = Drain(bell), []
+    requests = Requests()
+    drain, found = Drain(requests), []
     for after, info in looks:
         drain.look(info, NOW + after)
-        if bell.answer() is Ask.KEEP:
+        if requests.take() is Request.CHECKPOINT:
             found.append(after)
     return found
 

@@ -15,12 +15,12 @@ from next.data.holdout import split_train
 from next.data.shards.reader import open_manifest
 from next.evaluation.ranking.captions import Retrieval
 from next.model.network import NEXT
-from next.training.checkpointing.interruption import Ask, Bell, Interrupted
+from next.training.checkpointing.interruption import Interrupted, Request, Requests
 from next.training.inputs import resolve
 from next.training.pretraining.alignment import align, prepare_pairs
 from next.training.pretraining.run import plan_pretraining, pretrain
 from next.training.results.report import FolderReporter
-from tests.training.conftest import Ringing
+from tests.training.conftest import RequestsAt
 
 
 @pytest.fixture
@@ -34,9 +34,9 @@ def test_stopped_and_started_again_it_logs_the_same_and_ends_with_the_same_bits(
     config = resolve(settings, open_manifest(settings.data.uri))
     pairs = prepare_pairs(config)
 
-    def train(folder: Path, bell: Bell | None = None) -> dict:
+    def train(folder: Path, requests: Requests | None = None) -> dict:
         rows: dict = {}
-        with FolderReporter(folder, checkpoint=config.checkpoint, bell=bell) as reporter:
+        with FolderReporter(folder, checkpoint=config.checkpoint, requests=requests) as reporter:
             align(config, pairs, reporter, lambda metrics, step: rows.update({step: metrics}))
         return rows
 
@@ -44,7 +44,7 @@ def test_stopped_and_started_again_it_logs_the_same_and_ends_with_the_same_bits(
     steps = len(whole)
     assert steps >= 6
     with pytest.raises(Interrupted):
-        train(tmp_path / "torn", Ringing(2, Ask.STOP))
+        train(tmp_path / "torn", RequestsAt(2, Request.STOP))
     rest = train(tmp_path / "torn")
     assert {step: rest[step] for step in range(3, steps + 1)} == {
         step: whole[step] for step in range(3, steps + 1)
