@@ -30,9 +30,9 @@ from next.training.distributed.cluster import (
     worker_resources,
 )
 from next.training.distributed.nodes import own_facts, require_versions
-from next.training.distributed.relay import Line, on_the_line
+from next.training.distributed.relay import Channel, attached
 from next.training.distributed.rendezvous import torch_config
-from next.training.distributed.workers import Trainer, repeating
+from next.training.distributed.workers import Trainer, fit_logging
 from next.training.results.assessment import Assessment, Carried, Features, assess, assess_missing
 from next.training.step.process import configure_torch
 
@@ -101,7 +101,7 @@ def _on_workers(
 ) -> Found:
     """What ``function`` returns on the first worker; each calls it with its share and device."""
     scaling = config.scaling
-    line = Line(f"next-{uuid.uuid4().hex}")
+    channel = Channel(f"next-{uuid.uuid4().hex}")
     with (
         connected(scaling.min_workers * scaling.cpus_per_worker),
         tempfile.TemporaryDirectory(prefix="next-assessment-") as folder,
@@ -119,7 +119,7 @@ def _on_workers(
                 "data": manifest.folder.address,
                 "function": function,
                 "arguments": arguments,
-                "line": line.name,
+                "channel": channel.name,
                 "versions": own_facts().versions,
             },
             torch_config=torch_config(),
@@ -134,7 +134,7 @@ def _on_workers(
                 failure_config=ray.train.FailureConfig(max_failures=config.run.max_failures),
             ),
         )
-        answer = repeating(trainer, line)
+        answer = fit_logging(trainer, channel)
     if "error" in answer:
         raise answer["error"]
     found: Found = answer["found"]
@@ -149,7 +149,7 @@ def _work(settings: dict[str, Any]) -> dict[str, Any]:
     share = Share(context.get_world_rank(), context.get_world_size())
     with (
         tempfile.TemporaryDirectory(prefix="next-assessment-") as folder,
-        on_the_line(Line(settings["line"]), None, speaks=share.rank == 0),
+        attached(Channel(settings["channel"]), None, forwards_logs=share.rank == 0),
     ):
         checkpoint = Path(folder) / "checkpoint"
         checkpoint.mkdir()

@@ -1,4 +1,4 @@
-"""What passes between a run's driver, Ray's controller and the workers, beside Ray's reports.
+"""The key-value channel between a run's driver, Ray's controller and the workers.
 
 The controller loads it before any worker starts, so nothing of it imports the network.
 """
@@ -31,18 +31,18 @@ from next.training.checkpointing.interruption import Request, Requests
 
 _log = logging.getLogger(__name__)
 
-LISTEN_SECONDS = 0.5
-"""Between two looks at what was said."""
+POLL_SECONDS = 0.5
+"""Between two looks at the channel."""
 
 _LAST_CALL_SECONDS = 20.0
 """Before a node goes, for its last checkpoint: a step, the copy, writing, clocks that differ."""
 
 
-class Line:
-    """Between driver, controller and workers: one asks to stop, the others say how it goes.
+class Channel:
+    """Between driver, controller and workers: requests to stop one way, log records the other.
 
-    Kept in the head's key-value store, which all of them reach. Nothing of the run hangs on it:
-    while the head is away nothing is heard, and nobody waits.
+    Kept in the head's key-value store, which all of them reach. No result of the run depends on it:
+    while the head is away nothing passes, and nobody waits.
 
     Args:
         name: of the run's keys in that store.
@@ -51,13 +51,13 @@ class Line:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def stop(self) -> None:
+    def request_stop(self) -> None:
         """Ask all workers to stop."""
         with suppress(Exception):  # asked again at the next look
             _internal_kv_put(f"{self.name}-stop", b"1")
 
-    def stopped(self) -> bool:
-        """Whether they were asked to."""
+    def stop_requested(self) -> bool:
+        """Whether the workers were asked to stop."""
         return bool(_internal_kv_exists(f"{self.name}-stop"))
 
     def refuse(self, kind: str, message: str) -> None:
@@ -72,32 +72,32 @@ class Line:
             return kind, message
         return None
 
-    def say(self, level: int, message: str) -> None:
-        """Hand a line of the log to the driver."""
-        said = json.dumps([level, message])
-        _internal_kv_put(f"{self.name}-said-{time.time_ns():020d}", said.encode())
+    def send_log(self, level: int, message: str) -> None:
+        """Send a log record to the driver."""
+        record = json.dumps([level, message])
+        _internal_kv_put(f"{self.name}-log-{time.time_ns():020d}", record.encode())
 
-    def repeat(self) -> None:
-        """Log here what was said since."""
+    def log_received(self) -> None:
+        """Log here the records that were sent since."""
         with suppress(Exception):
-            for key in sorted(_internal_kv_list(f"{self.name}-said-")):
+            for key in sorted(_internal_kv_list(f"{self.name}-log-")):
                 level, message = json.loads(_internal_kv_get(key))
                 _internal_kv_del(key)
                 _log.log(level, "%s", message)
 
     @contextmanager
-    def repeating(self) -> Iterator[None]:
-        """Log here what is said while the block runs.
+    def logging_received(self) -> Iterator[None]:
+        """Log here the records that are sent while the block runs.
 
         In a thread: a call to a head that is gone takes a minute, and lets no signal through.
         """
         ended = threading.Event()
 
         def listen() -> None:
-            while not ended.wait(LISTEN_SECONDS):
-                self.repeat()
+            while not ended.wait(POLL_SECONDS):
+                self.log_received()
 
-        thread = threading.Thread(target=listen, name="repeating", daemon=True)
+        thread = threading.Thread(target=listen, name="channel-logs", daemon=True)
         thread.start()
         try:
             yield
@@ -105,14 +105,14 @@ class Line:
             ended.set()
             thread.join(None if lost_ray() is None else 0)
 
-    def hang_up(self) -> None:
-        """Repeat the rest, and forget the line."""
-        self.repeat()
+    def close(self) -> None:
+        """Log the rest, and delete the channel's keys."""
+        self.log_received()
         with suppress(Exception):
             _internal_kv_del(self.name, del_by_prefix=True)
 
 
-class Drain:
+class DrainWatch:
     """Asks for a checkpoint when a node is to be drained, and for another just before it goes.
 
     Clouds tell minutes ahead. Without the second, what is trained in them would be trained again.
@@ -123,18 +123,18 @@ class Drain:
 
     def __init__(self, requests: Requests) -> None:
         self._requests = requests
-        self._heard: ray.train.PreemptionInfo | None = None
+        self._seen: ray.train.PreemptionInfo | None = None
         self._again = math.inf
 
-    def look(self, info: ray.train.PreemptionInfo | None, now: float) -> None:
+    def check(self, info: ray.train.PreemptionInfo | None, now: float) -> None:
         """Request a checkpoint if there is reason to.
 
         Args:
             info: of the nodes that are to be drained; None: there are none.
             now: seconds since 1970, as the deadline is told.
         """
-        if info is not None and info != self._heard:
-            self._heard = info
+        if info is not None and info != self._seen:
+            self._seen = info
             last_call = (info.deadline_ms or math.inf) / 1000 - _LAST_CALL_SECONDS
             self._again = last_call if last_call > now else math.inf
             _log.warning("a node of this run is to be drained: writing a checkpoint")
@@ -147,51 +147,49 @@ class Drain:
 
 
 @contextmanager
-def on_the_line(line: Line, requests: Requests | None, *, speaks: bool) -> Iterator[None]:
-    """Rings when the driver was asked to stop, or when a node of the workers is to be drained.
+def attached(channel: Channel, requests: Requests | None, *, forwards_logs: bool) -> Iterator[None]:
+    """Pass on the driver's request to stop, and request a checkpoint before a node is drained.
 
     Args:
-        line: to the driver.
-        requests: of this worker; None: it has nothing to keep, and only speaks.
-        speaks: whether what this worker logs goes to the driver, and it asks for checkpoints.
+        channel: to the driver.
+        requests: of this worker; None: it has nothing to keep, and only forwards logs.
+        forwards_logs: whether this worker's log goes to the driver, and it requests checkpoints.
     """
     from ray.train.v2._internal.execution.context import get_train_context
 
     # The public `get_preemption_info` is a barrier, which no step could pay for.
     preemption = get_train_context().preemption_context
-    ended, memory, ours = threading.Event(), _Memory(), logging.getLogger("next")
-    drain = None if requests is None else Drain(requests)
+    ended, buffer, ours = threading.Event(), _Buffer(), logging.getLogger("next")
+    watch = None if requests is None else DrainWatch(requests)
 
-    def speak() -> None:
-        while memory.kept:
-            line.say(*memory.kept[0])
-            memory.kept.popleft()
+    def send() -> None:
+        while buffer.records:
+            channel.send_log(*buffer.records[0])
+            buffer.records.popleft()
 
     def listen() -> None:
-        while not ended.wait(LISTEN_SECONDS):
+        while not ended.wait(POLL_SECONDS):
             with suppress(Exception):  # the head may be away; the next look may find it
-                if requests is not None and line.stopped():
+                if requests is not None and channel.stop_requested():
                     requests.make(Request.STOP)
-                speak()
-            if (
-                speaks and drain is not None
-            ):  # one asks for all: each that asked would have one written
-                drain.look(preemption.preemption_info, time.time())
+                send()
+            if forwards_logs and watch is not None:  # one worker for all: else each has one written
+                watch.check(preemption.preemption_info, time.time())
 
     thread = threading.Thread(target=listen, name="listening", daemon=True)
-    if speaks:
+    if forwards_logs:
         ours.setLevel(logging.INFO)
-        ours.addHandler(memory)
+        ours.addHandler(buffer)
     thread.start()
     try:
         yield
     finally:
         ended.set()
-        thread.join(LISTEN_SECONDS)
-        ours.removeHandler(memory)
-        if not thread.is_alive():  # else it is speaking, and both would say the same line
+        thread.join(POLL_SECONDS)
+        ours.removeHandler(buffer)
+        if not thread.is_alive():  # else it is sending, and both would send the same record
             with suppress(Exception):
-                speak()
+                send()
 
 
 class JournalWriter(ray.train.UserCallback):
@@ -201,9 +199,9 @@ class JournalWriter(ray.train.UserCallback):
     repeat is not logged twice.
     """
 
-    def __init__(self, tracked: dict[str, Any], line: Line) -> None:
+    def __init__(self, tracked: dict[str, Any], channel: Channel) -> None:
         self._tracked = tracked
-        self._line = line
+        self._channel = channel
         self._run: Run | None = None
 
     def after_report(
@@ -226,7 +224,7 @@ class JournalWriter(ray.train.UserCallback):
         for rank, error in sorted(worker_exceptions.items()):
             with suppress(Exception):
                 said = (str(error).strip() or repr(error)).splitlines()[-1]
-                self._line.say(
+                self._channel.send_log(
                     logging.WARNING, f"worker {rank} ended: {textwrap.shorten(said, 160)}"
                 )
 
@@ -236,12 +234,12 @@ class JournalWriter(ray.train.UserCallback):
             self._run = None
 
 
-class _Memory(logging.Handler):
-    """Keeps what this process logs until it is taken away; a step waits for no network."""
+class _Buffer(logging.Handler):
+    """Keeps what this process logs until it is sent; a step waits for no network."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
-        self.kept: deque[tuple[int, str]] = deque(maxlen=1000)
+        self.records: deque[tuple[int, str]] = deque(maxlen=1000)
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.kept.append((record.levelno, record.getMessage()))
+        self.records.append((record.levelno, record.getMessage()))

@@ -2,7 +2,7 @@
 
 Ray keeps the processes, the project keeps the state: checkpoints are in the run's own store, which
 every rank continues from whatever happened to it, and the journal is written beside the driver,
-from what rank 0 reports. What rank 0 logs is repeated by the driver: one worker or many, a run
+from what rank 0 reports. What rank 0 logs is logged again by the driver: one worker or many, a run
 tells the same story.
 """
 
@@ -43,7 +43,7 @@ from next.training.distributed.cluster import (
 )
 from next.training.distributed.joining import elsewhere
 from next.training.distributed.nodes import UnfitNodeError, own_facts, require_versions
-from next.training.distributed.relay import LISTEN_SECONDS, JournalWriter, Line, on_the_line
+from next.training.distributed.relay import POLL_SECONDS, Channel, JournalWriter, attached
 from next.training.distributed.rendezvous import torch_config
 from next.training.inputs import training_data
 from next.training.loop import Outcome, Worker, train
@@ -174,7 +174,7 @@ def _fit(
     *,
     assessed: bool,
 ) -> tuple[Outcome, Carried | None]:
-    line = Line(f"next-{uuid.uuid4().hex}")
+    channel = Channel(f"next-{uuid.uuid4().hex}")
     trainer = Trainer(
         _work,
         train_loop_config={
@@ -182,7 +182,7 @@ def _fit(
             "checkpoints": checkpoints,
             "marker": marker,
             "assessed": assessed,
-            "line": line.name,
+            "channel": channel.name,
             "versions": own_facts().versions,
         },
         torch_config=torch_config(),
@@ -197,19 +197,19 @@ def _fit(
             name="ray",
             storage_path=str(folder),
             failure_config=ray.train.FailureConfig(max_failures=config.run.max_failures),
-            callbacks=[JournalWriter(tracked, line)],
+            callbacks=[JournalWriter(tracked, channel)],
         ),
     )
     with stop_on_signals(requests):
-        return _unwrapped(repeating(trainer, line, requests))
+        return _unwrapped(fit_logging(trainer, channel, requests))
 
 
-def repeating(trainer: Trainer, line: Line, requests: Requests | None = None) -> Any:
-    """What rank 0 of a trainer returns; what it logs is repeated here meanwhile.
+def fit_logging(trainer: Trainer, channel: Channel, requests: Requests | None = None) -> Any:
+    """Run a trainer to its end, and log here what rank 0 logs; returns what rank 0 returns.
 
     Args:
         trainer: not yet started.
-        line: to its workers.
+        channel: to its workers.
         requests: by which they are asked to stop.
 
     Raises:
@@ -222,8 +222,8 @@ def repeating(trainer: Trainer, line: Line, requests: Requests | None = None) ->
     fitting = pool.submit(trainer.fit)
     try:
         # Neither does a call to a head that is gone let signals through.
-        with line.repeating():
-            _wait_for(fitting, line, requests)
+        with channel.logging_received():
+            _wait_for(fitting, channel, requests)
     except BaseException:
         end_ray()  # or the thread would wait for workers that nobody waits for
         pool.shutdown(wait=lost_ray() is None)  # it may ask a head that is gone
@@ -231,17 +231,17 @@ def repeating(trainer: Trainer, line: Line, requests: Requests | None = None) ->
             raise KeyboardInterrupt from None
         raise
     pool.shutdown()
-    line.hang_up()
+    channel.close()
     return fitting.result().return_value
 
 
-def _wait_for(fitting: Future[Any], line: Line, requests: Requests | None) -> None:
+def _wait_for(fitting: Future[Any], channel: Channel, requests: Requests | None) -> None:
     asked = 0.0
     while not fitting.done():
         with suppress(TimeoutError):
-            fitting.exception(timeout=LISTEN_SECONDS)
+            fitting.exception(timeout=POLL_SECONDS)
         if requests is not None and requests.take() is Request.STOP:
-            line.stop()
+            channel.request_stop()
             asked = asked or time.monotonic()
             if time.monotonic() > asked + _STOP_SECONDS:
                 raise KeyboardInterrupt
@@ -264,12 +264,12 @@ def _work(settings: dict[str, Any]) -> dict[str, Any]:
         checkpoint=config.checkpoint,
         requests=requests,
     )
-    line = Line(settings["line"])
-    refused = line.refused()
+    channel = Channel(settings["channel"])
+    refused = channel.refused()
     if refused is not None:
         return dict(zip(("error", "message"), refused, strict=True))
     try:
-        with on_the_line(line, requests, speaks=rank == 0), reporter:
+        with attached(channel, requests, forwards_logs=rank == 0), reporter:
             _log.info("training on %d worker%s", world, "" if world == 1 else "s")
             outcome = train(
                 config,
@@ -286,7 +286,7 @@ def _work(settings: dict[str, Any]) -> dict[str, Any]:
         if world > 1 and not torch.distributed.is_initialized():
             raise  # Ray has ended the group under a step, for which torch raises a ValueError
         kind = next(name for name, one in _FINAL.items() if isinstance(error, one))
-        line.refuse(kind, str(error))
+        channel.refuse(kind, str(error))
         raise
     if not settings["assessed"]:
         return {"outcome": outcome._asdict()}
@@ -301,7 +301,7 @@ def _assessed(config: RunConfig, settings: dict[str, Any], share: Share) -> dict
     store = CheckpointStore(settings["checkpoints"])  # what it fetched goes with it
     with (
         tempfile.TemporaryDirectory(prefix="next-assessment-") as folder,
-        on_the_line(Line(settings["line"]), None, speaks=share.rank == 0),
+        attached(Channel(settings["channel"]), None, forwards_logs=share.rank == 0),
     ):
         try:
             found = assess(

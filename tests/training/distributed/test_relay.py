@@ -6,7 +6,7 @@ import pytest
 from ray.train import PreemptionInfo
 
 from next.training.checkpointing.interruption import Request, Requests
-from next.training.distributed.relay import Drain
+from next.training.distributed.relay import DrainWatch
 
 NOW = 1_800_000_000.0
 
@@ -18,9 +18,9 @@ def node(name: str, goes_in: float | None) -> PreemptionInfo:
 def asked_at(looks: list[tuple[float, PreemptionInfo | None]]) -> list[float]:
     """Seconds from now at which a checkpoint is asked for."""
     requests = Requests()
-    drain, found = Drain(requests), []
+    watch, found = DrainWatch(requests), []
     for after, info in looks:
-        drain.look(info, NOW + after)
+        watch.check(info, NOW + after)
         if requests.take() is Request.CHECKPOINT:
             found.append(after)
     return found
