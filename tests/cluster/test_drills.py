@@ -4,6 +4,7 @@ import contextlib
 import json
 import shutil
 import sqlite3
+import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -91,7 +92,9 @@ def test_a_sweep_outlives_a_machine_and_then_its_head(cluster: Cluster, recipe, 
         job("sweep resume").replace("resume search", f"resume {name}"), timeout=1200
     )
     assert resumed.returncode == 0, resumed.stdout[-5000:]
-    print(cluster.services.machine.said(first, None), resumed.stdout)  # read where the rest fails
+    sys.stdout.write(
+        f"{cluster.services.machine.said(first, None)}\n{resumed.stdout}"
+    )  # for who reads why it failed
     assert_whole(cluster, name)
     for worker in cluster.workers.values():
         assert list(worker.path(RUNS).iterdir()) == [], "all that counts is in the store"

@@ -295,14 +295,18 @@ def places_seen_by_all(config: RunConfig) -> Seen:
     return {"data.uri": (str(config.data.uri), "manifest.json")} | _weights(config.model.backbone)
 
 
-def unseen_here(asked: Seen, written: str) -> str | None:
+def unseen_here(asked: Seen, written: str | None = None) -> str | None:
     """What this node does not see of a run; None: it sees all that it must.
 
     Args:
         asked: what it must see.
-        written: the setting whose folder it must write, too.
+        written: the setting whose folder it must write, too; None: a place that cannot be reached
+            now is passed over, since it may be away for all.
     """
-    return _told(_problems(asked, written), asked, f"node {socket.gethostname()}")
+    problems = _problems(asked, written)
+    if written is None:
+        problems = {setting: problem for setting, problem in problems.items() if not problem}
+    return _told(problems, asked, f"node {socket.gethostname()}")
 
 
 def _weights(config: BackboneConfig) -> dict[str, tuple[str, str]]:
@@ -361,7 +365,7 @@ def _told(problems: dict[str, str], asked: Seen, node: str) -> str | None:
     return None
 
 
-def _problems(asked: Seen, written: str) -> dict[str, str]:
+def _problems(asked: Seen, written: str | None) -> dict[str, str]:
     """What keeps this node from each setting's place; empty text: the file is not there."""
     found = {}
     for setting, (place, file) in asked.items():

@@ -49,12 +49,15 @@ class Needs(NamedTuple):
     """The setting whose folder is written, too."""
 
     def problem_here(self) -> str | None:
-        """What keeps this node from working for the job; None: nothing does."""
+        """What keeps this node from working for the job; None: nothing does.
+
+        A place that cannot be reached is none of it: it may be away for all, which is waited for.
+        """
         try:
             require_versions(self.versions)
         except UnfitNodeError as error:
             return str(error)
-        return unseen_here(self.places, self.written)
+        return unseen_here(self.places)
 
 
 def needs_of(config: RunConfig, place: str, file: str) -> Needs:

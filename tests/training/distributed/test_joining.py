@@ -1,5 +1,6 @@
 """Nodes that join a cluster while a job runs, on a real one: who lacks something gets no work."""
 
+import re
 import time
 from pathlib import Path
 
@@ -9,7 +10,9 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from next.config import RunConfig, override
+from next.storage import open_folder
 from next.training.distributed import joining
+from next.training.distributed.cluster import unseen_here
 from next.training.distributed.joining import Newcomers, elsewhere, needs_of, unfit_nodes
 from next.tuning.execution.slots import Places, following, node_resources
 from next.tuning.settings import SweepConfig
@@ -23,6 +26,21 @@ def config(demo_shards, tmp_path) -> RunConfig:
     (tmp_path / "kept" / "record.json").write_text("{}")
     names = {"data.uri": str(demo_shards), "checkpoint.storage_path": str(tmp_path / "kept")}
     return override(RunConfig(), names)
+
+
+def test_what_a_trial_finds_where_it_was_placed(config, tmp_path, s3):
+    """Without a cluster: each trial looks before it trains."""
+    kept = tmp_path / "kept"
+    needs = needs_of(config, str(kept), "record.json")
+    assert needs.problem_here() is None
+    other = needs._replace(versions=needs.versions | {"torch": "2.14.0"})
+    assert "must have what the driver has, but torch is" in str(other.problem_here())
+    (kept / "record.json").unlink()
+    assert "checkpoint.storage_path must be seen by every node" in str(needs.problem_here())
+    away = re.sub(r"127\.0\.0\.1%3A\d+", "127.0.0.1%3A9", open_folder(s3).address)
+    places = needs.places | {"checkpoint.storage_path": (away, "record.json")}
+    assert needs._replace(places=places).problem_here() is None, "it may be away for all"
+    assert "must be read and written" in str(unseen_here(places, "checkpoint.storage_path"))
 
 
 def until(condition, newcomers: Newcomers) -> None:
