@@ -87,6 +87,8 @@ def test_a_sweep_survives_its_trials_and_says_how_each_of_them_ended(tiny_config
     assert trials["trial-0003"].error.startswith(("diverged: ", "raised ValueError: "))
     assert trials["trial-0004"].error.startswith("collapsed: one semantic expert got")
     assert (folder / "trials" / "trial-0001" / "error.txt").read_text().startswith("Traceback")
+    assert "trial-0005 goes on from its last checkpoint (killed: " in finished.stderr
+    assert "killed: its process ended" not in finished.stderr, "it is said how"
     resumed = read_standing(folder).studies.search.trials[5]
     assert resumed.user_attrs["deaths"] == 1, "it was killed, and went on from its checkpoint"
     assert [epoch for epoch, _ in trials["trial-0005"].curve] == list(range(1, 13))

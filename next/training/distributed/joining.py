@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -195,7 +195,7 @@ def unfit_nodes(needs: Needs, known: Collection[str]) -> dict[str, str]:
     return found
 
 
-def elsewhere(refused: Mapping[str, str]) -> dict[str, str]:
+def elsewhere(refused: Collection[str]) -> dict[str, str]:
     """The label selector that keeps work off these nodes; empty: none is refused."""
     return {NODE_ID: f"!in({','.join(sorted(refused))})"} if refused else {}
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+from ray import cloudpickle
 from ray.exceptions import (
     ActorUnavailableError,
     NodeDiedError,
@@ -12,6 +15,8 @@ from ray.exceptions import (
     RayTaskError,
     WorkerCrashedError,
 )
+
+_NODE_DIED = "The actor died because its node has died"
 
 
 class LostProcessError(RuntimeError):
@@ -41,6 +46,22 @@ class LostProcessError(RuntimeError):
         return None
 
 
+def error_of(trial: Any) -> Any:
+    """What ended the process of one of Tune's trials: the error or its text; None: not known.
+
+    Tune writes both on the driver's disk, before it tells the scheduler. Its ``get_error`` looks
+    where they are copied to now and then. Errors of dead actors come back without their cause.
+    """
+    error: Any = None
+    with suppress(Exception):  # it could not be pickled, or was written in part
+        error = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
+    if isinstance(error, (RayTaskError, ActorUnavailableError)):
+        return error
+    with suppress(OSError, TypeError):
+        return Path(trial.error_file).read_text(encoding="utf-8", errors="replace")
+    return error
+
+
 def unfit_node(error: Any) -> str | None:
     """Id of the machine that a trial cannot be trained on; None: that is not what ended it."""
     cause = _cause(error)
@@ -50,13 +71,13 @@ def unfit_node(error: Any) -> str | None:
 def is_lost_machine(error: Any) -> bool:
     """Whether a trial's process died because its machine was lost, taken away, or cut off."""
     cause = _cause(error)
+    if isinstance(cause, str):
+        return _NODE_DIED in cause
     if isinstance(cause, LostProcessError):
         return cause.machine
     if isinstance(cause, (ActorUnavailableError, NodeDiedError)):  # cut off, or gone
         return True
-    return isinstance(cause, RayActorError) and (
-        cause.preempted or "its node has died" in str(cause)
-    )
+    return isinstance(cause, RayActorError) and (cause.preempted or _NODE_DIED in str(cause))
 
 
 def how_it_died(error: Any) -> str:
@@ -67,7 +88,7 @@ def how_it_died(error: Any) -> str:
         return f"killed: its machine{_address(str(error))} was lost"
     text = str(error or "")
     memory = any(word in text for word in ("OutOfMemory", "running low on memory", "OOM"))
-    last = first_line(text, "OutOfMemory" if memory else "Error")
+    last = first_line(text, "OutOfMemory" if memory else "Error") or first_line(text, "because")
     return f"{'out of memory' if memory else 'killed'}: {last or 'its process ended'}"
 
 

@@ -146,12 +146,15 @@ class Places:
         return (self.fixed or self.learned or 1.0) if self.on_gpu else 0.0
 
     def resources(self, task: Mapping[str, Any]) -> tune.PlacementGroupFactory:
-        """What Tune reserves for a task of the search."""
+        """What Tune reserves for a task of the search.
+
+        Of a copy of these places, which Tune makes when it begins: what changes is in the task.
+        """
         if self.workers > 1:
             return tune.PlacementGroupFactory([{self._here: _BESIDE_DRIVER}])
         gpu = {"GPU": task["gpus"]} if task["gpus"] else {}
         return tune.PlacementGroupFactory(
-            [{"CPU": self._needs["CPU"]} | gpu], bundle_label_selector=[elsewhere(self.refused)]
+            [{"CPU": self._needs["CPU"]} | gpu], bundle_label_selector=[elsewhere(task["avoid"])]
         )
 
     def learn(self, result: Mapping[str, Any]) -> None:

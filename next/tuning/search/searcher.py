@@ -21,7 +21,7 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from next.config import RunConfig
-from next.tuning.execution.deaths import how_it_died, is_lost_machine, unfit_node
+from next.tuning.execution.deaths import error_of, how_it_died, is_lost_machine, unfit_node
 from next.tuning.execution.slots import Places
 from next.tuning.search.space import Space
 from next.tuning.search.study import Studies, ask, draw, unfinished
@@ -361,7 +361,7 @@ class Pruning(TrialScheduler):
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         """The process died; said before the search is told that the trial is over."""
-        error = trial.get_pickled_error() or trial.get_error()
+        error = error_of(trial)
         self.search.fail(
             trial.trial_id,
             how_it_died(error),

@@ -106,7 +106,8 @@ def test_places_on_a_node_count_once_it_can_be_used(cluster, config, tmp_path):
         wait(lambda: places.refused)
         assert places.held == 2
         assert places.text(4) == "2 of 4 places, waiting for machines (1 machine left out)"
-        drawn = [places.resources({"gpus": 0}).to_placement_group() for _ in range(3)]
+        task = {"gpus": 0, "avoid": sorted(places.refused)}
+        drawn = [places.resources(task).to_placement_group() for _ in range(3)]
         assert sum(group.wait(5) for group in drawn) == 2, "none is placed on the one left out"
         for group in drawn:
             remove_placement_group(group)

@@ -1,6 +1,7 @@
 """What runs next: asked as Tune asks, with real studies and no cluster."""
 
 import pickle
+from types import SimpleNamespace
 
 import pytest
 from optuna.trial import TrialState
@@ -9,7 +10,13 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, NodeDiedError,
 from ray.tune.search import Searcher
 
 from next.config import RunConfig, override
-from next.tuning.execution.deaths import LostProcessError, how_it_died, is_lost_machine
+from next.tuning.execution.deaths import (
+    LostProcessError,
+    error_of,
+    how_it_died,
+    is_lost_machine,
+    unfit_node,
+)
 from next.tuning.execution.slots import Places, gpu_share
 from next.tuning.results import read_trials
 from next.tuning.search.searcher import DEFAULT, Repeat, Search
@@ -308,7 +315,9 @@ def test_trials_of_several_workers_begin_only_where_all_of_them_fit(workers, nod
     base = override(BASE, {"scaling.num_workers": workers, "batch.identities": 24})
     places = Places(base, SweepConfig(concurrency=9), [{"CPU": c} for c in nodes], "node:here")
     assert places.concurrency == concurrency
-    assert places.resources({"gpus": 0.0}).bundles == [{"node:here": 0.001}], "all in the workers"
+    assert places.resources({"gpus": 0.0, "avoid": []}).bundles == [{"node:here": 0.001}], (
+        "all in the workers"
+    )
 
 
 def test_the_first_trials_peak_memory_says_how_many_share_a_gpu():
@@ -320,7 +329,9 @@ def test_the_first_trials_peak_memory_says_how_many_share_a_gpu():
     places.learn({"gpu_peak_mib": 20_000.0, "gpu_mib": 80_000.0})
     assert places.gpus == pytest.approx(0.333)
     assert places.ready(2)
-    assert places.resources({"gpus": places.gpus}).bundles == [{"CPU": 1.0, "GPU": 0.333}]
+    assert places.resources({"gpus": places.gpus, "avoid": []}).bundles == [
+        {"CPU": 1.0, "GPU": 0.333}
+    ]
 
 
 def test_trials_share_a_gpu_once_the_first_one_has_said_what_it_takes(tmp_path):
@@ -355,6 +366,25 @@ def test_a_death_says_whether_it_was_memory():
     assert how_it_died(text).startswith("out of memory: ray.exceptions.OutOfMemoryError")
     assert how_it_died("The actor died: RayActorError").startswith("killed: ")
     assert how_it_died(None) == "killed: its process ended"
+
+
+def test_what_ended_a_trial_is_read_where_tune_has_just_written_it(tmp_path):
+    trial = SimpleNamespace(
+        pickled_error_file=str(tmp_path / "error.pkl"), error_file=str(tmp_path / "error.txt")
+    )
+    assert error_of(trial) is None
+    (tmp_path / "error.pkl").write_bytes(b"half an error")
+    (tmp_path / "error.txt").write_text(
+        "Failure # 1\nThe actor died unexpectedly before finishing this task.\n\tip: 10.0.0.3\n"
+        "The actor died because its node has died. Node Id: 5c205c\n"
+    )
+    assert is_lost_machine(error_of(trial))
+    assert how_it_died(error_of(trial)) == "killed: its machine 10.0.0.3 was lost"
+    told = RayTaskError("train", "a traceback", LostProcessError("no way", True, "f00d"))
+    (tmp_path / "error.pkl").write_bytes(pickle.dumps(told))
+    assert (how_it_died(error_of(trial)), unfit_node(error_of(trial))) == ("no way", "f00d")
+    bare = SimpleNamespace(pickled_error_file=None, error_file=None)
+    assert error_of(bare) is None
 
 
 def test_a_lost_machine_is_told_from_a_process_that_died():
