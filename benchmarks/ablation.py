@@ -126,12 +126,15 @@ def main(argv: Sequence[str]) -> int:
         flush=True,
     )
     job.out.mkdir(parents=True, exist_ok=True)
+    for _, _, config, _ in tasks:
+        resolve(from_toml(config), manifest)  # what cannot work is refused before hours of work
     if tasks:
         training_data(resolve(base, manifest), manifest)  # build cache and text bank once
         test_data(resolve(base, manifest), manifest, None)
     began = time.perf_counter()
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(job.processes, spawn, initializer=end_with_parent) as pool:
+    pool = ProcessPoolExecutor(job.processes, spawn, initializer=end_with_parent)
+    try:
         futures = {pool.submit(run_once, *task[:3]): task for task in tasks}
         for done, future in enumerate(as_completed(futures), 1):
             made = futures[future][3]
@@ -145,6 +148,8 @@ def main(argv: Sequence[str]) -> int:
                 f"rank1 {scores['rank1']:.1f}, {scores['seconds']:.0f} s; {left / 60:.0f} min left",
                 flush=True,
             )
+    finally:
+        pool.shutdown(cancel_futures=True)  # what a run raises is not kept back by those behind it
     print(table(results, differences(results, job.out, manifest)))
     curves = {name: [run["mAP"] for run in runs.values()] for name, runs in results.items()}
     print(f"picture {seeds_bar(job.out / 'ablation.png', curves)}")
