@@ -383,8 +383,8 @@ class Drill:
         kind = Sweep if self.part == "sweep" else Run
         return kind(self.part, name, self.place, self.shards)
 
-    def run(self) -> list[Happened]:
-        """The reference, then subjects until all kills have happened.
+    def run(self) -> Iterator[list[Happened]]:
+        """The reference, then subjects until all kills have happened; the kills of each subject.
 
         Raises:
             RuntimeError: the reference does not come to its end.
@@ -414,7 +414,7 @@ class Drill:
                 + ("; ".join(found[:9]) if found else "nothing lost, doubled or different"),
                 flush=True,
             )
-        return self.happened
+            yield own
 
     def _to_its_end(self, subject: Subject) -> bool:
         """Start it, kill, start it again, until it has ended by itself."""
@@ -681,21 +681,23 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     plan = drawn(options.parts, options.kills, options.seed)
     place = (options.folder / time.strftime("%Y%m%d-%H%M%S")).absolute()
-    happened: list[Happened] = []
     if options.kills:
         shards = tiny_data(place)
-        for part, kills in plan.items():
-            if kills:
-                happened += Drill(part, kills, place, shards, options).run()
+        kept: list[dict[str, Any]] = []
         piece = {
             "seed": options.seed,
             "commit": commit(),
             "machine": platform.processor() or platform.machine(),
-            "kills": [asdict(one) for one in happened],
+            "kills": kept,
         }
         pieces.append(piece)
-        write_whole(out, json.dumps(pieces, indent=2))
-        if not any(map(_bad, piece["kills"])):
+        for part, kills in plan.items():
+            if not kills:
+                continue
+            for happened in Drill(part, kills, place, shards, options).run():
+                kept += [asdict(one) for one in happened]
+                write_whole(out, json.dumps(pieces, indent=2))  # a drill takes hours
+        if not any(map(_bad, kept)):
             shutil.rmtree(place)
     print("\n".join(table(pieces)))
     return int(any(_bad(one) for piece in pieces for one in piece["kills"]))
