@@ -184,7 +184,7 @@ def _resume(argv: Sequence[str]) -> int:
             fork=job.fork,
             storage=job.checkpoint_storage_path,
         )
-        print(json.dumps(plan) if job.json else "\n".join(f"{k:12}{v}" for k, v in plan.items()))
+        print(json.dumps(plan) if job.json else "\n".join(f"{k:14}{v}" for k, v in plan.items()))
         return 0
     with redirect_stdout(sys.stderr):
         result = resume_sweep(

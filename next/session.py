@@ -99,7 +99,7 @@ def clear_sessions(folder: Path) -> None:
             continue
         if gone and not _is_used(record.parent.name):
             shutil.rmtree(record.parent, ignore_errors=True)
-            _log.info("removed what a killed session left: %s", record.parent)
+            _log.info("removed what an earlier Ray of this project left: %s", record.parent)
 
 
 def _is_used(session: str) -> bool:
