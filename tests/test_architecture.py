@@ -52,6 +52,7 @@ HOMES = {
         "next/session.py",
         "next/training/distributed/assessment_workers.py",
         "next/training/distributed/cluster.py",
+        "next/training/distributed/joining.py",
         "next/training/distributed/nodes.py",
         # Of workers.py, what Ray's controller loads without the network.
         "next/training/distributed/relay.py",

@@ -204,8 +204,8 @@ class _Book(Mapping[Image, str]):
 
         pictures = (Picture("", one, TEXT, one.encode()) for one in self._numbers)
         if self._captioner.config.ask:
-            purse = self._captioner.purse(self._result.totals.spent)
-            run_here(pictures, questions, ledger.folder, purse, report)
+            budget = self._captioner.budget(self._result.totals.spent)
+            run_here(pictures, questions, ledger.folder, budget, report)
             ledger.refresh()
         else:
             hashes |= {picture.sample: image_hash for picture, image_hash in hashed(pictures)}

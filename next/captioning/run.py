@@ -14,7 +14,7 @@ from pydantic import Field
 from next.captioning.requests.engine import Asked, Questions, Totals, hashed, run_here
 from next.captioning.requests.ledger import Ledger, Status
 from next.captioning.requests.models import ModelConfig
-from next.captioning.requests.spending import BudgetConfig, Purse, Spending
+from next.captioning.requests.spending import Budget, BudgetConfig, Spending
 from next.captioning.schema.attributes import Reading, Schema
 from next.captioning.schema.labels import Image
 from next.captioning.schema.merge import Belief, Calibration, MergeConfig, merge
@@ -153,7 +153,7 @@ class Captioner:
             )
         else:
             totals.left = run_here(
-                self.source.pictures(), questions, ledger.folder, self.purse(), report
+                self.source.pictures(), questions, ledger.folder, self.budget(), report
             )
         totals.known -= totals.left
         totals.seconds = time.monotonic() - began
@@ -211,12 +211,12 @@ class Captioner:
         """Whether a row of this status is not asked again."""
         return status != "failed" and status not in self.config.again
 
-    def purse(self, spent: Spending | None = None) -> Purse | None:
+    def budget(self, spent: Spending | None = None) -> Budget | None:
         """The budget, of which some may be spent already; None: there is no limit."""
-        budget = self.config.budget
-        if budget.tokens is None and budget.money is None:
+        limits = self.config.budget
+        if limits.tokens is None and limits.money is None:
             return None
-        return Purse(budget, spent)
+        return Budget(limits, spent)
 
 
 class Heard(NamedTuple):

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 from next.captioning.requests.endpoint import Endpoint
 from next.captioning.requests.ledger import LedgerPart, Row, RowWriter, Status, row_key
 from next.captioning.requests.models import ModelConfig
-from next.captioning.requests.spending import Grant, Purse, Spending
+from next.captioning.requests.spending import Budget, Grant, Spending
 from next.captioning.schema.prompt import Prompt
 from next.captioning.source import Picture
 
@@ -74,25 +74,25 @@ def spent_on(row: Row) -> Spending:
     return Spending(tokens, row.money + row.lost_money)
 
 
-class AsyncPurse(Protocol):
-    """A purse that may be far away."""
+class AsyncBudget(Protocol):
+    """A budget that may be in another process."""
 
     async def reserve(self, tokens: int, money: float) -> Grant: ...
 
     async def settle(self, reserved: Spending, cost: Spending) -> None: ...
 
 
-class LocalPurse:
-    """A purse in this process."""
+class LocalBudget:
+    """A budget in this process."""
 
-    def __init__(self, purse: Purse) -> None:
-        self.purse = purse
+    def __init__(self, budget: Budget) -> None:
+        self.budget = budget
 
     async def reserve(self, tokens: int, money: float) -> Grant:
-        return self.purse.reserve(tokens, money)
+        return self.budget.reserve(tokens, money)
 
     async def settle(self, reserved: Spending, cost: Spending) -> None:
-        self.purse.settle(reserved, cost)
+        self.budget.settle(reserved, cost)
 
 
 class Questions:
@@ -130,7 +130,7 @@ async def ask_all(
     questions: Questions,
     endpoints: Sequence[Endpoint],
     part: RowWriter,
-    purse: AsyncPurse | None,
+    budget: AsyncBudget | None,
     report: Callable[[Asked], None],
 ) -> int:
     """Ask every model about every picture that it has not answered yet.
@@ -143,7 +143,7 @@ async def ask_all(
         questions: prompts, models and what is finished.
         endpoints: one for each model, probed.
         part: takes the answers.
-        purse: None: no budget.
+        budget: None: no limit.
         report: called for each image when all its models have answered, in this thread.
 
     Returns:
@@ -153,7 +153,7 @@ async def ask_all(
         ConnectionError: an endpoint went away.
         PermissionError: a key is no longer taken.
     """
-    run = _Run(questions, part, purse, report)
+    run = _Run(questions, part, budget, report)
     queues = {
         endpoint.model.name: asyncio.Queue[_Task | None](2 * endpoint.model.concurrency)
         for endpoint in endpoints
@@ -189,12 +189,12 @@ class _Run:
         self,
         questions: Questions,
         part: RowWriter,
-        purse: AsyncPurse | None,
+        budget: AsyncBudget | None,
         report: Callable[[Asked], None],
     ) -> None:
         self.questions = questions
         self.part = part
-        self.purse = purse
+        self.budget = budget
         self.left = 0
         self._report = report
         self._followers: dict[bytes, list[_Image]] = {}
@@ -252,7 +252,7 @@ class _Asker:
         self._endpoint = endpoint
         self._queue = queue
         self._lost = 0
-        self._meter = _Meter(endpoint.model, run.purse) if run.purse is not None else None
+        self._meter = _Meter(endpoint.model, run.budget) if run.budget is not None else None
 
     async def work(self) -> None:
         """Take questions until there are none."""
@@ -295,15 +295,15 @@ class _Asker:
 
 
 class _Meter:
-    """What requests to one model may cost, held back in a purse.
+    """What requests to one model may cost, reserved from the budget.
 
     A prompt may take what the costliest took so far, an answer as many tokens as the model may
     give. Until the first request has told what a prompt takes, no other is sent.
     """
 
-    def __init__(self, model: ModelConfig, purse: AsyncPurse) -> None:
+    def __init__(self, model: ModelConfig, budget: AsyncBudget) -> None:
         self._model = model
-        self._purse = purse
+        self._budget = budget
         self._most_in = model.expected_tokens_in
         self._most_out = model.max_tokens or model.expected_tokens_out
         self._known = False
@@ -317,7 +317,7 @@ class _Meter:
                 self._scout.release()
         while True:
             may_cost = self._model.cost(self._most_in, self._most_out)
-            grant = await self._purse.reserve(may_cost.tokens, may_cost.money)
+            grant = await self._budget.reserve(may_cost.tokens, may_cost.money)
             if grant == "granted":
                 return may_cost
             if grant == "spent":
@@ -327,7 +327,7 @@ class _Meter:
 
     async def settle(self, held: Spending, cost: Spending) -> None:
         """Replace what was set aside by what the request did cost."""
-        await self._purse.settle(held, cost)
+        await self._budget.settle(held, cost)
         self._release()
 
     def learn(self, tokens_in: int, tokens_out: int) -> None:
@@ -353,7 +353,7 @@ def run_here(
     pictures: Iterable[Picture],
     questions: Questions,
     ledger: str | Path,
-    purse: Purse | None,
+    budget: Budget | None,
     report: Callable[[Asked], None],
 ) -> int:
     """:func:`ask_all` in a loop of its own, with endpoints of its own, probed.
@@ -364,7 +364,7 @@ def run_here(
         pictures: images.
         questions: prompts, models and what is finished.
         ledger: folder of the ledger, which the caller holds.
-        purse: the budget; None: none.
+        budget: None: no limit.
         report: called for each image that is done.
 
     Returns:
@@ -382,7 +382,7 @@ def run_here(
             for model in questions.models:
                 endpoints.append(await stack.enter_async_context(Endpoint(model)))
             await asyncio.gather(*(endpoint.probe() for endpoint in endpoints))
-            spends = LocalPurse(purse) if purse is not None else None
+            spends = LocalBudget(budget) if budget is not None else None
             pictures = itertools.chain([first], remaining)
             return await ask_all(pictures, questions, endpoints, part, spends, report)
 

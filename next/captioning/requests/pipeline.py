@@ -29,7 +29,7 @@ from next.captioning.requests.endpoint import Endpoint
 from next.captioning.requests.engine import Asked, Questions, ask_all, first_cause, first_open
 from next.captioning.requests.ledger import Ledger, LedgerPart, LedgerTail, Row
 from next.captioning.requests.models import ModelConfig
-from next.captioning.requests.spending import LEASE_S, BudgetConfig, Grant, Purse, Spending
+from next.captioning.requests.spending import LEASE_S, Budget, BudgetConfig, Grant, Spending
 from next.captioning.source import FolderSource, Picture, ShardSource, Source
 from next.data.shards.layout import Sample
 from next.local_ray import on_cluster, ray_for_data
@@ -92,9 +92,9 @@ def _asked(
     own: bool,
 ) -> int:
     """The same on Ray, which runs; ``own``: for this process alone."""
-    purse = None
+    shared = None
     if budget.tokens is not None or budget.money is not None:
-        purse = ray.remote(num_cpus=0)(Purse).remote(budget, lease_s=LEASE_S)
+        shared = ray.remote(num_cpus=0)(Budget).remote(budget, lease_s=LEASE_S)
     folder = str(ledger.folder.resolve())
     known = tuple(ledger.parts())
     here = ray.get_runtime_context().get_node_id()
@@ -108,7 +108,7 @@ def _asked(
         here=here,
         keeper=None if own else _start_keeper(folder, ledger.key, known, here),
         share=1 / workers,
-        purse=purse,
+        budget=shared,
     )
     most = max(model.concurrency for model in questions.models) / workers
     images = max(1, round(IMAGES_A_CALL * most))
@@ -151,12 +151,12 @@ class _Job(NamedTuple):
     keeper: Any
     """Handle of the actor that writes for workers of other machines; None: there are none."""
     share: float
-    purse: Any
-    """Handle of the purse's actor; None: no budget."""
+    budget: Any
+    """Handle of the budget's actor; None: no budget."""
 
 
-class _FarPurse:
-    """The purse that all workers share; it knows each by a name, and hears of it now and then."""
+class _RemoteBudget:
+    """The budget that all workers share; each has a name and sends heartbeats."""
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
@@ -169,10 +169,10 @@ class _FarPurse:
     async def settle(self, reserved: Spending, cost: Spending) -> None:
         await self._actor.settle.remote(reserved, cost, self._name)
 
-    async def say_alive(self) -> None:
-        """Say so for as long as this process lives; without it a reservation falls."""
+    async def send_heartbeats(self) -> None:
+        """Send them as long as this process lives; without them its reservations expire."""
         while True:
-            await self._actor.hear.remote(self._name)
+            await self._actor.heartbeat.remote(self._name)
             await asyncio.sleep(LEASE_S / 5)
 
 
@@ -240,13 +240,13 @@ class _Worker:
         self._read = read
         self._questions = Questions(job.prompts, job.models, job.finished)
         self._heard = 0
-        self._purse = _FarPurse(job.purse) if job.purse is not None else None
+        self._budget = _RemoteBudget(job.budget) if job.budget is not None else None
         self._endpoints: list[Endpoint] = []
         self._keeper: _Keeper | _FarKeeper | None = None
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
-        if self._purse is not None:
-            asyncio.run_coroutine_threadsafe(self._purse.say_alive(), self._loop)
+        if self._budget is not None:
+            asyncio.run_coroutine_threadsafe(self._budget.send_heartbeats(), self._loop)
 
     def __call__(self, batch: _Columns) -> dict[str, list[str]]:
         """Ask about a batch; one JSON text for each image, or one for an error."""
@@ -295,7 +295,7 @@ class _Worker:
                 probed.append(endpoint)
             self._endpoints = probed
         return await ask_all(
-            pictures, self._questions, self._endpoints, self._keeper, self._purse, report
+            pictures, self._questions, self._endpoints, self._keeper, self._budget, report
         )
 
     def _wait_for(self, work: Coroutine[Any, Any, _T]) -> _T:

@@ -13,7 +13,7 @@ from next.config import Section
 
 Grant = Literal["granted", "wait", "spent"]
 LEASE_S = 30.0
-"""Seconds after which who holds a reservation and says nothing is taken for dead."""
+"""Seconds after which an owner of a reservation without a heartbeat is taken for dead."""
 
 
 class Spending(NamedTuple):
@@ -49,43 +49,43 @@ class BudgetConfig(Section):
         return limit
 
 
-class Purse:
-    """Holds the budget; every request reserves the most that it may cost before it is sent.
+class Budget:
+    """What a run may still spend; a request reserves the most that it may cost before it is sent.
 
     A reservation that does not fit while other requests are under way waits for what those leave;
-    so the limit is kept without leaving much of it unused. A reservation has an owner. One that
-    has not been heard of for a while is taken for dead: what it held counts as spent, since its
+    so the limit is kept without leaving much of it unused. A reservation has an owner. One
+    that sends no heartbeat for a while is taken for dead: what it held counts as spent, since its
     requests may have been answered, and nobody waits for it any more.
 
     Args:
-        budget: the limits.
+        limits: tokens and money at most.
         spent: of them, beforehand.
-        lease_s: seconds after which an owner who says nothing is taken for dead.
+        lease_s: seconds after which an owner without a heartbeat is taken for dead.
         clock: seconds.
     """
 
     def __init__(
         self,
-        budget: BudgetConfig,
+        limits: BudgetConfig,
         spent: Spending | None = None,
         lease_s: float = LEASE_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.budget = budget
+        self.limits = limits
         self.spent = spent or Spending()
         self._lease_s = lease_s
         self._clock = clock
         self._held: dict[str, list[Spending]] = {}
-        self._fallen: dict[str, list[Spending]] = {}
-        self._heard: dict[str, float] = {}
+        self._expired: dict[str, list[Spending]] = {}
+        self._last_heartbeat: dict[str, float] = {}
 
     def reserve(self, tokens: int, money: float, owner: str = "") -> Grant:
         """Set aside what a call may cost; ``spent``: it fits no more, and nothing is under way."""
-        self.hear(owner)
+        self.heartbeat(owner)
         self._drop_dead()
         held = sum(itertools.chain(*self._held.values()), Spending(tokens, money))
-        if _fits(self.spent.tokens + held.tokens, self.budget.tokens) and _fits(
-            self.spent.money + held.money, self.budget.money
+        if _fits(self.spent.tokens + held.tokens, self.limits.tokens) and _fits(
+            self.spent.money + held.money, self.limits.money
         ):
             self._held.setdefault(owner, []).append(Spending(tokens, money))
             return "granted"
@@ -93,24 +93,24 @@ class Purse:
 
     def settle(self, reserved: Spending, cost: Spending, owner: str = "") -> None:
         """Replace a reservation by what the call did cost."""
-        self.hear(owner)
+        self.heartbeat(owner)
         reserved = Spending(*reserved)
         if reserved in self._held.get(owner, ()):
             self._held[owner].remove(reserved)
             self.spent += Spending(*cost)
-        elif reserved in self._fallen.get(owner, ()):  # it was only slow, and has been counted
-            self._fallen[owner].remove(reserved)
+        elif reserved in self._expired.get(owner, ()):  # it was only slow, and has been counted
+            self._expired[owner].remove(reserved)
             self.spent += Spending(cost[0] - reserved.tokens, cost[1] - reserved.money)
 
-    def hear(self, owner: str = "") -> None:
-        """An owner lives."""
-        self._heard[owner] = self._clock()
+    def heartbeat(self, owner: str = "") -> None:
+        """Note that an owner lives."""
+        self._last_heartbeat[owner] = self._clock()
 
     def _drop_dead(self) -> None:
         now = self._clock()
-        for owner in [one for one in self._held if now - self._heard[one] > self._lease_s]:
+        for owner in [one for one in self._held if now - self._last_heartbeat[one] > self._lease_s]:
             held = self._held.pop(owner)
-            self._fallen.setdefault(owner, []).extend(held)
+            self._expired.setdefault(owner, []).extend(held)
             self.spent = sum(held, self.spent)
 
 

@@ -8,7 +8,7 @@ import pytest
 from next.captioning.requests.engine import LOST_CALLS, READ_AHEAD, Questions, Totals, run_here
 from next.captioning.requests.ledger import Ledger
 from next.captioning.requests.models import ModelConfig
-from next.captioning.requests.spending import BudgetConfig, Purse
+from next.captioning.requests.spending import Budget, BudgetConfig
 from next.captioning.schema.prompt import prompt_for
 from next.captioning.source import Picture
 from tests.captioning.scripted_endpoint import PERSONAS, TROUBLES, Script, scripted
@@ -47,8 +47,8 @@ def ask(person, tmp_path):
         with Ledger(tmp_path / "ledger") as ledger:
             finished = ledger.finished(lambda status: status != "failed")
             questions = Questions(prompts, models, finished)
-            purse = Purse(budget) if budget is not None else None
-            totals.left = run_here(pictures, questions, ledger.folder, purse, report)
+            left = Budget(budget) if budget is not None else None
+            totals.left = run_here(pictures, questions, ledger.folder, left, report)
         return totals, reported
 
     return run

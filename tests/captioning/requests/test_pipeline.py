@@ -13,8 +13,8 @@ import ray
 from next.captioning.output import write_captions
 from next.captioning.requests.ledger import Ledger
 from next.captioning.requests.models import ModelConfig
-from next.captioning.requests.pipeline import _FarPurse
-from next.captioning.requests.spending import LEASE_S, BudgetConfig, Purse
+from next.captioning.requests.pipeline import _RemoteBudget
+from next.captioning.requests.spending import LEASE_S, Budget, BudgetConfig
 from next.captioning.run import CaptionConfig, Captioner
 from next.captioning.source import ShardSource
 from next.data.shards.reader import open_manifest
@@ -89,25 +89,27 @@ def test_workers_share_one_budget(demo_raw, demo_source, person, tmp_path):
 
 
 @pytest.mark.usefixtures("cluster")
-def test_the_purse_hears_that_a_worker_lives_and_forgets_one_that_died():
+def test_the_budget_keeps_reservations_of_a_worker_that_lives_and_drops_those_of_one_that_died():
     """What it held counts as spent, and the other one goes on."""
 
     class Holder:
-        def __init__(self, purse):
-            self._purse = _FarPurse(purse)
+        def __init__(self, budget):
+            self._budget = _RemoteBudget(budget)
 
         async def hold(self, tokens):
-            self._alive = asyncio.create_task(self._purse.say_alive())
-            return await self._purse.reserve(tokens, 0)
+            self._alive = asyncio.create_task(self._budget.send_heartbeats())
+            return await self._budget.reserve(tokens, 0)
 
-    purse = ray.remote(num_cpus=0)(Purse).remote(BudgetConfig(tokens=100), lease_s=LEASE_S / 3)
-    dead, alive = (ray.remote(num_cpus=0)(Holder).remote(purse) for _ in range(2))
+    budget = ray.remote(num_cpus=0)(Budget).remote(BudgetConfig(tokens=100), lease_s=LEASE_S / 3)
+    dead, alive = (ray.remote(num_cpus=0)(Holder).remote(budget) for _ in range(2))
     assert ray.get(dead.hold.remote(40)) == "granted"
     time.sleep(LEASE_S / 2)
-    assert ray.get(purse.reserve.remote(70, 0, "other")) == "wait", "it lives, and says so"
+    assert ray.get(budget.reserve.remote(70, 0, "other")) == "wait", (
+        "it sends heartbeats"
+    )
     ray.kill(dead)
     deadline = time.monotonic() + 5 * LEASE_S
-    while (grant := ray.get(purse.reserve.remote(70, 0, "other"))) == "wait":
+    while (grant := ray.get(budget.reserve.remote(70, 0, "other"))) == "wait":
         assert time.monotonic() < deadline
         time.sleep(0.2)
     assert grant == "spent"

@@ -3,27 +3,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from next.captioning.requests.spending import BudgetConfig, Purse, Spending
+from next.captioning.requests.spending import Budget, BudgetConfig, Spending
 
 
 def test_what_is_reserved_counts_until_it_is_settled():
-    purse = Purse(BudgetConfig(tokens=100))
-    assert purse.reserve(60, 0) == "granted"
-    assert purse.reserve(60, 0) == "wait"
-    purse.settle(Spending(60), Spending(30))
-    assert purse.spent == Spending(30)
-    assert purse.reserve(60, 0) == "granted"
-    purse.settle(Spending(60), Spending(60))
-    assert purse.reserve(60, 0) == "spent"
-    assert purse.reserve(10, 0) == "granted"
+    budget = Budget(BudgetConfig(tokens=100))
+    assert budget.reserve(60, 0) == "granted"
+    assert budget.reserve(60, 0) == "wait"
+    budget.settle(Spending(60), Spending(30))
+    assert budget.spent == Spending(30)
+    assert budget.reserve(60, 0) == "granted"
+    budget.settle(Spending(60), Spending(60))
+    assert budget.reserve(60, 0) == "spent"
+    assert budget.reserve(10, 0) == "granted"
 
 
 def test_money_is_held_to_its_own_limit():
-    purse = Purse(BudgetConfig(money=1.0))
-    assert purse.reserve(10**9, 0.6) == "granted"
-    assert purse.reserve(1, 0.6) == "wait"
-    purse.settle(Spending(10**9, 0.6), Spending(10**9, 0.6))
-    assert purse.reserve(1, 0.6) == "spent"
+    budget = Budget(BudgetConfig(money=1.0))
+    assert budget.reserve(10**9, 0.6) == "granted"
+    assert budget.reserve(1, 0.6) == "wait"
+    budget.settle(Spending(10**9, 0.6), Spending(10**9, 0.6))
+    assert budget.reserve(1, 0.6) == "spent"
 
 
 @pytest.mark.parametrize("field", ["tokens", "money"])
@@ -35,15 +35,15 @@ def test_a_budget_of_nothing_is_refused(field, limit):
 
 @given(st.integers(1, 200), st.lists(st.tuples(st.integers(1, 50), st.booleans()), max_size=60))
 def test_no_order_of_calls_overspends(limit, calls):
-    purse = Purse(BudgetConfig(tokens=limit))
+    budget = Budget(BudgetConfig(tokens=limit))
     under_way = []
     for cost, finish in calls:
-        if purse.reserve(cost, 0) == "granted":
+        if budget.reserve(cost, 0) == "granted":
             under_way.append(cost)
         if finish and under_way:
             cost = under_way.pop()
-            purse.settle(Spending(cost), Spending(cost))
-        assert purse.spent.tokens + sum(under_way) <= limit
+            budget.settle(Spending(cost), Spending(cost))
+        assert budget.spent.tokens + sum(under_way) <= limit
 
 
 def test_spendings_add_up():
@@ -63,36 +63,36 @@ class Hours:
 
 def test_what_a_dead_owner_held_counts_as_spent_and_holds_up_nobody():
     clock = Hours()
-    purse = Purse(BudgetConfig(tokens=100), lease_s=30, clock=clock)
-    assert purse.reserve(40, 0, "dead") == "granted"
-    assert purse.reserve(70, 0, "alive") == "wait"
+    budget = Budget(BudgetConfig(tokens=100), lease_s=30, clock=clock)
+    assert budget.reserve(40, 0, "dead") == "granted"
+    assert budget.reserve(70, 0, "alive") == "wait"
     clock.now = 29
-    assert purse.reserve(70, 0, "alive") == "wait"
+    assert budget.reserve(70, 0, "alive") == "wait"
     clock.now = 31
-    assert purse.reserve(70, 0, "alive") == "spent"
-    assert purse.reserve(60, 0, "alive") == "granted"
-    assert purse.spent == Spending(40)
+    assert budget.reserve(70, 0, "alive") == "spent"
+    assert budget.reserve(60, 0, "alive") == "granted"
+    assert budget.spent == Spending(40)
 
 
-def test_an_owner_that_is_heard_of_keeps_what_it_holds():
+def test_an_owner_that_sends_heartbeats_keeps_what_it_holds():
     clock = Hours()
-    purse = Purse(BudgetConfig(tokens=100), lease_s=30, clock=clock)
-    purse.reserve(40, 0, "busy")
+    budget = Budget(BudgetConfig(tokens=100), lease_s=30, clock=clock)
+    budget.reserve(40, 0, "busy")
     for clock.now in range(0, 200, 20):
-        purse.hear("busy")
-        assert purse.reserve(70, 0, "other") == "wait"
-    purse.settle(Spending(40), Spending(10), "busy")
-    assert purse.spent == Spending(10)
+        budget.heartbeat("busy")
+        assert budget.reserve(70, 0, "other") == "wait"
+    budget.settle(Spending(40), Spending(10), "busy")
+    assert budget.spent == Spending(10)
 
 
 def test_who_was_only_slow_settles_what_it_did_cost():
     clock = Hours()
-    purse = Purse(BudgetConfig(tokens=100, money=1.0), lease_s=30, clock=clock)
-    purse.reserve(40, 0.5, "slow")
+    budget = Budget(BudgetConfig(tokens=100, money=1.0), lease_s=30, clock=clock)
+    budget.reserve(40, 0.5, "slow")
     clock.now = 60
-    purse.reserve(1, 0, "other")
-    assert purse.spent == Spending(40, 0.5)
-    purse.settle(Spending(40, 0.5), Spending(15, 0.125), "slow")
-    assert purse.spent == Spending(15, 0.125)
-    purse.settle(Spending(40, 0.5), Spending(15, 0.125), "slow")  # once is enough
-    assert purse.spent == Spending(15, 0.125)
+    budget.reserve(1, 0, "other")
+    assert budget.spent == Spending(40, 0.5)
+    budget.settle(Spending(40, 0.5), Spending(15, 0.125), "slow")
+    assert budget.spent == Spending(15, 0.125)
+    budget.settle(Spending(40, 0.5), Spending(15, 0.125), "slow")  # once is enough
+    assert budget.spent == Spending(15, 0.125)
