@@ -22,7 +22,7 @@ from sweep_overhead import ROOT
 
 from next.config import RunConfig, override
 from next.tuning.execution import tuner
-from next.tuning.execution.slots import Places
+from next.tuning.execution.slots import Slots
 from next.tuning.search.searcher import Live, Search
 from next.tuning.search.space import Space, load_space
 from next.tuning.search.study import FILE, create_studies
@@ -148,7 +148,7 @@ def through_tune(trials: int) -> Taken:
             folder,
             {},
             watch,
-            lambda places: Search(studies, space, sweep, BASE, places, lambda: _race(it)),
+            lambda slots: Search(studies, space, sweep, BASE, slots, lambda: _race(it)),
         )
     return watch.taken()
 
@@ -230,8 +230,8 @@ def search_alone(
     space, names, trained, best = experts_space(), itertools.count(), 0, (0.0, 0.0)
     with tempfile.TemporaryDirectory() as folder:
         studies = create_studies(Path(folder) / FILE, "simulated", space.objectives, sweep)
-        places = Places(BASE, sweep, [{"CPU": float(AT_A_TIME)}])
-        search = Search(studies, space, sweep, BASE, places, lambda: None)
+        slots = Slots(BASE, sweep, [{"CPU": float(AT_A_TIME)}])
+        search = Search(studies, space, sweep, BASE, slots, lambda: None)
         live: dict[str, tuple[dict[str, Any], int]] = {}
         while True:
             while len(live) < AT_A_TIME:

@@ -71,12 +71,12 @@ class Progress:
             return "..."
         running = " ".join(_running(run) for run in list(search.live.values()))
         left = self.seconds_left()
-        places = search.places.text(search.wanted())
+        slots = search.slots.text(search.wanted())
         return " | ".join(
             (
                 f"{search.done}/{self.sweep.trials} trials",
                 f"running {running or 'none'}",
-                *([places] if places else []),
+                *([slots] if slots else []),
                 "estimating what is left" if left is None else f"about {_span(left)} left",
             )
         )
@@ -121,7 +121,7 @@ class Progress:
         repeats = min(rest, self.sweep.race_runs)
         work = repeats * full + (rest - repeats) * mean
         work += sum(self._left_of(run, full if run.kind == "seed" else mean) for run in live)
-        left = work / max(1, search.places.concurrency)
+        left = work / max(1, search.slots.concurrency)
         if self.sweep.hours is not None:
             left = min(left, max(3600 * self.sweep.hours - search.spent_seconds(), 0.0) + mean)
         return left

@@ -48,7 +48,7 @@ from next.training.pretraining.tower_weights import mark_of, write_weights
 from next.training.results.assessment import Assessment
 from next.training.results.mlflow_record import record_assessment, record_inputs
 from next.training.results.registration import register_best, write_card
-from next.tuning.execution.slots import Places
+from next.tuning.execution.slots import Slots
 from next.tuning.execution.tuner import run_trials
 from next.tuning.folder import (
     is_driven,
@@ -600,7 +600,7 @@ def _search_and_assess(it: _Sweep) -> SweepResult:
             folder,
             tracked,
             progress,
-            lambda places: _new_search(it, places),
+            lambda slots: _new_search(it, slots),
         )
         trials, settings = it.standing()
         _bring_home(trials, it)
@@ -711,8 +711,8 @@ def _end_pretraining(
     return _Ending(None, checkpoint, out)
 
 
-def _new_search(it: _Sweep, places: Places) -> Search:
-    given = (it.studies, it.space, it.sweep, it.base, places, lambda: _race(it))
+def _new_search(it: _Sweep, slots: Slots) -> Search:
+    given = (it.studies, it.space, it.sweep, it.base, slots, lambda: _race(it))
     return Search(*given) if it.record is None else StoredSearch(it.record, it.folder, *given)
 
 

@@ -128,7 +128,7 @@ def test_a_cluster_of_a_head_alone_has_room_for_what_its_autoscaler_may_add(addr
         demand = Demand([{"CPU": 1.0}], {})
         demand.want(2)
         wait_for("machines", lambda: alive() == 2, 120)
-        wait_for("the places to be given up", lambda: not demand.want(2), 30)
+        wait_for("the slots to be given up", lambda: not demand.want(2), 30)
         wait_for("both to be free", lambda: ray.available_resources().get("CPU") == 2, 30)
         demand.end()
     finally:

@@ -24,7 +24,7 @@ def test_what_is_left_counts_whole_races_and_a_slow_run_at_its_own_pace():
         name="s", kind="seed", curve=[(2, (50.0,))], began=time.monotonic() - 100
     )
     search = SimpleNamespace(
-        ended=ended, done=10, live={"a": slow}, places=SimpleNamespace(concurrency=2),
+        ended=ended, done=10, live={"a": slow}, slots=SimpleNamespace(concurrency=2),
         base=SimpleNamespace(optim=SimpleNamespace(epochs=4)), on_end=None,
         spent_seconds=lambda: 100.0,
     )  # fmt: skip

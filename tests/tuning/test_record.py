@@ -14,7 +14,7 @@ from next.config import override, to_toml
 from next.lease import Lease, LostLeaseError
 from next.storage import open_folder
 from next.training.checkpointing.store import StoreError
-from next.tuning.execution.slots import Places
+from next.tuning.execution.slots import Slots
 from next.tuning.folder import new_folder, write_record
 from next.tuning.home import Home
 from next.tuning.record import StoredRecord, StoredSearch, fetch_record
@@ -49,9 +49,9 @@ class Head:
         if space.path.exists():
             write_record(self.folder, space, SWEEP, {})
         self.record = StoredRecord(self.folder, self.lease).__enter__()
-        places = Places(self.base, SWEEP, CPUS)
+        slots = Slots(self.base, SWEEP, CPUS)
         self.search = StoredSearch(
-            self.record, self.folder, studies, space, SWEEP, self.base, places, lambda: None
+            self.record, self.folder, studies, space, SWEEP, self.base, slots, lambda: None
         )
 
     def ends(self) -> None:
@@ -201,7 +201,7 @@ def test_a_trial_whose_node_alone_lost_the_store_goes_on_elsewhere(tmp_path):
     told = {"interrupted": "trial-0000 on m3: access denied", "node": "f00d"}
     assert one.search.report("a", told)
     one.search.on_trial_complete("a", told)
-    assert one.search.places.refused == {"f00d": "trial-0000 on m3: access denied"}
+    assert one.search.slots.refused == {"f00d": "trial-0000 on m3: access denied"}
     again = one.search.suggest("b")
     assert again == task | {"avoid": ["f00d"]}, "the head reaches the store: it is the node"
     one.search.report("b", {"epoch": 4, "val/mAP": 10.0})
@@ -220,7 +220,7 @@ def test_where_the_head_does_not_reach_the_store_either_the_sweep_waits_for_it(t
     told = {"interrupted": "trial-0000 on m3: gone", "node": "f00d"}
     assert one.search.report("a", told)
     one.search.on_trial_complete("a", told)
-    assert one.search.places.refused == {}
+    assert one.search.slots.refused == {}
     with pytest.raises(StoreError, match=r"trial-0000 on m3: gone. The record is kept whole"):
         one.search.suggest("b")
     one.ends()

@@ -19,7 +19,7 @@ from ray.util.placement_group import (
 
 
 class Demand:
-    """Places that are waited for.
+    """Slots that are waited for.
 
     Args:
         bundles: what a trial takes.
@@ -31,7 +31,7 @@ class Demand:
         self.selector = selector
         self._waiting: list[PlacementGroup] = []
 
-    def want(self, places: int) -> bool:
+    def want(self, slots: int) -> bool:
         """Let so many wait. False: some are there, and were given to whoever waits for a place.
 
         A group that was placed holds what a trial should have. Then all are taken back until the
@@ -40,8 +40,8 @@ class Demand:
         if any(_state(group) == "CREATED" for group in self._waiting):
             self._keep(0)
             return False
-        self._keep(places)
-        while len(self._waiting) < places:
+        self._keep(slots)
+        while len(self._waiting) < slots:
             self._waiting.append(self._group())
         return True
 
@@ -54,8 +54,8 @@ class Demand:
         with suppress(Exception):  # where the head is away, the end of the job does it
             self._keep(0)
 
-    def _keep(self, places: int) -> None:
-        while len(self._waiting) > places:
+    def _keep(self, slots: int) -> None:
+        while len(self._waiting) > slots:
             remove_placement_group(self._waiting[-1])
             self._waiting.pop()
 

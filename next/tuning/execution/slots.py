@@ -1,8 +1,8 @@
 """What a trial takes of the cluster, how many fit at a time, and whether it came back.
 
-Nodes come and go while a sweep goes on, so places are counted again every second. A trial is drawn
-for a place that is there: never more are drawn than the living nodes hold, and none while one that
-was drawn has waited for its place for ten seconds (others hold it). Only the first trial is drawn
+Nodes come and go while a sweep goes on, so slots are counted again every second. A trial is drawn
+for a slot that is there: never more are drawn than the living nodes hold, and none while one that
+was drawn has waited for its slot for ten seconds (others hold it). Only the first trial is drawn
 for a machine that is still to come. Machines beyond are asked for without drawing anything.
 """
 
@@ -37,14 +37,14 @@ _BESIDE_DRIVER = 0.001
 """Share of the driver's node that the actor of a trial of several workers holds: it computes
 nothing, and without any resource Tune would not place it."""
 _PATIENCE_SECONDS = 60.0
-"""How long an ended trial may take to give its workers' places back before it is spoken of."""
+"""How long an ended trial may take to give its workers' resources back before it is spoken of."""
 _WAIT_SECONDS = 10.0
-"""How long a drawn trial may wait for its place, with others drawn after it."""
+"""How long a drawn trial may wait for its slot, with others drawn after it."""
 _COUNT_SECONDS = 1.0
 
 
-class Places:
-    """Places for trials on a running cluster.
+class Slots:
+    """Slots for trials on a running cluster.
 
     For a trial of one worker Tune's actor holds its CPUs and its share of a GPU. For one of several
     it holds nothing, and Ray Train reserves all the workers at once or none of them. So no trial
@@ -74,14 +74,14 @@ class Places:
         self._grows = most is not None
         held = self.asked if most is None or math.isinf(most) else int(most // self.workers)
         self.most = max(1, min(self.asked, held))
-        """Places that there may be once all machines have come."""
+        """Slots that there may be once all machines have come."""
         self._needs = worker_resources(base.scaling)
         self._here = here
         self._waits_since: float | None = None
         self.refused: dict[str, str] = {}
         """Why nodes get no trials, by id."""
         self.waiting_s = 0.0
-        """For how long a drawn trial has waited for its place."""
+        """For how long a drawn trial has waited for its slot."""
         self.count(nodes)
 
     def count(self, nodes: Sequence[Mapping[str, float]]) -> None:
@@ -90,7 +90,7 @@ class Places:
 
     @property
     def concurrency(self) -> int:
-        """Places that the living nodes hold, at most as many as are wanted.
+        """Slots that the living nodes hold, at most as many as are wanted.
 
         One at least: whether a trial fits at all, perhaps on nodes that are still to come, has been
         asked before.
@@ -99,7 +99,7 @@ class Places:
 
     @property
     def held(self) -> int:
-        """Places that the living nodes hold, none too.
+        """Slots that the living nodes hold, none too.
 
         Until a trial has said how much memory it took, each has a GPU to itself.
         """
@@ -116,7 +116,7 @@ class Places:
         return [self._needs | gpu] * self.workers
 
     def missing(self, wanted: int) -> int:
-        """Places that may still come, of so many that would be used."""
+        """Slots that may still come, of so many that would be used."""
         return max(0, min(wanted, self.most) - self.concurrency) if self._grows else 0
 
     def refuse(self, node: str, why: str) -> None:
@@ -148,7 +148,7 @@ class Places:
     def resources(self, task: Mapping[str, Any]) -> tune.PlacementGroupFactory:
         """What Tune reserves for a task of the search.
 
-        Of a copy of these places, which Tune makes when it begins: what changes is in the task.
+        Of a copy of these slots, which Tune makes when it begins: what changes is in the task.
         """
         if self.workers > 1:
             return tune.PlacementGroupFactory([{self._here: _BESIDE_DRIVER}])
@@ -171,7 +171,7 @@ class Places:
     def ready(self, live: int) -> bool:
         """Whether one more trial may begin beside ``live`` ones.
 
-        Workers of an ended trial that still hold their places are waited for.
+        Workers of an ended trial that still hold their resources are waited for.
         """
         if live >= self.concurrency or self.waiting_s > _WAIT_SECONDS:
             return False
@@ -197,41 +197,41 @@ class Places:
 
 
 @contextmanager
-def following(
-    places: Places, wanted: Callable[[], int], needs: Needs | None = None
+def counting_slots(
+    slots: Slots, wanted: Callable[[], int], needs: Needs | None = None
 ) -> Iterator[None]:
-    """Count places again while the block runs, and ask for those that are missing.
+    """Count slots again while the block runs, and ask for those that are missing.
 
     Args:
-        places: are kept up to date.
-        wanted: how many trials would run now if there were a place for each.
+        slots: are kept up to date.
+        wanted: how many trials would run now if there were a slot for each.
         needs: what nodes that join must have, to be counted and used.
     """
-    newcomers = Newcomers(needs, places.refused)
-    demand, before = Demand(places.bundles, {}), places.held
+    newcomers = Newcomers(needs, slots.refused)
+    demand, before = Demand(slots.bundles, {}), slots.held
 
     def look() -> None:
         nonlocal demand, before
         with suppress(Exception):  # the head may be away; the next look may find it
             newcomers.look()
-            places.count(node_resources(newcomers.can_use)[0])
-            selector = elsewhere(places.refused)
-            if (demand.bundles, demand.selector) != (places.bundles, selector):
+            slots.count(node_resources(newcomers.can_use)[0])
+            selector = elsewhere(slots.refused)
+            if (demand.bundles, demand.selector) != (slots.bundles, selector):
                 demand.end()
-                demand = Demand(places.bundles, selector)
-            demand.want(places.missing(wanted()))
-            if places.held != before:
-                _log.info("places for trials: %d, before %d", places.held, before)
-                before = places.held
+                demand = Demand(slots.bundles, selector)
+            demand.want(slots.missing(wanted()))
+            if slots.held != before:
+                _log.info("slots for trials: %d, before %d", slots.held, before)
+                before = slots.held
 
     try:
-        with watching(look, _COUNT_SECONDS, "following"):
+        with watching(look, _COUNT_SECONDS, "slots"):
             yield
     finally:
         demand.end()
 
 
-def most_places(base: RunConfig) -> float | None:
+def most_slots(base: RunConfig) -> float | None:
     """Workers that a given cluster holds at its largest; None: no machine comes by itself.
 
     A cluster without an autoscaler may be joined by any machine, so its largest is not known.

@@ -22,7 +22,7 @@ from next.training.distributed.cluster import require_room, start_ray
 from next.training.distributed.joining import Needs, needs_of
 from next.tuning.execution.forkserver import forking
 from next.tuning.execution.reservations import reclaiming
-from next.tuning.execution.slots import Places, following, most_places, node_resources
+from next.tuning.execution.slots import Slots, counting_slots, most_slots, node_resources
 from next.tuning.execution.trial import TARGET, run_trial
 from next.tuning.progress import Progress
 from next.tuning.search.searcher import Pruning, Search
@@ -35,7 +35,7 @@ def run_trials(
     folder: Path,
     tracked: dict[str, str | None],
     progress: Progress,
-    new_search: Callable[[Places], Search],
+    new_search: Callable[[Slots], Search],
 ) -> None:
     """Run Tune until the search says that it is over.
 
@@ -45,7 +45,7 @@ def run_trials(
         folder: of the sweep.
         tracked: MLflow's address, the experiment and the parent run.
         progress: hears of the phases, and watches the search.
-        new_search: makes the search for the places that the cluster has.
+        new_search: makes the search for the slots that the cluster has.
 
     Raises:
         ValueError: the cluster can never hold the workers of a single trial.
@@ -60,8 +60,8 @@ def run_trials(
     ):
         require_room(base.scaling)
         needs = _needs(base, folder) if on_cluster() else None
-        places = Places(base, sweep, *node_resources(), most_places(base))
-        search = new_search(places)
+        slots = Slots(base, sweep, *node_resources(), most_slots(base))
+        search = new_search(slots)
         progress.watch(search)
         for left in folder.glob("tune-*"):  # by a driver that was killed; this one is alone
             shutil.rmtree(left, ignore_errors=True)
@@ -77,7 +77,7 @@ def run_trials(
             needs=needs,
         )
         tuner = tune.Tuner(
-            tune.with_resources(trainable, places.resources),
+            tune.with_resources(trainable, slots.resources),
             tune_config=tune.TuneConfig(
                 search_alg=search,
                 scheduler=Pruning(search),
@@ -94,7 +94,7 @@ def run_trials(
             ),
         )
         try:
-            with following(places, search.wanted, needs), copying_no_credentials():
+            with counting_slots(slots, search.wanted, needs), copying_no_credentials():
                 tuner.fit()
             if not search.finished:  # SIGUSR1, for which Tune ends as if the search were over
                 raise KeyboardInterrupt

@@ -22,7 +22,7 @@ from ray.tune.search import Searcher
 
 from next.config import RunConfig
 from next.tuning.execution.deaths import error_of, how_it_died, is_lost_machine, unfit_node
-from next.tuning.execution.slots import Places
+from next.tuning.execution.slots import Slots
 from next.tuning.search.space import Space
 from next.tuning.search.study import Studies, ask, draw, unfinished
 from next.tuning.settings import SweepConfig
@@ -77,7 +77,7 @@ class Search(Searcher):
     """Draws trials until the budget is spent, then races the best ones over seeds.
 
     The order: runs that an earlier driver left unfinished, the repetitions of the starting
-    settings, the sampler's trials, and the race, which begins on the places that the last of these
+    settings, the sampler's trials, and the race, which begins on the slots that the last of these
     leave free.
 
     Args:
@@ -85,7 +85,7 @@ class Search(Searcher):
         space: what is searched.
         sweep: budgets.
         base: settings that all trials share.
-        places: what a trial may take of the cluster.
+        slots: what a trial may take of the cluster.
         choose: the next repetition of the race; None: there is none for now.
     """
 
@@ -95,7 +95,7 @@ class Search(Searcher):
         space: Space,
         sweep: SweepConfig,
         base: RunConfig,
-        places: Places,
+        slots: Slots,
         choose: Choose,
     ) -> None:
         super().__init__(metric=None, mode=None)
@@ -103,7 +103,7 @@ class Search(Searcher):
         self.space = space
         self.sweep = sweep
         self.base = base
-        self.places = places
+        self.slots = slots
         self.choose = choose
         self.live: dict[str, Live] = {}
         """By the id that Tune gave."""
@@ -162,7 +162,7 @@ class Search(Searcher):
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """What Tune starts next; None: nothing now, ``FINISHED``: nothing any more."""
-        if not self.places.ready(len(self.live)):
+        if not self.slots.ready(len(self.live)):
             return None
         begun = self._next()
         if begun is None:
@@ -173,8 +173,8 @@ class Search(Searcher):
         return {
             "name": begun.name,
             "settings": begun.settings,
-            "gpus": self.places.gpus,
-            "avoid": sorted(self.places.refused),
+            "gpus": self.slots.gpus,
+            "avoid": sorted(self.slots.refused),
         }
 
     def _next(self) -> Live | None:
@@ -215,7 +215,7 @@ class Search(Searcher):
         if "failed" in result:
             run.ending, run.error = "failed", str(result["failed"])
             return True
-        self.places.learn(result)
+        self.slots.learn(result)
         epoch = int(result["epoch"])
         if run.curve and run.curve[-1][0] >= epoch:  # a resumed run says its last epoch again
             return False
@@ -255,7 +255,7 @@ class Search(Searcher):
             unfit: id of a machine that no further trial is placed on.
         """
         if unfit is not None:
-            self.places.refuse(unfit, error)
+            self.slots.refuse(unfit, error)
         run = self.live.get(trial_id)
         if run is None:
             return
@@ -378,7 +378,7 @@ class Pruning(TrialScheduler):
         ]
         now = time.monotonic()
         self._waits_since = min(self._waits_since, now) if waiting else math.inf
-        self.search.places.waiting_s = max(now - self._waits_since, 0.0)
+        self.search.slots.waiting_s = max(now - self._waits_since, 0.0)
         return waiting[0] if waiting else None
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:

@@ -104,9 +104,7 @@ def test_the_budget_keeps_reservations_of_a_worker_that_lives_and_drops_those_of
     dead, alive = (ray.remote(num_cpus=0)(Holder).remote(budget) for _ in range(2))
     assert ray.get(dead.hold.remote(40)) == "granted"
     time.sleep(LEASE_S / 2)
-    assert ray.get(budget.reserve.remote(70, 0, "other")) == "wait", (
-        "it sends heartbeats"
-    )
+    assert ray.get(budget.reserve.remote(70, 0, "other")) == "wait", "it sends heartbeats"
     ray.kill(dead)
     deadline = time.monotonic() + 5 * LEASE_S
     while (grant := ray.get(budget.reserve.remote(70, 0, "other"))) == "wait":

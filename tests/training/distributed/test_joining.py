@@ -14,7 +14,7 @@ from next.storage import open_folder
 from next.training.distributed import joining
 from next.training.distributed.cluster import unseen_here
 from next.training.distributed.joining import Newcomers, elsewhere, needs_of, unfit_nodes
-from next.tuning.execution.slots import Places, following, node_resources
+from next.tuning.execution.slots import Slots, counting_slots, node_resources
 from next.tuning.settings import SweepConfig
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -99,23 +99,23 @@ def test_places_on_a_node_count_once_it_can_be_used(cluster, config, tmp_path):
     record = tmp_path / "kept" / "record.json"
     needs = needs_of(config, str(config.checkpoint.storage_path), "record.json")
     sweep = SweepConfig(trials=8, concurrency=4)
-    places = Places(config, sweep, *node_resources(), most=4.0)
+    slots = Slots(config, sweep, *node_resources(), most=4.0)
     record.unlink()
-    with following(places, lambda: 2, needs):
+    with counting_slots(slots, lambda: 2, needs):
         late = cluster.add_node(num_cpus=1)
-        wait(lambda: places.refused)
-        assert places.held == 2
-        assert places.text(4) == "2 of 4 places, waiting for machines (1 machine left out)"
-        task = {"gpus": 0, "avoid": sorted(places.refused)}
-        drawn = [places.resources(task).to_placement_group() for _ in range(3)]
+        wait(lambda: slots.refused)
+        assert slots.held == 2
+        assert slots.text(4) == "2 of 4 places, waiting for machines (1 machine left out)"
+        task = {"gpus": 0, "avoid": sorted(slots.refused)}
+        drawn = [slots.resources(task).to_placement_group() for _ in range(3)]
         assert sum(group.wait(5) for group in drawn) == 2, "none is placed on the one left out"
         for group in drawn:
             remove_placement_group(group)
         cluster.remove_node(late)
-        wait(lambda: not places.refused)
+        wait(lambda: not slots.refused)
         record.write_text("{}")
         late = cluster.add_node(num_cpus=1)
-        wait(lambda: places.held == 3)
+        wait(lambda: slots.held == 3)
     cluster.remove_node(late)
 
 

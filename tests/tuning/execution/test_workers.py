@@ -70,7 +70,7 @@ def wait_until(what, seconds: float = 30.0) -> None:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(1000)
-def test_two_trials_of_two_workers_run_at_a_time_and_a_pruned_one_gives_its_places_back(
+def test_two_trials_of_two_workers_run_at_a_time_and_a_pruned_one_gives_its_resources_back(
     tiny_config, space, cpus
 ):
     config = override(tiny_config, {"run.name": "two", "optim.epochs": EPOCHS})

@@ -14,7 +14,7 @@ from next.config import RunConfig, override, to_toml
 from next.data.shards.reader import open_manifest
 from next.training.inputs import resolve, training_data
 from next.training.results.assessment import Assessment
-from next.tuning.execution.slots import Places
+from next.tuning.execution.slots import Slots
 from next.tuning.folder import read_standing, write_record
 from next.tuning.report.report import report_sweep
 from next.tuning.search.searcher import Repeat, Search
@@ -115,7 +115,7 @@ def played(tmp_path_factory, demo_shards, cache_folder) -> Path:
         space,
         SWEEP,
         base,
-        Places(base, SWEEP, [{"CPU": 4.0}]),
+        Slots(base, SWEEP, [{"CPU": 4.0}]),
         lambda: next(repeats, None),
     )
     play(search, folder, samples)

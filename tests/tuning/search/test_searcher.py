@@ -17,7 +17,7 @@ from next.tuning.execution.deaths import (
     is_lost_machine,
     unfit_node,
 )
-from next.tuning.execution.slots import Places, gpu_share
+from next.tuning.execution.slots import Slots, gpu_share
 from next.tuning.results import read_trials
 from next.tuning.search.searcher import DEFAULT, Repeat, Search
 from next.tuning.search.space import Space
@@ -44,7 +44,7 @@ def make_search(tmp_path, sweep, *, choose=lambda: None, space=None, new=True, b
         if new
         else open_studies(path, "mine", sweep)
     )
-    return Search(studies, space, sweep, base, Places(base, sweep, CPUS), choose)
+    return Search(studies, space, sweep, base, Slots(base, sweep, CPUS), choose)
 
 
 def run_to_end(search, trial_id, score=50.0, epochs=4):
@@ -257,42 +257,42 @@ def test_two_objectives_are_told_together_and_never_pruned(tmp_path):
 def test_no_more_trials_run_at_a_time_than_the_nodes_hold():
     sweep = SweepConfig(trials=8, concurrency=6)
     two = override(BASE, {"scaling.cpus_per_worker": 2.0})
-    assert Places(two, sweep, [{"CPU": 8.0}]).concurrency == 4
-    assert Places(two, sweep, [{"CPU": 3.0}, {"CPU": 3.0}]).concurrency == 2, "none spans nodes"
-    assert Places(two, sweep, [{}, {"CPU": 64.0}]).concurrency == 6
+    assert Slots(two, sweep, [{"CPU": 8.0}]).concurrency == 4
+    assert Slots(two, sweep, [{"CPU": 3.0}, {"CPU": 3.0}]).concurrency == 2, "none spans nodes"
+    assert Slots(two, sweep, [{}, {"CPU": 64.0}]).concurrency == 6
     gpu = override(BASE, {"scaling.use_gpu": True})
     half = SweepConfig(trials=8, concurrency=6, gpus_per_trial=0.5)
-    assert Places(gpu, half, [{"CPU": 64.0, "GPU": 2.0}]).concurrency == 4
+    assert Slots(gpu, half, [{"CPU": 64.0, "GPU": 2.0}]).concurrency == 4
 
 
-def test_places_follow_the_nodes_and_no_trial_is_drawn_for_one_that_is_still_to_come(tmp_path):
+def test_slots_follow_the_nodes_and_no_trial_is_drawn_for_one_that_is_still_to_come(tmp_path):
     sweep = SweepConfig(trials=8, concurrency=4, noise_share=0, race_share=0, pruner="none")
     space = make_space(tmp_path)
     studies = create_studies(tmp_path / "study.db", "mine", space.objectives, sweep)
-    places = Places(BASE, sweep, [{"CPU": 0.0}], most=3.0)
-    search = Search(studies, space, sweep, BASE, places, lambda: None)
+    slots = Slots(BASE, sweep, [{"CPU": 0.0}], most=3.0)
+    search = Search(studies, space, sweep, BASE, slots, lambda: None)
     assert search.suggest("a") is not None, "the first one says that a machine is wanted"
     assert search.suggest("b") is None
-    assert places.missing(search.wanted()) == 2, "the cluster never holds more than three"
-    assert places.text(search.wanted()) == "0 of 4 places (3 at most), waiting for machines"
-    places.count([{"CPU": 0.0}, {"CPU": 1.0}, {"CPU": 1.0}])
+    assert slots.missing(search.wanted()) == 2, "the cluster never holds more than three"
+    assert slots.text(search.wanted()) == "0 of 4 places (3 at most), waiting for machines"
+    slots.count([{"CPU": 0.0}, {"CPU": 1.0}, {"CPU": 1.0}])
     assert search.suggest("b") is not None
     assert search.suggest("c") is None
-    assert places.missing(search.wanted()) == 1
-    places.count([{"CPU": 1.0}] * 3)
-    assert places.text(search.wanted()) == "3 of 4 places, which is all that the cluster can hold"
-    places.waiting_s = 11.0
+    assert slots.missing(search.wanted()) == 1
+    slots.count([{"CPU": 1.0}] * 3)
+    assert slots.text(search.wanted()) == "3 of 4 places, which is all that the cluster can hold"
+    slots.waiting_s = 11.0
     assert search.suggest("c") is None, "b is drawn and others hold its place"
-    places.waiting_s = 0.0
+    slots.waiting_s = 0.0
     assert search.suggest("c") is not None
-    places.count([{"CPU": 1.0}])
+    slots.count([{"CPU": 1.0}])
     run_to_end(search, "a")
     assert search.suggest("d") is None, "two go on for which one place is left"
     for name in ("b", "c"):
         run_to_end(search, name)
     assert search.suggest("d") is not None
     assert len(studies.search.trials) == 4
-    alone = Places(BASE, sweep, [{"CPU": 2.0}])
+    alone = Slots(BASE, sweep, [{"CPU": 2.0}])
     assert (alone.missing(4), alone.text(4)) == (0, "2 of 4 places"), "nothing comes to one machine"
     assert alone.text(2) is None
 
@@ -313,23 +313,23 @@ def test_a_sweep_wants_no_machine_for_trials_that_it_has_not(tmp_path):
 )
 def test_trials_of_several_workers_begin_only_where_all_of_them_fit(workers, nodes, concurrency):
     base = override(BASE, {"scaling.num_workers": workers, "batch.identities": 24})
-    places = Places(base, SweepConfig(concurrency=9), [{"CPU": c} for c in nodes], "node:here")
-    assert places.concurrency == concurrency
-    assert places.resources({"gpus": 0.0, "avoid": []}).bundles == [{"node:here": 0.001}], (
+    slots = Slots(base, SweepConfig(concurrency=9), [{"CPU": c} for c in nodes], "node:here")
+    assert slots.concurrency == concurrency
+    assert slots.resources({"gpus": 0.0, "avoid": []}).bundles == [{"node:here": 0.001}], (
         "all in the workers"
     )
 
 
 def test_the_first_trials_peak_memory_says_how_many_share_a_gpu():
     base = override(BASE, {"scaling.use_gpu": True})
-    places = Places(base, SweepConfig(trials=8, concurrency=4), [{"CPU": 8.0, "GPU": 1.0}])
-    assert places.ready(0)
-    assert not places.ready(1), "the first one is alone"
-    assert places.gpus == 1.0
-    places.learn({"gpu_peak_mib": 20_000.0, "gpu_mib": 80_000.0})
-    assert places.gpus == pytest.approx(0.333)
-    assert places.ready(2)
-    assert places.resources({"gpus": places.gpus, "avoid": []}).bundles == [
+    slots = Slots(base, SweepConfig(trials=8, concurrency=4), [{"CPU": 8.0, "GPU": 1.0}])
+    assert slots.ready(0)
+    assert not slots.ready(1), "the first one is alone"
+    assert slots.gpus == 1.0
+    slots.learn({"gpu_peak_mib": 20_000.0, "gpu_mib": 80_000.0})
+    assert slots.gpus == pytest.approx(0.333)
+    assert slots.ready(2)
+    assert slots.resources({"gpus": slots.gpus, "avoid": []}).bundles == [
         {"CPU": 1.0, "GPU": 0.333}
     ]
 
@@ -339,15 +339,15 @@ def test_trials_share_a_gpu_once_the_first_one_has_said_what_it_takes(tmp_path):
     sweep = SweepConfig(trials=4, concurrency=3, noise_share=0, race_share=0, pruner="none")
     space = make_space(tmp_path)
     studies = create_studies(tmp_path / "study.db", "mine", space.objectives, sweep)
-    places = Places(base, sweep, [{"CPU": 8.0, "GPU": 1.0}])
-    search = Search(studies, space, sweep, base, places, lambda: None)
+    slots = Slots(base, sweep, [{"CPU": 8.0, "GPU": 1.0}])
+    search = Search(studies, space, sweep, base, slots, lambda: None)
     assert search.suggest("a")["gpus"] == 1.0
     assert search.suggest("b") is None, "it waits until the first one has reported"
     measured = {"epoch": 1, "val/mAP": 50.0, "gpu_peak_mib": 20_000.0, "gpu_mib": 80_000.0}
     search.report("a", measured)
     second, third = search.suggest("b"), search.suggest("c")
     assert second["gpus"] == third["gpus"] == pytest.approx(0.333), "three with a quarter of room"
-    assert places.resources(second).bundles == [{"CPU": 1.0, "GPU": 0.333}]
+    assert slots.resources(second).bundles == [{"CPU": 1.0, "GPU": 0.333}]
     search.report("b", measured | {"gpu_peak_mib": 70_000.0})
     run_to_end(search, "a")
     assert search.suggest("d")["gpus"] == second["gpus"], "the first one's peak is the guide"
