@@ -34,7 +34,7 @@ from next.training.folder import (
 )
 from next.training.inputs import resolve, training_data
 from next.training.loop import Outcome, Worker, train
-from next.training.results.assessment import Assessment, Carried, with_curves
+from next.training.results.assessment import Assessment, PortableAssessment, with_curves
 from next.training.results.mlflow_record import (
     data_tags,
     own_settings,
@@ -314,7 +314,7 @@ def _train_on_ray(
     folder: Path,
     checkpoints: str,
     tracked: dict[str, Any],
-) -> tuple[Outcome, Carried | None]:
+) -> tuple[Outcome, PortableAssessment | None]:
     from next.training.distributed.workers import train_on_workers
 
     with open_run(**tracked) as run:

@@ -33,7 +33,13 @@ from next.training.distributed.nodes import own_facts, require_versions
 from next.training.distributed.relay import Channel, attached
 from next.training.distributed.rendezvous import torch_config
 from next.training.distributed.workers import Trainer, fit_logging
-from next.training.results.assessment import Assessment, Carried, Features, assess, assess_missing
+from next.training.results.assessment import (
+    Assessment,
+    Features,
+    PortableAssessment,
+    assess,
+    assess_missing,
+)
 from next.training.step.process import configure_torch
 
 _log = logging.getLogger(__name__)
@@ -88,8 +94,8 @@ def missing_on_workers(
     return _on_workers(config, checkpoint, manifest, assess_missing, arguments)
 
 
-def _assess(checkpoint: Path, manifest: Manifest, **arguments: Any) -> Carried:
-    return Carried.of(assess(checkpoint, manifest, checkpoint.parent, **arguments))
+def _assess(checkpoint: Path, manifest: Manifest, **arguments: Any) -> PortableAssessment:
+    return PortableAssessment.of(assess(checkpoint, manifest, checkpoint.parent, **arguments))
 
 
 def _on_workers(

@@ -15,7 +15,7 @@ from next.data.shards.reader import Manifest, open_manifest
 from next.local_ray import on_cluster
 from next.training.checkpointing.store import CheckpointStore
 from next.training.distributed.cluster import in_a_workers_place
-from next.training.results.assessment import Assessment, Carried, assess, with_curves
+from next.training.results.assessment import Assessment, PortableAssessment, assess, with_curves
 from next.training.step.process import assessing_device, configure_torch, device
 
 History = Sequence[tuple[int, Mapping[str, float]]]
@@ -84,7 +84,7 @@ def _assess(
     name: str,
     uri: str,
     split: Literal["test", "val"],
-) -> Carried:
+) -> PortableAssessment:
     config = from_toml(settings)
     configure_torch(config)
     kept = CheckpointStore(store)
@@ -97,4 +97,4 @@ def _assess(
             split=split,
             missing=True,
         )
-        return Carried.of(assessment)
+        return PortableAssessment.of(assessment)

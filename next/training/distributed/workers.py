@@ -47,7 +47,7 @@ from next.training.distributed.relay import POLL_SECONDS, Channel, JournalWriter
 from next.training.distributed.rendezvous import torch_config
 from next.training.inputs import training_data
 from next.training.loop import Outcome, Worker, train
-from next.training.results.assessment import Carried, assess
+from next.training.results.assessment import PortableAssessment, assess
 from next.training.results.report import TrainReporter
 from next.training.step.process import configure_torch
 from next.training.step.step_log import NonFiniteLossError, RouterCollapseError
@@ -92,7 +92,7 @@ def train_on_workers(
     *,
     assessed: bool = False,
     left_out: Mapping[str, str] | None = None,
-) -> tuple[Outcome, Carried | None]:
+) -> tuple[Outcome, PortableAssessment | None]:
     """Train a run with Ray Train to its end, through the deaths of workers and nodes.
 
     Args:
@@ -173,7 +173,7 @@ def _fit(
     selector: dict[str, str],
     *,
     assessed: bool,
-) -> tuple[Outcome, Carried | None]:
+) -> tuple[Outcome, PortableAssessment | None]:
     channel = Channel(f"next-{uuid.uuid4().hex}")
     trainer = Trainer(
         _work,
@@ -314,10 +314,10 @@ def _assessed(config: RunConfig, settings: dict[str, Any], share: Share) -> dict
             )
         except ValueError:  # the driver, which then assesses, comes to it and raises it
             return {}
-        return {} if share.rank else {"assessment": Carried.of(found)}
+        return {} if share.rank else {"assessment": PortableAssessment.of(found)}
 
 
-def _unwrapped(answer: dict[str, Any]) -> tuple[Outcome, Carried | None]:
+def _unwrapped(answer: dict[str, Any]) -> tuple[Outcome, PortableAssessment | None]:
     if "interrupted" in answer:
         raise Interrupted(answer["interrupted"])
     if "error" in answer:

@@ -50,14 +50,14 @@ class Assessment(NamedTuple):
     """mAP, percent, by what query and gallery have (``RGB+NI``); empty: not asked for."""
 
 
-class Carried(NamedTuple):
-    """An assessment that comes from another machine: its pictures travel with it."""
+class PortableAssessment(NamedTuple):
+    """An assessment with its pictures as bytes, to pass between machines."""
 
     assessment: Assessment
     pictures: list[bytes]
 
     @classmethod
-    def of(cls, assessment: Assessment) -> Carried:
+    def of(cls, assessment: Assessment) -> PortableAssessment:
         """With the pictures that lie on this machine."""
         return cls(assessment, [path.read_bytes() for path in assessment.pictures])
 
