@@ -88,7 +88,7 @@ from next.tuning.search.study import (
     set_waiting,
 )
 from next.tuning.settings import COUNT, RECORD, SweepConfig
-from next.tuning.statistics.seeds import first_metric, next_racer
+from next.tuning.statistics.seeds import first_metric, next_repeat
 from next.tuning.statistics.summary import Summary, leaderboard, on_test, summarise
 
 _log = logging.getLogger(__name__)
@@ -830,7 +830,7 @@ def _race(it: _Sweep) -> Repeat | None:
     trials, settings = it.standing()
     repeats = [trial for trial in trials if trial.of is not None]
     noise = min(it.sweep.noise_runs, sum(trial.of == DEFAULT for trial in repeats))
-    return next_racer(
+    return next_repeat(
         settings,
         it.objectives,
         runs=it.sweep.race_runs,

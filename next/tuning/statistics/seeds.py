@@ -20,9 +20,9 @@ from next.tuning.settings import FEATURES
 from next.tuning.statistics.features import read_features
 
 _ALPHA = 0.05
-_MOST_RACERS = 4
+_MOST_CANDIDATES = 4
 _ENOUGH_SEEDS = 3
-"""Seeds that each racer should get, and a winner that nothing else is tied with."""
+"""Seeds that each candidate should get, and a winner that nothing else is tied with."""
 _ENOUGH_FREEDOM = 2
 """Degrees of freedom of the residual; with one its t quantile (12.7) says less than the spread over
 seeds does."""
@@ -244,17 +244,17 @@ def tied_top(
     return [best, *(s for s in others if not compare(best, s, floor, objectives).separated)]
 
 
-def most_racers(runs: int) -> int:
+def most_candidates(runs: int) -> int:
     """How many settings can race in so many runs.
 
     Each should get three seeds: two settings that share n seeds are told apart by a difference of
-    ``t * spread * sqrt(2 / n)``, so that few racers with many seeds say more than many with few.
+    ``t * spread * sqrt(2 / n)``, so few candidates with many seeds say more than many with few.
     Two race even so where there are four runs, as the leader of the search may owe it to luck.
     """
-    return min(_MOST_RACERS, max(runs // _ENOUGH_SEEDS, min(2, runs // 2)))
+    return min(_MOST_CANDIDATES, max(runs // _ENOUGH_SEEDS, min(2, runs // 2)))
 
 
-def next_racer(
+def next_repeat(
     settings: Sequence[Setting],
     objectives: Mapping[str, str],
     *,
@@ -264,7 +264,7 @@ def next_racer(
 ) -> Repeat | None:
     """Which setting gets the next seed; None: the race is over.
 
-    The race goes in rounds of one seed each, so that the racers and the default are compared on the
+    The race goes in rounds of one seed each, so the candidates and the default are compared on the
     same seeds: who lacks the lowest seed is next, the better one first. The default, whose seeds
     the noise floor has run, joins where the rounds go on beyond them. Where nothing is tied with
     the best, it and the default alone get seeds, until they share three.
@@ -278,15 +278,15 @@ def next_racer(
     """
     if runs_left < 1:
         return None
-    racers = tied_top(settings, noise_floor(settings), objectives, most=most_racers(runs))
-    if not racers:
+    candidates = tied_top(settings, noise_floor(settings), objectives, most=most_candidates(runs))
+    if not candidates:
         return None
-    entrants = racers + [setting for setting in settings if setting.name == DEFAULT]
-    racer = min(entrants, key=lambda setting: _next_seed(setting, seed))
-    lowest = _next_seed(racer, seed)
-    if len(racers) == 1 and lowest > seed + _ENOUGH_SEEDS:
+    racing = candidates + [setting for setting in settings if setting.name == DEFAULT]
+    candidate = min(racing, key=lambda setting: _next_seed(setting, seed))
+    lowest = _next_seed(candidate, seed)
+    if len(candidates) == 1 and lowest > seed + _ENOUGH_SEEDS:
         return None
-    return Repeat(racer.name, {} if racer.name == DEFAULT else racer.settings, lowest)
+    return Repeat(candidate.name, {} if candidate.name == DEFAULT else candidate.settings, lowest)
 
 
 def interval_reach(spread: float, freedom: int) -> float:

@@ -7,7 +7,13 @@ from next.evaluation.statistics.blocks import judged
 from next.tuning.results import Setting, Trial, group
 from next.tuning.search.searcher import DEFAULT
 from next.tuning.settings import FEATURES
-from next.tuning.statistics.seeds import compare, most_racers, next_racer, noise_floor, tied_top
+from next.tuning.statistics.seeds import (
+    compare,
+    most_candidates,
+    next_repeat,
+    noise_floor,
+    tied_top,
+)
 
 OBJECTIVES = {"val/mAP": "max"}
 
@@ -94,7 +100,9 @@ def keep(folder, scores, pids) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"PK", b"\0" * 400])
-def test_damaged_features_of_a_racer_take_its_queries_and_not_the_race(tmp_path, content, caplog):
+def test_damaged_features_of_a_candidate_take_its_queries_and_not_the_race(
+    tmp_path, content, caplog
+):
     pids = np.repeat(np.arange(5), 4)
     settings = []
     for name, level in (("trial-0000", 55.0), ("trial-0001", 50.0)):
@@ -103,7 +111,7 @@ def test_damaged_features_of_a_racer_take_its_queries_and_not_the_race(tmp_path,
         settings.append(Setting(name, {}, [run(name, level, folder=tmp_path / name)]))
     path = tmp_path / "trial-0000" / FEATURES
     path.write_bytes(content)
-    assert next_racer([DEFAULTS, *settings], OBJECTIVES, runs=6, runs_left=6, seed=0) is not None
+    assert next_repeat([DEFAULTS, *settings], OBJECTIVES, runs=6, runs_left=6, seed=0) is not None
     verdict = compare(*settings, noise_floor([DEFAULTS, *settings]), OBJECTIVES)
     assert verdict.difference.queries == 0
     assert f"{path} is damaged (" in caplog.text
@@ -181,13 +189,13 @@ def race(settings, runs, scores=lambda name, seed: 59.7):
     begun = []
     for left in range(runs, 0, -1):
         standing = ranked(*settings)
-        racer = next_racer(standing, OBJECTIVES, runs=runs, runs_left=left, seed=0)
-        if racer is None:
+        repeat = next_repeat(standing, OBJECTIVES, runs=runs, runs_left=left, seed=0)
+        if repeat is None:
             break
-        begun.append((racer.of, racer.seed))
-        chosen = next(s for s in settings if s.name == racer.of)
-        name = f"{racer.of}-seed{racer.seed}"
-        chosen.runs.append(run(name, scores(*begun[-1]), of=racer.of, seed=racer.seed))
+        begun.append((repeat.of, repeat.seed))
+        chosen = next(s for s in settings if s.name == repeat.of)
+        name = f"{repeat.of}-seed{repeat.seed}"
+        chosen.runs.append(run(name, scores(*begun[-1]), of=repeat.of, seed=repeat.seed))
     return begun
 
 
@@ -196,7 +204,7 @@ def test_the_race_gives_the_tied_ones_and_the_default_the_same_seeds_in_rounds()
     settings = [setting("a", 60.0), setting("b", 59.5), setting("c", 59.0), default]
     floor = noise_floor(settings)
     assert [s.name for s in tied_top(settings, floor, OBJECTIVES, most=2)] == ["a", "b"]
-    assert most_racers(7) == 2
+    assert most_candidates(7) == 2
     worth = {"a": 57.0, "b": 57.1, DEFAULT: 51.0}
     assert race(settings, 7, lambda name, seed: worth[name] + seed) == [
         ("a", 1),
