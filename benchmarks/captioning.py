@@ -267,10 +267,10 @@ def said_by(
     config = CaptionConfig(merge=MergeConfig(across=across, threshold=threshold))
     captioner = Captioner(asked.source, asked.schema, models, config)
     with Ledger(asked.ledger) as ledger:
-        heard = list(captioner.hear(ledger, asked.images))
-    train = [(image, one.by_model) for image, one in heard if image[0] == "train"]
+        answers = list(captioner.answers(ledger, asked.images))
+    train = [(image, one.by_model) for image, one in answers if image[0] == "train"]
     calibration = calibrate(judge(train, asked.labels, asked.schema))
-    believed = captioner.believe(heard, calibration)
+    believed = captioner.believe(answers, calibration)
     return {image: facts(beliefs, threshold) for image, _, beliefs in believed}
 
 

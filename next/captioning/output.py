@@ -14,7 +14,7 @@ from typing import Any
 from next.benchmark.card import Benchmark
 from next.captioning.requests.engine import Asked, Questions, Totals, hashed, run_here, spent_on
 from next.captioning.requests.ledger import Ledger
-from next.captioning.run import Captioner, Heard
+from next.captioning.run import Captioner, ImageAnswers
 from next.captioning.schema.labels import AttributeLabels, Image, Score, judge, score
 from next.captioning.schema.merge import Belief, Calibration, calibrate, facts
 from next.captioning.schema.rewriting import RewriteCheck, rewriting_prompt
@@ -95,7 +95,7 @@ def write_captions(
     shards: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> CaptionResult:
-    """Merge what was heard, and write caption files, beliefs and, if wanted, new shards.
+    """Merge what was answered, and write caption files, beliefs and, if wanted, new shards.
 
     Args:
         captioner: whose models and settings.
@@ -119,14 +119,16 @@ def write_captions(
     if labels is not None:
         result.score = Score(0, 0, 0)
         if calibration is None:
-            heard = ((image, one.by_model) for image, one in captioner.hear(ledger, images))
-            calibration = calibrate(judge(heard, labels, captioner.schema))
+            answers = ((image, one.by_model) for image, one in captioner.answers(ledger, images))
+            calibration = calibrate(judge(answers, labels, captioner.schema))
     if calibration is not None:
         calibration.save(out / "calibration.json")
         result.files.append(out / "calibration.json")
     book = _Book(captioner, labels, result)
     with replacing(out / "beliefs.jsonl") as file:
-        for image, one, beliefs in captioner.believe(captioner.hear(ledger, images), calibration):
+        for image, one, beliefs in captioner.believe(
+            captioner.answers(ledger, images), calibration
+        ):
             caption = book.write(image, one, beliefs)
             line = json.dumps(_line(image, one, beliefs, caption), ensure_ascii=False)
             file.write(f"{line}\n".encode())
@@ -166,7 +168,9 @@ class _Book(Mapping[Image, str]):
     def __len__(self) -> int:
         return len(self._captions)
 
-    def write(self, image: Image, heard: Heard, beliefs: Mapping[str, Belief]) -> str | None:
+    def write(
+        self, image: Image, answers: ImageAnswers, beliefs: Mapping[str, Belief]
+    ) -> str | None:
         """Write an image's caption, and count it; None: there is nothing sure enough."""
         schema, result = self._captioner.schema, self._result
         said = facts(beliefs, self._captioner.config.merge.threshold)
@@ -179,11 +183,11 @@ class _Book(Mapping[Image, str]):
             if value not in schema.by_name[name].values:
                 self._free.setdefault(name, set()).add(value)
         sentences = self._writer.sentences(said)
-        if heard.why:
+        if answers.why:
             result.unanswered_images += 1
-            result.reasons[f"{heard.reason}: {re.sub('[0-9]+', 'N', heard.why)}"] += 1
+            result.reasons[f"{answers.reason}: {re.sub('[0-9]+', 'N', answers.why)}"] += 1
         if not sentences:
-            result.without[heard.reason or "nothing sure enough"] += 1
+            result.without[answers.reason or "nothing sure enough"] += 1
             return None
         result.captions += 1
         self._captions[image] = tuple(map(self._number, sentences))
@@ -255,7 +259,7 @@ def caption_path(benchmark: Benchmark, split: str, modality: str) -> str:
 
 
 def _line(
-    image: Image, heard: Heard, beliefs: Mapping[str, Belief], caption: str | None
+    image: Image, answers: ImageAnswers, beliefs: Mapping[str, Belief], caption: str | None
 ) -> dict[str, Any]:
     """All that is held of an image, so that thresholds can be moved later."""
     split, sample, modality = image
@@ -263,9 +267,9 @@ def _line(
         "split": split,
         "sample": sample,
         "modality": modality,
-        "image": heard.image,
+        "image": answers.image,
         "caption": caption,
-        "reason": heard.reason or None,
+        "reason": answers.reason or None,
         "attributes": {
             name: {
                 "value": belief.value,

@@ -1,4 +1,4 @@
-"""From images to beliefs: plan, ask, hear, merge; what was asked once is never asked again."""
+"""From images to beliefs: plan, ask, read, merge; what was asked once is never asked again."""
 
 from __future__ import annotations
 
@@ -160,7 +160,9 @@ class Captioner:
         ledger.refresh()
         return totals, dict(sorted(images.items()))
 
-    def hear(self, ledger: Ledger, images: Mapping[Image, str]) -> Iterator[tuple[Image, Heard]]:
+    def answers(
+        self, ledger: Ledger, images: Mapping[Image, str]
+    ) -> Iterator[tuple[Image, ImageAnswers]]:
         """What the models said of each image, read from the ledger one by one."""
         questions = self._questions(ledger)
         for image, image_hash in images.items():
@@ -175,13 +177,13 @@ class Captioner:
                     silent.append((row.status, row.reason or "no reason was given"))
             # A model that was asked says more than one that was not.
             reason, why = ("", "") if by_model else [*silent, ("not asked", "")][0]
-            yield image, Heard(image_hash, by_model, reason, why)
+            yield image, ImageAnswers(image_hash, by_model, reason, why)
 
     def believe(
-        self, heard: Iterable[tuple[Image, Heard]], calibration: Calibration | None = None
-    ) -> Iterator[tuple[Image, Heard, dict[str, Belief]]]:
+        self, answers: Iterable[tuple[Image, ImageAnswers]], calibration: Calibration | None = None
+    ) -> Iterator[tuple[Image, ImageAnswers, dict[str, Belief]]]:
         """The merged beliefs about each image; the images of a sample stand together."""
-        for _, group in itertools.groupby(heard, lambda pair: pair[0][:2]):
+        for _, group in itertools.groupby(answers, lambda pair: pair[0][:2]):
             sample = list(group)
             by_modality = {image[2]: one.by_model for image, one in sample}
             beliefs = merge(self.schema, by_modality, self.config.merge, calibration)
@@ -219,7 +221,7 @@ class Captioner:
         return Budget(limits, spent)
 
 
-class Heard(NamedTuple):
+class ImageAnswers(NamedTuple):
     """What is known of one image."""
 
     image: str

@@ -142,10 +142,10 @@ def test_merging_leaves_a_quarter_unknown_at_no_lower_accuracy(
         config = CaptionConfig(merge=MergeConfig(across=across, threshold=threshold))
         captioner = Captioner(demo_source, person, chosen, config)
         with Ledger(folder) as ledger:
-            heard = list(captioner.hear(ledger, images))
-        train = [(image, one.by_model) for image, one in heard if image[0] == "train"]
+            answers = list(captioner.answers(ledger, images))
+        train = [(image, one.by_model) for image, one in answers if image[0] == "train"]
         calibration = calibrate(judge(train, labels, person))
-        test = [pair for pair in heard if pair[0][0] == "gallery"]
+        test = [pair for pair in answers if pair[0][0] == "gallery"]
         believed = captioner.believe(test, calibration)
         said = {image: facts(beliefs, threshold) for image, _, beliefs in believed}
         return score(said, labels, person)

@@ -106,7 +106,7 @@ def _asked(
         ledger=folder,
         key=ledger.key,
         here=here,
-        keeper=None if own else _start_keeper(folder, ledger.key, known, here),
+        writer=None if own else _start_ledger_writer(folder, ledger.key, known, here),
         share=1 / workers,
         budget=shared,
     )
@@ -148,7 +148,7 @@ class _Job(NamedTuple):
     """By which the driver holds the ledger."""
     here: str
     """The driver's node."""
-    keeper: Any
+    writer: Any
     """Handle of the actor that writes for workers of other machines; None: there are none."""
     share: float
     budget: Any
@@ -176,8 +176,8 @@ class _RemoteBudget:
             await asyncio.sleep(LEASE_S / 5)
 
 
-class _Keeper:
-    """What the workers of one process write to the ledger, and hear of it."""
+class _LedgerWriter:
+    """Writes the answers of one process to the ledger, and reads those of all."""
 
     def __init__(self, folder: str, key: str | None, known: Sequence[Path]) -> None:
         self._folder = folder
@@ -198,8 +198,8 @@ class _Keeper:
         return self._answered[known:]
 
 
-class _FarKeeper:
-    """The keeper beside the driver, for a worker of another machine."""
+class _RemoteLedgerWriter:
+    """The ledger writer beside the driver, for a worker of another machine."""
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
@@ -225,10 +225,10 @@ class _FarKeeper:
             raise error.cause from None
 
 
-def _start_keeper(folder: str, key: str | None, known: Sequence[Path], node: str) -> Any:
+def _start_ledger_writer(folder: str, key: str | None, known: Sequence[Path], node: str) -> Any:
     place = NodeAffinitySchedulingStrategy(node, soft=False)
-    keeper = ray.remote(num_cpus=0)(_Keeper).options(scheduling_strategy=place)
-    return keeper.remote(folder, key, known)
+    writer = ray.remote(num_cpus=0)(_LedgerWriter).options(scheduling_strategy=place)
+    return writer.remote(folder, key, known)
 
 
 class _Worker:
@@ -239,10 +239,10 @@ class _Worker:
         self._job = job
         self._read = read
         self._questions = Questions(job.prompts, job.models, job.finished)
-        self._heard = 0
+        self._known = 0
         self._budget = _RemoteBudget(job.budget) if job.budget is not None else None
         self._endpoints: list[Endpoint] = []
-        self._keeper: _Keeper | _FarKeeper | None = None
+        self._writer: _LedgerWriter | _RemoteLedgerWriter | None = None
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
         if self._budget is not None:
@@ -252,10 +252,10 @@ class _Worker:
         """Ask about a batch; one JSON text for each image, or one for an error."""
         asked: list[Asked] = []
         try:
-            self._hear()
+            self._take_up()
             left = self._wait_for(self._ask(self._read(batch), asked.append))
-            if isinstance(self._keeper, _FarKeeper):
-                self._keeper.settle()
+            if isinstance(self._writer, _RemoteLedgerWriter):
+                self._writer.settle()
         except tuple(_ERRORS.values()) as error:
             # Raised here, it would reach the driver as one of Ray's errors, without its type.
             kind = next(name for name, one in _ERRORS.items() if isinstance(error, one))
@@ -267,20 +267,20 @@ class _Worker:
             lines.append(json.dumps({"image": one[:4], "rows": rows, "left": unasked}))
         return {"asked": lines}
 
-    def _hear(self) -> None:
+    def _take_up(self) -> None:
         """Take up what has been answered since the last batch."""
-        if self._keeper is None:
+        if self._writer is None:
             here = ray.get_runtime_context().get_node_id() == self._job.here
-            if here or self._job.keeper is None:
-                self._keeper = _Keeper(self._job.ledger, self._job.key, self._job.known_parts)
+            if here or self._job.writer is None:
+                self._writer = _LedgerWriter(self._job.ledger, self._job.key, self._job.known_parts)
             else:
-                self._keeper = _FarKeeper(self._job.keeper)
-        answered = self._keeper.answered(self._heard)
-        self._heard += len(answered)
+                self._writer = _RemoteLedgerWriter(self._job.writer)
+        answered = self._writer.answered(self._known)
+        self._known += len(answered)
         self._questions.finished.update(answered)
 
     async def _ask(self, pictures: Iterator[Picture], report: Callable[[Asked], None]) -> int:
-        assert self._keeper is not None
+        assert self._writer is not None
         if not self._endpoints:
             first = first_open(pictures, self._questions, report)
             if first is None:  # so nothing is sent, not even a probe
@@ -295,7 +295,7 @@ class _Worker:
                 probed.append(endpoint)
             self._endpoints = probed
         return await ask_all(
-            pictures, self._questions, self._endpoints, self._keeper, self._budget, report
+            pictures, self._questions, self._endpoints, self._writer, self._budget, report
         )
 
     def _wait_for(self, work: Coroutine[Any, Any, _T]) -> _T:
