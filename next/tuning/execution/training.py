@@ -10,7 +10,7 @@ import logging
 import resource
 import socket
 import traceback
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -107,8 +107,7 @@ def train_trial(
             )
         with _alone_in(own):  # a folder that was set aside took its lock along
             if config.scaling.max_workers > 1:
-                left_out = {} if needs is None else unfit_nodes(needs, avoid)
-                return _on_workers(config, manifest, home, record, free_axes, report, left_out)
+                return _on_workers(config, manifest, home, record, free_axes, report, needs, avoid)
             return _until_tune_ends_it(config, manifest, home, record, free_axes, report, task)
     except Exception as error:
         lost = error if isinstance(error, LostProcessError) else LostProcessError.of(error)
@@ -226,14 +225,25 @@ def _on_workers(
     record: dict[str, Any],
     free_axes: bool,
     report: Report,
-    left_out: Mapping[str, str],
+    needs: Needs | None,
+    avoid: Collection[str],
 ) -> bool:
-    """The same by workers of Ray Train, on other nodes than those that are left out."""
+    """The same by workers of Ray Train, on nodes that have what they need."""
     with open_run(**record) as run:
         _describe(run, config, manifest)
-    # The journal is written beside Ray Train's controller, on this node.
-    if workers.train_trial(config, manifest, home, record, report, left_out):
-        return True
+    left_out = {} if needs is None else unfit_nodes(needs, avoid)
+    try:
+        # The journal is written beside Ray Train's controller, on this node.
+        if workers.train_trial(config, manifest, home, record, report, left_out):
+            return True
+    except LostProcessError:
+        raise
+    except Exception as error:  # perhaps of a node that has joined since they were asked
+        joined = {} if needs is None else unfit_nodes(needs, left_out)
+        if set(joined) == set(left_out):
+            raise
+        why = [problem for node, problem in joined.items() if node not in left_out]
+        raise LostProcessError(f"a node cannot be used: {why[0]}", machine=True) from error
     workers.measure_trial(config, home.folder, left_out, exhaustive=free_axes)
     return False
 

@@ -53,7 +53,7 @@ def run_trial(drawn: dict[str, Any], *, server: str, needs: Needs | None, **shar
     else:
         from next.tuning.execution.training import train_trial
 
-        ended = train_trial(**arguments, avoid=drawn["avoid"], report=tune.report)
+        ended = train_trial(**arguments, needs=needs, avoid=drawn["avoid"], report=tune.report)
     if ended:
         sys.exit(0)
 
