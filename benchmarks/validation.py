@@ -1,11 +1,11 @@
-"""Whether verdicts over seeds keep their promise, with one hold-out and with folds: a simulation.
+"""Whether verdicts over seeds keep their promise, on one held-out set and with folds: a simulation.
 
     python benchmarks/validation.py
 
 Each round is two settings that were run with the same n seeds. An identity has a level of its own
 and a gain by the second setting, a run has noise that moves all its queries, and each query has its
-own. On one hold-out all runs are measured on the same identities; with folds each seed takes the
-next fold of RGBNT201's 51 identities that can be a query. The cost is the same: n runs of each
+own. On one held-out set all runs are measured on the same identities; with folds each seed takes
+the next fold of RGBNT201's 51 identities that can be a query. The cost is the same: n runs of each
 setting, each judged on as many identities. The verdict is that of a sweep's report
 (:func:`next.tuning.statistics.seeds.compare`), its interval should cover the true gain, that of the
 population which the identities are drawn from, in 95 % of the rounds, and tell a gain of nothing
