@@ -140,6 +140,8 @@ class StoredSearch(Search):
         self._away_since: float | None = None
         self._tried = 0.0
         self._interrupted: str | None = None
+        self._blamed: set[str] = set()
+        """Names of trials that a node was left out for."""
         self._elsewhere: set[str] = set()
         """Trials that go on on another node than the one whose store failed."""
 
@@ -177,7 +179,10 @@ class StoredSearch(Search):
 
     def _take_interruption(self, trial_id: str, why: str, node: str | None) -> None:
         """A trial's store failed: for that node alone, which is left out, or for all."""
-        if node is not None and self._stores():
+        run = self.live[trial_id]
+        blamed = run.name in self._blamed  # no second node is: then it is the store, or the trial
+        if node is not None and not blamed and self.slots.spread and self._stores():
+            self._blamed.add(run.name)
             self.fail(trial_id, why, machine_lost=True, unfit=node)
             self._elsewhere.add(trial_id)
         else:

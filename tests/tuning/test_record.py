@@ -197,6 +197,7 @@ def test_a_trial_whose_store_failed_stays_unfinished_and_goes_on_later(tmp_path)
 
 def test_a_trial_whose_node_alone_lost_the_store_goes_on_elsewhere(tmp_path):
     one = Head(tmp_path / "one", str(tmp_path / "kept"))
+    one.search.slots.count([{"CPU": 1.0}, {"CPU": 1.0}])
     task = one.search.suggest("a")
     told = {"interrupted": "trial-0000 on m3: access denied", "node": "f00d"}
     assert one.search.report("a", told)
@@ -209,6 +210,22 @@ def test_a_trial_whose_node_alone_lost_the_store_goes_on_elsewhere(tmp_path):
     [trial] = one.search.studies.search.get_trials(states=[TrialState.COMPLETE])
     assert trial.user_attrs["machines_lost"] == 1
     one.ends()
+
+
+def test_no_node_is_blamed_where_there_is_no_other_or_one_was_blamed_before(tmp_path):
+    """A store that takes the small record, and the large checkpoints no more."""
+    for number, nodes in enumerate([1, 2]):
+        one = Head(tmp_path / f"head-{number}", str(tmp_path / f"kept-{number}"))
+        one.search.slots.count([{"CPU": 1.0}] * nodes)
+        told = {"interrupted": "trial-0000 on m3: no room", "node": "f00d"}
+        for name in "abc"[:nodes]:
+            one.search.suggest(name)
+            one.search.report(name, told | {"node": f"f00d-{name}"})
+            one.search.on_trial_complete(name, told)
+        assert list(one.search.slots.refused) == ["f00d-a"][: nodes - 1]
+        with pytest.raises(StoreError, match=r"trial-0000 on m3: no room. The record is kept wh"):
+            one.search.suggest("last")
+        one.ends()
 
 
 def test_where_the_head_does_not_reach_the_store_either_the_sweep_waits_for_it(tmp_path):

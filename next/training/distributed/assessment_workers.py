@@ -25,10 +25,12 @@ from next.evaluation.share import Share
 from next.training.checkpointing.checkpoint import export_checkpoint, text_of
 from next.training.distributed.cluster import (
     connected,
+    has_room,
     require_room,
     require_shared,
     worker_resources,
 )
+from next.training.distributed.joining import Needs, elsewhere, unfit_nodes
 from next.training.distributed.nodes import own_facts, require_versions
 from next.training.distributed.relay import Channel, attached
 from next.training.distributed.rendezvous import torch_config
@@ -113,7 +115,10 @@ def _on_workers(
         tempfile.TemporaryDirectory(prefix="next-assessment-") as folder,
     ):
         require_room(scaling)
-        require_shared(override(config, {"data.uri": manifest.folder.address}), None)
+        seen = {"data.uri": (manifest.folder.address, "manifest.json")}
+        left_out = unfit_nodes(Needs(own_facts().versions, seen, ""), ())
+        if not has_room(scaling, left_out):  # which names the node
+            require_shared(override(config, {"data.uri": manifest.folder.address}), None)
         exported = export_checkpoint(checkpoint, Path(folder) / "checkpoint")
         paths = [*exported.iterdir(), *filter(None, [text_of(checkpoint)])]
         files = {path.name: path.read_bytes() for path in paths}
@@ -133,6 +138,7 @@ def _on_workers(
                 num_workers=scaling.min_workers,
                 use_gpu=scaling.use_gpu,
                 resources_per_worker=worker_resources(scaling),
+                label_selector=elsewhere(left_out) or None,
             ),
             run_config=ray.train.RunConfig(
                 name="assessment",

@@ -12,7 +12,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -81,7 +81,10 @@ def connected(cpus: float = 0) -> Iterator[None]:
 
 
 def in_a_workers_place(
-    scaling: ScalingConfig, function: Callable[..., Found], *arguments: Any
+    scaling: ScalingConfig,
+    function: Callable[..., Found],
+    *arguments: Any,
+    seen: Seen | None = None,
 ) -> Found:
     """What ``function(*arguments)`` returns, computed where there is room for a worker.
 
@@ -92,6 +95,7 @@ def in_a_workers_place(
         scaling: what a worker takes.
         function: of a module, so that the node finds it.
         arguments: whatever can be pickled; paths must be seen by the node.
+        seen: what a node must see; one that does not, or has other versions, is left out.
 
     Raises:
         Exception: what the function raised, as it came.
@@ -107,12 +111,20 @@ def in_a_workers_place(
     with connected():
         require_room(one)
         # By default a task of an actor is held to what that has reserved, which may be nothing.
-        placed = task.options(scheduling_strategy="DEFAULT")
+        placed = task.options(scheduling_strategy="DEFAULT", label_selector=_fit_for(seen))
         try:
             found: Found = ray.get(placed.remote(*arguments))
         except ray.exceptions.RayTaskError as error:
             raise error.cause from error
     return found
+
+
+def _fit_for(seen: Seen | None) -> dict[str, str]:
+    """The label selector of the nodes that see all this and have this process's versions."""
+    from next.training.distributed.joining import Needs, elsewhere, unfit_nodes
+    from next.training.distributed.nodes import own_facts
+
+    return {} if seen is None else elsewhere(unfit_nodes(Needs(own_facts().versions, seen, ""), ()))
 
 
 def check_address(address: str) -> None:
@@ -182,6 +194,14 @@ def require_room(scaling: ScalingConfig, *, patience_s: float | None = None) -> 
                 + "; lower scaling.num_workers or scaling.cpus_per_worker, or add nodes"
             )
         time.sleep(0.5)
+
+
+def has_room(scaling: ScalingConfig, left_out: Collection[str]) -> bool:
+    """Whether the living nodes, without some by their ids, hold the least number of workers."""
+    import ray
+
+    nodes = [node for node in ray.nodes() if node["NodeID"] not in left_out]
+    return _holds(nodes, worker_resources(scaling)) >= scaling.min_workers
 
 
 def most_workers(scaling: ScalingConfig) -> float | None:

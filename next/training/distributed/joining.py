@@ -14,9 +14,14 @@ from typing import NamedTuple
 
 import ray
 
-from next.config import RunConfig
+from next.config import RunConfig, ScalingConfig
 from next.storage import open_folder
-from next.training.distributed.cluster import Seen, places_seen_by_all, unseen_here
+from next.training.distributed.cluster import (
+    Seen,
+    has_room,
+    places_seen_by_all,
+    unseen_here,
+)
 from next.training.distributed.nodes import (
     UnfitNodeError,
     ask_facts,
@@ -31,6 +36,7 @@ _log = logging.getLogger(__name__)
 _AGAIN_SECONDS = 60.0
 """Until a node that cannot be used is asked again."""
 _ANSWER_SECONDS = 60.0
+_PAUSE_SECONDS = 10.0
 NODE_ID = "ray.io/node-id"
 """The label by which Ray names its nodes."""
 
@@ -46,7 +52,7 @@ class Needs(NamedTuple):
     places: Seen
     """Folder and a file in it, by setting."""
     written: str
-    """The setting whose folder is written, too."""
+    """The setting whose folder is written, too; empty: none is."""
 
     def problem_here(self) -> str | None:
         """What keeps this node from working for the job; None: nothing does.
@@ -114,12 +120,12 @@ class Newcomers:
     def __init__(self, needs: Needs | None, refused: dict[str, str]) -> None:
         self._needs = needs
         self.refused = refused
-        self._fit = set(_living())
+        self._fit = {ray.get_runtime_context().get_node_id()} if needs is not None else set()
         self._asked: dict[str, _Question] = {}
         self._again: dict[str, float] = {}
 
     def can_use(self, node: str) -> bool:
-        """Whether a node was there when the job began, or has said since that it can."""
+        """Whether a node has said that it can, as the driver's own need not."""
         return self._needs is None or (node in self._fit and node not in self.refused)
 
     def look(self) -> None:
@@ -131,6 +137,7 @@ class Newcomers:
             self._fit.discard(gone)
             self._asked.pop(gone, None)
             self.refused.pop(gone, None)
+            self._again.pop(gone, None)
         for node, address in living.items():
             if node in self._asked:
                 self._hear(node, address)
@@ -158,6 +165,7 @@ class Newcomers:
         del self._asked[node]
         if problem is None:
             self._fit.add(node)
+            self._again.pop(node, None)
             if self.refused.pop(node, None) is not None:
                 _log.warning("node %s can be used now", address)
             return
@@ -174,6 +182,8 @@ def unfit_nodes(needs: Needs, known: Collection[str]) -> dict[str, str]:
         needs: what they must have.
         known: ids of nodes that are not asked, since they cannot be used.
     """
+    if unseen_here(needs.places, needs.written) is not None:  # away for all, not for a node
+        return dict.fromkeys(known, "it was asked before")
     here = ray.get_runtime_context().get_node_id()
     asked = {
         node: (address, _Question(node, needs))
@@ -192,6 +202,24 @@ def unfit_nodes(needs: Needs, known: Collection[str]) -> dict[str, str]:
         if problem is not None and node in _living():
             _log.warning("node %s gets no workers: %s", address, problem)
             found[node] = problem
+    return found
+
+
+def nodes_left_out(scaling: ScalingConfig, needs: Needs, known: Collection[str]) -> dict[str, str]:
+    """As :func:`unfit_nodes`, once the others have room for the least number of workers.
+
+    Args:
+        scaling: workers and what each takes.
+        needs: what nodes must have.
+        known: ids of nodes that are not asked at first.
+    """
+    found, said = unfit_nodes(needs, known), 0.0
+    while found and not has_room(scaling, found):
+        if time.monotonic() - said > _AGAIN_SECONDS:
+            said = time.monotonic()
+            _log.warning("there is no room beside nodes that cannot be used; they are asked again")
+        time.sleep(_PAUSE_SECONDS)
+        found = unfit_nodes(needs, ())
     return found
 
 

@@ -66,6 +66,10 @@ def assess_in_place(
             config.scaling,
             _assess,
             *(to_toml(config), store, checkpoint.name, manifest.folder.address, split),
+            seen={
+                "data.uri": (manifest.folder.address, "manifest.json"),
+                "checkpoint.storage_path": (store, f"{checkpoint.name}/state.json"),
+            },
         ).put(folder)
     return with_curves(found, folder, history, checkpoint)
 

@@ -119,6 +119,11 @@ class Slots:
         """Slots that may still come, of so many that would be used."""
         return max(0, min(wanted, self.most) - self.concurrency) if self._grows else 0
 
+    @property
+    def spread(self) -> bool:
+        """Whether trials fit on several nodes, so that one may be left out."""
+        return sum(fitting(node, self._needs) > 0 for node in self._nodes) > 1
+
     def refuse(self, node: str, why: str) -> None:
         """Place no further trial on a node until it says that it can be used."""
         self.refused[node] = why
@@ -174,6 +179,8 @@ class Slots:
         Workers of an ended trial that still hold their resources are waited for.
         """
         if live >= self.concurrency or self.waiting_s > _WAIT_SECONDS:
+            return False
+        if self.refused and live >= self.held:  # its slot could be on no node that there is
             return False
         return self.workers == 1 or self._came_back(live)
 

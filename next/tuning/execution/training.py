@@ -27,7 +27,7 @@ from next.tracking.run import Run, open_run
 from next.tracking.views.comparison import SWEEP
 from next.training.checkpointing.checkpoint import Progress, read_progress
 from next.training.checkpointing.store import StoreError, persist
-from next.training.distributed.joining import Needs, unfit_nodes
+from next.training.distributed.joining import Needs, nodes_left_out, unfit_nodes
 from next.training.inputs import for_fold, training_data
 from next.training.loop import Worker, train
 from next.training.pretraining.alignment import align, prepare_pairs
@@ -231,11 +231,14 @@ def _on_workers(
     """The same by workers of Ray Train, on nodes that have what they need."""
     with open_run(**record) as run:
         _describe(run, config, manifest)
-    left_out = {} if needs is None else unfit_nodes(needs, avoid)
+    left_out = {} if needs is None else nodes_left_out(config.scaling, needs, avoid)
     try:
         # The journal is written beside Ray Train's controller, on this node.
         if workers.train_trial(config, manifest, home, record, report, left_out):
             return True
+        if needs is not None:  # others may have joined
+            left_out = nodes_left_out(config.scaling, needs, ())
+        workers.measure_trial(config, home.folder, left_out, exhaustive=free_axes)
     except LostProcessError:
         raise
     except Exception as error:  # perhaps of a node that has joined since they were asked
@@ -244,7 +247,6 @@ def _on_workers(
             raise
         why = [problem for node, problem in joined.items() if node not in left_out]
         raise LostProcessError(f"a node cannot be used: {why[0]}", machine=True) from error
-    workers.measure_trial(config, home.folder, left_out, exhaustive=free_axes)
     return False
 
 

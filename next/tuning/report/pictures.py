@@ -16,7 +16,7 @@ from next.evaluation.ranking.metrics import nearest
 from next.pictures.charts import TrialPoint, sweep_overview
 from next.pictures.model.missing_maps import missing_map
 from next.pictures.model.rank_lists import RankList, Shown, rank_lists
-from next.training.distributed.cluster import in_a_workers_place
+from next.training.distributed.cluster import in_a_workers_place, places_seen_by_all
 from next.training.inputs import training_data
 from next.tuning.folder import Standing
 from next.tuning.report.charts import (
@@ -215,6 +215,7 @@ def query_pictures(found: Standing) -> list[Picture]:
             found.base.scaling,
             _compared_lists,
             *(found.base, gains, (ours.name, left), (theirs.name, right)),
+            seen=places_seen_by_all(found.base),
         )
     except (OSError, ValueError) as error:
         _log.warning("no rank lists in the report: %s", error)

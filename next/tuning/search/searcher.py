@@ -107,6 +107,8 @@ class Search(Searcher):
         self.choose = choose
         self.live: dict[str, Live] = {}
         """By the id that Tune gave."""
+        self.drawn_anew: set[str] = set()
+        """Ids of trials that never began and are drawn once more."""
         self.finished = False
         """Whether the search has come to its end by itself."""
         self.ended: list[Live] = []
@@ -176,6 +178,10 @@ class Search(Searcher):
             "gpus": self.slots.gpus,
             "avoid": sorted(self.slots.refused),
         }
+
+    def is_stale(self, task: Mapping[str, Any]) -> bool:
+        """Whether a task that waits is kept off nodes that can be used by now."""
+        return not set(task["avoid"]) <= set(self.slots.refused)
 
     def _next(self) -> Live | None:
         if self._left:
@@ -272,6 +278,10 @@ class Search(Searcher):
         give up at once a trial that was just handed to a process on it.
         """
         run = self.live.pop(trial_id)
+        if trial_id in self.drawn_anew:
+            self.drawn_anew.remove(trial_id)
+            self._left.insert(0, run)
+            return
         seconds = time.monotonic() - run.began
         before = float(run.trial.user_attrs.get("seconds", 0.0))
         run.trial.set_user_attr("seconds", round(before + seconds, 3))
@@ -376,6 +386,11 @@ class Pruning(TrialScheduler):
             for trial in tune_controller.get_live_trials()
             if trial.status in ("PENDING", "PAUSED")
         ]
+        stale = [trial for trial in waiting if self.search.is_stale(trial.config)]
+        for trial in stale:
+            self.search.drawn_anew.add(trial.trial_id)
+            tune_controller.stop_trial(trial)
+        waiting = [trial for trial in waiting if trial not in stale]
         now = time.monotonic()
         self._waits_since = min(self._waits_since, now) if waiting else math.inf
         self.search.slots.waiting_s = max(now - self._waits_since, 0.0)

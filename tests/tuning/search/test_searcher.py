@@ -19,7 +19,7 @@ from next.tuning.execution.deaths import (
 )
 from next.tuning.execution.slots import Slots, gpu_share
 from next.tuning.results import read_trials
-from next.tuning.search.searcher import DEFAULT, Repeat, Search
+from next.tuning.search.searcher import DEFAULT, Pruning, Repeat, Search
 from next.tuning.search.space import Space
 from next.tuning.search.study import create_studies, open_studies, set_waiting
 from next.tuning.settings import SweepConfig
@@ -295,6 +295,49 @@ def test_slots_follow_the_nodes_and_no_trial_is_drawn_for_one_that_is_still_to_c
     alone = Slots(BASE, sweep, [{"CPU": 2.0}])
     assert (alone.missing(4), alone.text(4)) == (0, "2 of 4 places"), "nothing comes to one machine"
     assert alone.text(2) is None
+
+
+def test_a_trial_that_waits_is_drawn_anew_once_a_node_that_it_is_kept_off_can_be_used(tmp_path):
+    search = make_search(
+        tmp_path, SweepConfig(trials=3, concurrency=2, noise_share=0, race_share=0)
+    )
+    slots = search.slots
+    slots.count([{"CPU": 1.0}, {"CPU": 1.0}])
+    slots.refuse("f00d", "another torch")
+    slots.count([{"CPU": 1.0}])
+    task = search.suggest("a")
+    assert task["avoid"] == ["f00d"]
+    slots.count([{"CPU": 0.0}])  # the other one is lost before the trial is placed
+    assert search.suggest("b") is None
+    stopped = []
+
+    class Controller:
+        def get_live_trials(self):
+            return [SimpleNamespace(trial_id="a", status="PENDING", config=task)]
+
+        def stop_trial(self, trial):
+            stopped.append(trial.trial_id)
+            search.on_trial_complete(trial.trial_id)
+
+    pruning = Pruning(search)
+    assert pruning.choose_trial_to_run(Controller()).trial_id == "a"
+    slots.refused.clear()  # the node is mended
+    slots.count([{"CPU": 1.0}])
+    assert pruning.choose_trial_to_run(Controller()) is None
+    assert stopped == ["a"]
+    assert search.suggest("c") == task | {"avoid": []}
+    assert search.done == 0
+
+
+def test_nothing_is_drawn_while_no_node_can_be_used(tmp_path):
+    search = make_search(
+        tmp_path, SweepConfig(trials=3, concurrency=2, noise_share=0, race_share=0)
+    )
+    search.slots.count([{"CPU": 0.0}])
+    search.slots.refuse("f00d", "another torch")
+    assert search.suggest("a") is None, "it would be kept off the only node"
+    search.slots.refused.clear()
+    assert search.suggest("a") is not None, "a machine is to come"
 
 
 def test_a_sweep_wants_no_machine_for_trials_that_it_has_not(tmp_path):
