@@ -60,9 +60,9 @@ TINY = {
 
 _FIRST_DRILLS = ("training/test_faults", "tuning/execution/test_workers")
 """They take as long as all other tests that start Ray, without the last one."""
-_LAST_DRILL = "tuning/test_kills"
-"""Who is done with the others takes it. More than one would all go to the same process."""
-_CLUSTER, _OTHERS, _LAST = 0, 3, 4
+_NEXT_DRILL = "tuning/test_kills"
+"""The process takes it that is first through with its own; last of all, it would run alone."""
+_CLUSTER, _NEXT, _OTHERS = 0, 3, 4
 _TOGETHER = (
     "captioning/quality/test_report",
     "captioning/test_run",
@@ -105,8 +105,8 @@ def _place(item) -> int:
     if not item.get_closest_marker("ray"):
         return _OTHERS
     module = _module(item)
-    if module == _LAST_DRILL:
-        return _LAST
+    if module == _NEXT_DRILL:
+        return _NEXT
     if item.path.parent.name == "cluster":
         return _CLUSTER
     return 1 if module in _FIRST_DRILLS else 2

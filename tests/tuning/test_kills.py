@@ -186,6 +186,7 @@ def test_a_driver_that_is_killed_at_any_moment_loses_and_doubles_nothing(tiny_co
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.timeout(1000)
 def test_a_trial_of_two_workers_goes_on_after_ray_s_head_and_its_driver_were_killed(
     tiny_config, tmp_path
