@@ -72,16 +72,16 @@ def test_the_second_driver_is_refused_in_a_line_that_says_who_holds_the_sweep(st
 
 
 def test_a_lease_lives_as_long_as_it_is_renewed_and_ends_with_its_holder(store, elsewhere, caplog):
-    held = elsewhere(store, 2.5)
-    time.sleep(4)
+    held = elsewhere(store, 6)
+    time.sleep(8)
     with pytest.raises(ValueError, match="driven by far"):
-        driver(store, 2.5).__enter__()
+        driver(store, 6).__enter__()
     held._ended.set()  # its machine is gone
     held._thread.join()
     with pytest.raises(ValueError, match="driven by far"):
-        driver(store, 2.5).__enter__()
-    time.sleep(3.6)
-    with driver(store, 2.5):
+        driver(store, 6).__enter__()
+    time.sleep(8)
+    with driver(store, 6):
         assert "sweep search was left by far" in caplog.text
         with pytest.raises(LostLeaseError, match="another one goes on with it from"):
             held.check()

@@ -73,7 +73,7 @@ def test_a_ray_of_our_own_is_reached_and_read_by_nobody_else(short_folder):
     assert found["key"] == hashlib.sha256(key.encode()).hexdigest(), (
         "who needs the keys on this machine has them"
     )
-    assert len(places) > 8, "those of the driver and of what it started"
+    assert len(places) > 4, "those of the driver and of what it started"
     assert [who for (ip, _), who in places.items() if ip not in LOOPBACK] == []
     assert modes == {0o600}
     assert not [line for line in lines if key in line or token.read_text() in line]

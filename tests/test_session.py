@@ -45,7 +45,8 @@ def test_only_sessions_of_this_program_whose_processes_are_all_gone_are_removed(
     assert not used.exists()
 
 
-def test_of_what_ray_tells_its_driver_the_first_line_is_said(caplog):
+def test_of_what_ray_tells_its_driver_the_first_line_is_said(caplog, monkeypatch):
+    monkeypatch.setattr("next.session._watch", None)  # another test's Ray may have left one
     _say({"lines": ["Raylet is terminated. Last 20 lines:\n    [state-dump] a\n"], "pid": "raylet"})
     assert caplog.messages == ["Ray: Raylet is terminated. Last 20 lines:"]
 

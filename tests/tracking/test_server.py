@@ -101,7 +101,9 @@ def test_a_server_that_is_killed_is_started_again_at_its_address_and_nothing_is_
                 time.sleep(0.1)
             assert server.pid != first
             run.log_metrics({"train/loss": step + 1.0}, step=step + 1)
-        run_id = run.run_id
+        deadline = time.monotonic() + 120
+        while (run_id := run.run_id) is None:
+            assert time.monotonic() < deadline
         with start_server(tmp_path / "mlflow") as second:
             assert (second.uri, second.pid) == (server.uri, server.pid), "shared, as before"
         run.close(timeout=60)

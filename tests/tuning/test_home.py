@@ -18,7 +18,7 @@ from next.tuning.execution.training import train_trial
 from next.tuning.home import Home, mirror
 from next.tuning.results import Trial, read_trials
 from next.tuning.search.space import Space
-from next.tuning.search.study import ask, create_studies, draw, inherit
+from next.tuning.search.study import ask, create_studies, draw, fitting, inherit
 from next.tuning.settings import AXES, FEATURES, SweepConfig
 from next.tuning.sweep import _keep_best, _origin
 
@@ -248,11 +248,10 @@ def test_a_fork_of_a_fork_finds_its_trials_where_they_were_trained(stored, tiny_
         folder = tmp_path / "runs" / new
         folder.mkdir()
         studies[new] = create_studies(folder / "study.db", new, space.objectives, sweep)
+        fit = fitting(studies[old].search, lambda settings: dict(settings), space.suggest)
         inherit(
-            studies[old].search,
+            fit,
             studies[new].search,
-            lambda settings: dict(settings),
-            space.suggest,
             lambda frozen, old=old: _origin(frozen, tmp_path / "runs" / old),
         )
     for folder in (tmp_path / "runs" / "third", tmp_path / "elsewhere" / "third"):

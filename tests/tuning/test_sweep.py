@@ -71,7 +71,7 @@ def test_a_killed_sweep_resumes_with_nothing_lost_or_doubled_and_ends_in_mlflow(
         folder = kill_and_resume(tiny_config, tmp_path, RAY_TMPDIR=str(short_folder), **hidden)
     token = tmp_path / ".ray" / "auth_token"
     hidden["RAY_AUTH_TOKEN"] = token.read_text().strip()
-    assert len(seen.places) > 8, "those of two drivers, of their Rays and of MLflow"
+    assert len(seen.places) > 4, "those of two drivers, of their Rays and of MLflow"
     assert seen.beyond_loopback() == []
     assert seen.modes == {0o600}
     assert seen.told(hidden) == []

@@ -166,7 +166,7 @@ def test_a_trial_fails_with_what_its_worker_raised():
 
 
 def test_a_worker_that_died_is_the_cause_of_what_the_others_raised():
-    died = RayActorError(error_msg="its node has died")
+    died = RayActorError(error_msg="The actor died because its node has died.")
     failures = {0: RuntimeError("connection reset by peer"), 1: died}
     cause = first_cause(ray.train.WorkerGroupError("two workers", failures))
     assert isinstance(cause, LostProcessError)
