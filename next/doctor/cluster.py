@@ -277,7 +277,7 @@ def _survey(inquiry: Inquiry) -> dict[str, Any] | str:
 
 def _ask_for_survey(needs: Mapping[str, float]) -> dict[str, Any] | str:
     deadline = time.monotonic() + SURVEY_SECONDS
-    source = (_ROOT / "next" / "training" / "nodes.py").read_bytes()
+    source = (_ROOT / "next" / "training" / "distributed" / "nodes.py").read_bytes()
     packed = base64.b64encode(zlib.compress(source)).decode()
     code = f"import base64,zlib;exec(zlib.decompress(base64.b64decode('{packed}')))"
     line = f"python -c {shlex.quote(code)} {shlex.quote(json.dumps(needs))}"

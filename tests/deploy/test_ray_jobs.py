@@ -49,7 +49,7 @@ def test_the_doctor_finds_wrong_tokens_too_many_workers_and_a_second_head(
         found = checks(head, *flags)[1]
         return all(found[name]["verdict"] == "ok" for name in good)
 
-    wait_for("a new head's nodes to be listed", well, 240)
+    wait_for("a new head's nodes to be listed", well, 240, lambda: checks(head, *flags)[1])
     _, found = checks(head, *flags)
     assert [name for name in good if found[name]["verdict"] != "ok"] == []
     assert "the cluster's 1 nodes have 2 CPU 0 GPU" in found["capacity"]["found"]
