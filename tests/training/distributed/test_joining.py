@@ -100,8 +100,10 @@ def test_places_on_a_node_count_once_it_can_be_used(cluster, config, tmp_path):
     needs = needs_of(config, str(config.checkpoint.storage_path), "record.json")
     sweep = SweepConfig(trials=8, concurrency=4)
     slots = Slots(config, sweep, *node_resources(), most=4.0)
-    record.unlink()
     with counting_slots(slots, lambda: 2, needs):
+        wait(lambda: slots.held == 0)  # all are asked
+        wait(lambda: slots.held == 2)
+        record.unlink()
         late = cluster.add_node(num_cpus=1)
         wait(lambda: slots.refused and slots.held == 2)
         assert slots.text(4) == "2 of 4 places, waiting for machines (1 machine left out)"
