@@ -30,7 +30,7 @@ from next.training.distributed.cluster import (
     require_shared,
     worker_resources,
 )
-from next.training.distributed.joining import Needs, elsewhere, unfit_nodes
+from next.training.distributed.joining import elsewhere, unfit_to_read
 from next.training.distributed.nodes import own_facts, require_versions
 from next.training.distributed.relay import Channel, attached
 from next.training.distributed.rendezvous import torch_config
@@ -115,8 +115,7 @@ def _on_workers(
         tempfile.TemporaryDirectory(prefix="next-assessment-") as folder,
     ):
         require_room(scaling)
-        seen = {"data.uri": (manifest.folder.address, "manifest.json")}
-        left_out = unfit_nodes(Needs(own_facts().versions, seen, ""), ())
+        left_out = unfit_to_read({"data.uri": (manifest.folder.address, "manifest.json")})
         if not has_room(scaling, left_out):  # which names the node
             require_shared(override(config, {"data.uri": manifest.folder.address}), None)
         exported = export_checkpoint(checkpoint, Path(folder) / "checkpoint")

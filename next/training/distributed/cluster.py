@@ -105,26 +105,21 @@ def in_a_workers_place(
         return function(*arguments)
     import ray
 
+    from next.training.distributed.joining import elsewhere, unfit_to_read
+
     needs = worker_resources(scaling)
     one = scaling.model_copy(update={"num_workers": 1})
     task = ray.remote(num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0))(function)
     with connected():
         require_room(one)
         # By default a task of an actor is held to what that has reserved, which may be nothing.
-        placed = task.options(scheduling_strategy="DEFAULT", label_selector=_fit_for(seen))
+        selector = {} if seen is None else elsewhere(unfit_to_read(seen))
+        placed = task.options(scheduling_strategy="DEFAULT", label_selector=selector)
         try:
             found: Found = ray.get(placed.remote(*arguments))
         except ray.exceptions.RayTaskError as error:
             raise error.cause from error
     return found
-
-
-def _fit_for(seen: Seen | None) -> dict[str, str]:
-    """The label selector of the nodes that see all this and have this process's versions."""
-    from next.training.distributed.joining import Needs, elsewhere, unfit_nodes
-    from next.training.distributed.nodes import own_facts
-
-    return {} if seen is None else elsewhere(unfit_nodes(Needs(own_facts().versions, seen, ""), ()))
 
 
 def check_address(address: str) -> None:
@@ -252,10 +247,6 @@ def _require_store_for_machines_to_come(config: RunConfig) -> None:
         )
 
 
-class SilentNodeError(ValueError):
-    """A node of the cluster lives and does not answer."""
-
-
 def require_shared(config: RunConfig, place: str | None) -> None:
     """Raise unless every node reads and writes where a run is kept, and reads its shards.
 
@@ -265,8 +256,8 @@ def require_shared(config: RunConfig, place: str | None) -> None:
             to look for. None: nothing is kept, and only the shards are asked for.
 
     Raises:
-        ValueError: a node does not; it is named, and so is the setting.
-        SilentNodeError: a node that lives does not answer.
+        ValueError: a node does not, or lives and does not answer; it is named, and so is the
+            setting.
         OSError: this node does not.
     """
     import ray
@@ -302,7 +293,7 @@ def require_shared(config: RunConfig, place: str | None) -> None:
                 if not isinstance(error, ray.exceptions.GetTimeoutError):
                     raise
                 places = " and ".join(f"{where} ({name})" for name, (where, _) in asked.items())
-                raise SilentNodeError(
+                raise ValueError(
                     f"node {address} did not say within {_LOOK_SECONDS:.0f} s whether it reads "
                     f"{places}; mend that node, or take it out of the cluster"
                 ) from None

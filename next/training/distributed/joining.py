@@ -205,6 +205,11 @@ def unfit_nodes(needs: Needs, known: Collection[str]) -> dict[str, str]:
     return found
 
 
+def unfit_to_read(seen: Seen) -> dict[str, str]:
+    """Why nodes cannot do what only reads these places, by id."""
+    return unfit_nodes(Needs(own_facts().versions, seen, ""), ())
+
+
 def nodes_left_out(scaling: ScalingConfig, needs: Needs, known: Collection[str]) -> dict[str, str]:
     """As :func:`unfit_nodes`, once the others have room for the least number of workers.
 

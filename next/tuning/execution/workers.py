@@ -18,7 +18,7 @@ from next.config import RunConfig, from_toml, to_toml
 from next.data.shards.reader import Manifest, open_manifest
 from next.tracking.journal import Metrics, read_records
 from next.training.checkpointing.interruption import Interrupted, Request, Requests
-from next.training.distributed.cluster import SilentNodeError, worker_resources
+from next.training.distributed.cluster import worker_resources
 from next.training.distributed.joining import elsewhere
 from next.training.distributed.nodes import UnfitNodeError
 from next.training.distributed.workers import train_on_workers
@@ -79,8 +79,6 @@ def train_trial(
         if isinstance(cause, UnfitNodeError):  # it has joined since the nodes were asked
             raise LostProcessError(str(cause), machine=True) from None
         raise cause from error
-    except SilentNodeError as error:  # it answered when the sweep began, or has come since
-        raise LostProcessError(str(error), machine=True) from None
     return False
 
 
