@@ -51,7 +51,7 @@ from next.data.loading.loader import open_samples, train_batches
 from next.data.loading.plan import epoch_plan, occurrences
 from next.data.loading.samples import SampleSet
 from next.data.shards.reader import open_manifest
-from next.data.source.ingest import ScanOptions, prepare
+from next.data.source.ingest import prepare
 from next.model.towers.text import TextTower
 
 WIDTH, MIB = 512, 2**20
@@ -63,8 +63,6 @@ PARTS: tuple[Part, ...] = get_args(Part)
 class Arguments:
     """Batches measured against a reference loader."""
 
-    captions: Path = ROOT.parent / "shared" / "captions" / "RGBNT201"
-    """Folder of the authors' caption files."""
     rounds: int = 3
     """Rounds of each loader; the median counts."""
     seconds: float = 8.0
@@ -105,9 +103,9 @@ def main(arguments: Arguments) -> int:
         if folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="next-loading-")))
         if not (folder / "shards").exists():
-            flags = draw_source(folder / "raw", arguments.captions)
+            draw_source(folder / "raw")
             card = load_card(ROOT / "datasets" / "rgbnt201.toml")
-            prepare(card, folder / "raw", folder / "shards", ScanOptions(captions=not flags))
+            prepare(card, folder / "raw", folder / "shards")
         figures: list[Figure] = []
         if "building" in arguments.only:
             figures += measure_building(folder)

@@ -6,10 +6,9 @@
     python benchmarks/prepare.py --ray 2    # the same shards written by Ray tasks, too
     python benchmarks/prepare.py --s3       # from bucket to bucket, too; the server is moto
 
-The source has the file names and captions of RGBNT201 where the authors' files are there (else
-names of its grammar, without captions) and 14,361 synthetic JPEGs of 256 x 128 pixels, no two
-alike. Every time is that of the whole command, its start included. Prints a table and writes JSON
-to ``--out``.
+The source has the authors' names and captions of RGBNT201, of which the tests have a copy, and
+14,361 synthetic JPEGs of 256 x 128 pixels, each different. Every time is that of the whole command,
+its start included. Prints a table and writes JSON to ``--out``.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import urllib.request
@@ -44,7 +44,8 @@ ROOT = Path(__file__).resolve().parents[1]
 JOB = [sys.executable, str(ROOT / "jobs" / "prepare.py")]
 CARD = ["--card", str(ROOT / "datasets" / "rgbnt201.toml")]
 MODALITIES = ("RGB", "NI", "TI")
-SPLITS = {"train": ("train_171", 171, 3951), "test": ("test", 30, 836)}
+CAPTIONS = ROOT / "tests" / "fixtures" / "captions.tar.xz"
+SPLITS = {"train": "train_171", "test": "test"}
 PORT = 5977
 KEYS = {
     "AWS_ENDPOINT_URL": f"http://127.0.0.1:{PORT}",
@@ -71,8 +72,6 @@ Row = tuple[str, list[Timed], str]
 class Arguments:
     """Preparing data measured."""
 
-    captions: Path = ROOT.parent / "shared" / "captions" / "RGBNT201"
-    """Folder of the authors' caption files."""
     repeats: int = 3
     """Runs of each command; the median counts."""
     ray: int = 0
@@ -89,8 +88,8 @@ def main(arguments: Arguments) -> int:
     with tempfile.TemporaryDirectory(prefix="next-prepare-") as name:
         folder = Path(name)
         raw = folder / "raw"
-        flags = [*CARD, *draw_source(raw, arguments.captions)]
-        local = [*JOB, *flags, "--source", str(raw), "--out", str(folder / "out")]
+        draw_source(raw)
+        local = [*JOB, *CARD, "--source", str(raw), "--out", str(folder / "out")]
         times = []
         for _ in range(arguments.repeats):
             shutil.rmtree(folder / "out", ignore_errors=True)
@@ -102,26 +101,25 @@ def main(arguments: Arguments) -> int:
         rows.append(("--check", [timed(check) for _ in range(arguments.repeats)], ""))
         if arguments.ray:
             out = folder / "by-ray"
-            ray = [*JOB, *flags, "--source", str(raw), "--out", str(out)]
+            ray = [*JOB, *CARD, "--source", str(raw), "--out", str(out)]
             times = [timed([*ray, "--workers", str(arguments.ray)])]
             same = read_digest(out) == read_digest(folder / "out")
             rows.append((f"prepare, {arguments.ray} Ray tasks", times, f"same digest: {same}"))
         if arguments.s3:
-            rows += measure_s3(raw, folder / "out", flags)
+            rows += measure_s3(raw, folder / "out")
     report(rows, arguments.out)
     return 0
 
 
-def draw_source(root: Path, captions: Path) -> list[str]:
-    """Write the source; flags that the job needs for it."""
-    there = captions.is_dir()
+def draw_source(root: Path) -> None:
+    """Write the source: the authors' names and captions, drawn images."""
     noise = np.random.default_rng(0).integers(0, 256, (64, 16, 8, 3), np.uint8)
 
     def draw(place: tuple[int, Path]) -> None:
         number, path = place
         image = Image.fromarray(noise[number % 64]).resize((128, 256), Image.Resampling.BICUBIC)
         pixels = np.array(image)
-        pixels[:8, :8] = np.frombuffer(number.to_bytes(3, "big"), np.uint8)  # no two alike
+        pixels[:8, :8] = np.frombuffer(number.to_bytes(3, "big"), np.uint8)  # each differs
         grain = np.random.default_rng(number).integers(-9, 10, (*pixels.shape[:2], 1), np.int16)
         data = io.BytesIO()
         Image.fromarray(np.clip(pixels + grain, 0, 255).astype(np.uint8)).save(
@@ -129,31 +127,22 @@ def draw_source(root: Path, captions: Path) -> list[str]:
         )
         path.write_bytes(data.getvalue())
 
+    with tempfile.TemporaryDirectory() as unpacked, tarfile.open(CAPTIONS) as archive:
+        archive.extractall(unpacked, filter="data")
+        shutil.copytree(Path(unpacked) / "RGBNT201", root / "text")
     paths = []
-    for split, (name, identities, samples) in SPLITS.items():
+    for split, name in SPLITS.items():
         for modality in MODALITIES:
             (root / name / modality).mkdir(parents=True)
-            if there:
-                items = json.loads(
-                    (captions / f"{split}_{modality}.json").read_text(encoding="utf-8")
-                )
-                names = [item["item"] for item in items]
-            else:
-                names = [
-                    f"{n % identities:06d}_cam{1 + n // identities % 4}_0_{n // identities:02d}.jpg"
-                    for n in range(samples)
-                ]
-            paths += [root / name / modality / one for one in names]
+            items = json.loads(
+                (root / "text" / f"{split}_{modality}.json").read_text(encoding="utf-8")
+            )
+            paths += [root / name / modality / item["item"] for item in items]
     with ThreadPoolExecutor() as pool:
         list(pool.map(draw, enumerate(paths)))
-    if there:
-        shutil.copytree(captions, root / "text")
-    return [] if there else ["--no-captions"]
 
 
-def measure_s3(
-    raw: Path, expected: Path, flags: Sequence[str]
-) -> Iterator[tuple[str, list[float], str]]:
+def measure_s3(raw: Path, expected: Path) -> Iterator[Row]:
     """From bucket to bucket, and what the server alone takes to hand over the same files."""
     with s3_server():
         bucket = open_folder("s3://bench")
@@ -165,7 +154,7 @@ def measure_s3(
         with ThreadPoolExecutor(REMOTE_THREADS) as pool:
             total = sum(pool.map(lambda path: len(bucket.read(f"raw/{path}")), paths))
         yield "reading the source alone", [_since(before)], f"{total / 1e6:.0f} MB"
-        job = [*JOB, *flags, "--source", "s3://bench/raw", "--out", "s3://bench/out"]
+        job = [*JOB, *CARD, "--source", "s3://bench/raw", "--out", "s3://bench/out"]
         times = [timed(job)]
         same = (
             bucket.below("out").read("manifest.json") == (expected / "manifest.json").read_bytes()

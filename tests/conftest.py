@@ -180,6 +180,15 @@ def older_runs(demo_shards, tmp_path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def public_captions(tmp_path_factory) -> Path:
+    """Folder of the captions that NEXT's authors published: ``RGBNT201/`` and ``MSVR310/``."""
+    folder = tmp_path_factory.mktemp("captions")
+    with tarfile.open(Path(__file__).with_name("fixtures") / "captions.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def trained_checkpoint(demo_shards, cache_folder, tmp_path_factory) -> Path:
     """The best checkpoint of a small run, which finds identities far above chance."""
     from next.training.launch import launch

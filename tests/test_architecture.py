@@ -249,6 +249,15 @@ def asks_the_locale(node: ast.AST) -> bool:
     return name == "open" and isinstance(node.func, ast.Name)
 
 
+def test_a_clone_alone_has_all_that_tests_and_benchmarks_read():
+    """No test and no measurement reads what lies beside the repository, or skips where it lacks."""
+    outside = re.compile(r"ROOT\.parent|parents\[\d\]\.parent|\.\./shared")
+    for folder in ("tests", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            if path != Path(__file__):
+                assert not outside.search(path.read_text(encoding="utf-8")), relative(path)
+
+
 def test_print_stays_in_the_jobs():
     for path in (ROOT / "next").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

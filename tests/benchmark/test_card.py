@@ -8,10 +8,6 @@ from next.config import LossConfig, RunConfig, override
 
 ROOT = Path(__file__).resolve().parents[2]
 CARDS = sorted((ROOT / "datasets").glob("*.toml"))
-CAPTIONS = ROOT.parent / "shared" / "captions"
-needs_captions = pytest.mark.skipif(
-    not CAPTIONS.is_dir(), reason="the authors' captions are absent"
-)
 
 
 @pytest.fixture
@@ -117,15 +113,14 @@ def test_a_name_is_read_as_a_whole(card, name, parts):
     assert load_card(ROOT / "datasets" / f"{card}.toml").grammar.read(name) == parts
 
 
-@needs_captions
 @pytest.mark.parametrize(("card", "folder"), [("rgbnt201", "RGBNT201"), ("msvr310", "MSVR310")])
 def test_the_grammar_takes_every_name_of_the_real_benchmark_and_finds_the_asserted_counts(
-    card, folder
+    public_captions, card, folder
 ):
     benchmark = load_card(ROOT / "datasets" / f"{card}.toml")
     for split, part in (("train", "train"), ("gallery", "test")):
         for modality in benchmark.modalities:
-            items = json.loads((CAPTIONS / folder / f"{part}_{modality}.json").read_text())
+            items = json.loads((public_captions / folder / f"{part}_{modality}.json").read_text())
             parts = [benchmark.grammar.read(item["item"]) for item in items]
             assert None not in parts
             asserted = getattr(benchmark.counts, split)
@@ -133,10 +128,9 @@ def test_the_grammar_takes_every_name_of_the_real_benchmark_and_finds_the_assert
             assert len({part.pid for part in parts}) == asserted.identities
 
 
-@needs_captions
-def test_msvr310s_query_counts_are_those_of_ids_with_two_scenes():
+def test_msvr310s_query_counts_are_those_of_ids_with_two_scenes(public_captions):
     benchmark = load_card(ROOT / "datasets" / "msvr310.toml")
-    items = json.loads((CAPTIONS / "MSVR310" / "test_RGB.json").read_text())
+    items = json.loads((public_captions / "MSVR310" / "test_RGB.json").read_text())
     parts = [benchmark.grammar.read(item["item"]) for item in items]
     scenes: dict[int, set[int]] = {}
     for part in parts:

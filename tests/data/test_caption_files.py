@@ -1,5 +1,4 @@
 import json
-from pathlib import Path
 
 import pytest
 
@@ -7,7 +6,6 @@ from next.data.caption_files import CaptionFiles, read_captions
 from next.data.captions import split_sentences
 from next.storage import open_folder
 
-CAPTIONS = Path(__file__).resolve().parents[2].parent / "shared" / "captions"
 ITEM = {"item": "a.jpg", "description": "A man."}
 
 
@@ -76,9 +74,8 @@ def test_a_missing_file_says_what_is_there_and_how_to_do_without(files):
         files.take("s.json", ["a"], "train", "a")
 
 
-@pytest.mark.skipif(not CAPTIONS.is_dir(), reason="the authors' captions are absent")
-def test_the_authors_files_of_rgbnt201_are_taken_whole():
-    files = sorted((CAPTIONS / "RGBNT201").glob("*.json"))
+def test_the_authors_files_of_rgbnt201_are_taken_whole(public_captions):
+    files = sorted((public_captions / "RGBNT201").glob("*.json"))
     captions = [text for path in files for text in read_captions("f", path.read_bytes()).values()]
     sentences = [sentence for text in captions for sentence in split_sentences(text)]
     assert (len(files), len(captions)) == (6, 14_361)

@@ -3,7 +3,6 @@ import logging
 import threading
 import time
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +23,6 @@ from next.data.captions import (
 from next.data.draws import uniform
 from next.data.loading.cache import clean_up, contents
 
-CAPTIONS = Path(__file__).resolve().parents[2].parent / "shared" / "captions"
 WIDTH = 6
 
 
@@ -468,22 +466,23 @@ def test_unreliable_words_count_as_whole_words_in_any_case(sentence, reliable):
     assert is_reliable(sentence) == reliable
 
 
-def public_captions(benchmark: str) -> list[list[list[str]]]:
+@pytest.fixture(scope="module")
+def captions_of_rgbnt201(public_captions) -> list[list[list[str]]]:
     """All captions of both splits, [M][row][sentence]."""
+    folder = public_captions / "RGBNT201"
     captions = []
     for modality in ("RGB", "NI", "TI"):
         items = [
             item
             for split in ("train", "test")
-            for item in json.loads((CAPTIONS / benchmark / f"{split}_{modality}.json").read_text())
+            for item in json.loads((folder / f"{split}_{modality}.json").read_text())
         ]
         captions.append([split_sentences(item["description"]) for item in items])
     return captions
 
 
-@pytest.mark.skipif(not CAPTIONS.exists(), reason="the public captions are not here")
-def test_the_public_captions_of_rgbnt201_are_read_whole(tmp_path):
-    table = CaptionTable.build(public_captions("RGBNT201"))
+def test_the_public_captions_of_rgbnt201_are_read_whole(captions_of_rgbnt201, tmp_path):
+    table = CaptionTable.build(captions_of_rgbnt201)
     rows, modalities, _ = table.ids.shape
     assert rows * modalities == 14_361
     assert (table.ids >= 0).sum() == 69_000
@@ -498,8 +497,7 @@ def test_the_public_captions_of_rgbnt201_are_read_whole(tmp_path):
     np.testing.assert_allclose(np.linalg.norm(text, axis=-1), 1, atol=1e-5)
 
 
-@pytest.mark.skipif(not CAPTIONS.exists(), reason="the public captions are not here")
-def test_all_selections_of_the_public_captions_fit_a_joint_bank():
+def test_all_selections_of_the_public_captions_fit_a_joint_bank(captions_of_rgbnt201):
     config = CaptionsConfig(encode="joint", sampling="subset")
-    texts = bank_texts(CaptionTable.build(public_captions("RGBNT201")), config, 4)
+    texts = bank_texts(CaptionTable.build(captions_of_rgbnt201), config, 4)
     assert 50_000 < len(texts) < 200_000

@@ -1,7 +1,6 @@
 """Which train identities are held out, and whether they can be measured on."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +11,6 @@ from next.config import SelectionConfig
 from next.data.holdout import fold_of_rows, split_train, valid_queries
 from next.data.labels import Labels
 
-NAMES = Path(__file__).parent / "rgbnt201_train_names.json"
-"""``identity -> samples of each camera`` of RGBNT201's train split, counted from the names in the
-public caption files (MIT)."""
 EVALUABLE = 51
 
 
@@ -27,9 +23,15 @@ def labels_of(samples: dict[int, dict[int, int]], side: str = "camera") -> Label
     return Labels(names, pid, *((own, unknown) if side == "camera" else (unknown, own)))
 
 
-def rgbnt201() -> Labels:
-    counts = json.loads(NAMES.read_text())
-    return labels_of({int(p): {int(c): n for c, n in of.items()} for p, of in counts.items()})
+@pytest.fixture(scope="module")
+def rgbnt201(public_captions) -> Labels:
+    """RGBNT201's train split, as the names in the public captions tell it."""
+    counts: dict[int, dict[int, int]] = {}
+    for entry in json.loads((public_captions / "RGBNT201" / "train_RGB.json").read_text()):
+        samples = counts.setdefault(int(entry["item"][:6]), {})
+        camera = int(entry["item"][10])
+        samples[camera] = samples.get(camera, 0) + 1
+    return labels_of(counts)
 
 
 def naive_valid(query: Labels, gallery: Labels, rule: str) -> list[bool]:
@@ -64,19 +66,8 @@ def test_valid_queries_are_those_of_the_naive_loop(random, queries, gallery, rul
     assert valid_queries(query, query, rule).tolist() == naive_valid(query, query, rule)
 
 
-def test_the_name_list_is_that_of_the_public_captions():
-    path = Path(__file__).resolve().parents[2].parent / "shared/captions/RGBNT201/train_RGB.json"
-    if not path.is_file():
-        pytest.skip("the public captions are not here")
-    counted: dict[str, dict[str, int]] = {}
-    for entry in json.loads(path.read_text()):
-        of = counted.setdefault(str(int(entry["item"][:6])), {})
-        of[entry["item"][10]] = of.get(entry["item"][10], 0) + 1
-    assert counted == json.loads(NAMES.read_text())
-
-
-def test_of_rgbnt201_every_held_out_query_identity_can_be_measured_with_any_seed():
-    labels = rgbnt201()
+def test_of_rgbnt201_every_held_out_query_identity_can_be_measured_with_any_seed(rgbnt201):
+    labels = rgbnt201
     assert len(np.unique(labels.pid)) == 171
     assert len(np.unique(labels.pid[valid_queries(labels, labels, "camera")])) == EVALUABLE
     for seed in range(50):
@@ -86,8 +77,8 @@ def test_of_rgbnt201_every_held_out_query_identity_can_be_measured_with_any_seed
         assert (len(can), len(others)) == (25, 12), "half of 51, and a tenth of 120"
 
 
-def test_the_draw_of_earlier_versions_left_of_rgbnt201_a_handful_to_measure():
-    labels, left = rgbnt201(), []
+def test_the_draw_of_earlier_versions_left_of_rgbnt201_a_handful_to_measure(rgbnt201):
+    labels, left = rgbnt201, []
     for seed in range(50):
         held_out = labels.take(split_of(labels, seed=seed, draw="any").held_out)
         left.append(len(np.unique(held_out.pid[valid_queries(held_out, held_out, "camera")])))
@@ -104,8 +95,8 @@ def split_of(labels: Labels, rule: str = "camera", **selection):
 
 
 @pytest.mark.parametrize("folds", [2, 3, 5, 7])
-def test_over_the_folds_every_identity_that_can_be_a_query_is_one_exactly_once(folds):
-    labels = rgbnt201()
+def test_over_the_folds_every_identity_that_can_be_a_query_is_one_exactly_once(rgbnt201, folds):
+    labels = rgbnt201
     can = np.unique(labels.pid[valid_queries(labels, labels, "camera")])
     was_query, was_distractor = [], []
     for fold in range(folds):
@@ -180,8 +171,8 @@ def test_too_few_identities_to_measure_on_are_refused(samples, side, selection, 
         split_of(labels_of(samples, side), side, **selection)
 
 
-def test_no_identity_is_in_two_folds_and_the_rest_is_in_none():
-    labels = rgbnt201()
+def test_no_identity_is_in_two_folds_and_the_rest_is_in_none(rgbnt201):
+    labels = rgbnt201
     fold = fold_of_rows(SelectionConfig(folds=5), labels, "camera")
     pairs = np.unique(np.stack([labels.pid, fold]), axis=1)
     assert len(np.unique(pairs[0])) == pairs.shape[1]

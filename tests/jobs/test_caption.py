@@ -19,7 +19,6 @@ from next.data.shards.reader import open_manifest
 from tests.captioning.scripted_endpoint import Script, scripted
 
 ROOT = Path(__file__).resolve().parents[2]
-PUBLIC = ROOT.parent / "shared" / "captions"
 CARD = str(ROOT / "datasets" / "demo.toml")
 
 
@@ -289,9 +288,8 @@ def test_quality_prints_tables_and_draws(tmp_path, capsys):
         main(["quality"])
 
 
-@pytest.mark.skipif(not PUBLIC.is_dir(), reason="needs the public captions")
-def test_quality_of_the_public_vehicle_captions_as_json(capsys):
-    assert main(["quality", str(PUBLIC / "MSVR310"), "--json"]) == 0
+def test_quality_of_the_public_vehicle_captions_as_json(public_captions, capsys):
+    assert main(["quality", str(public_captions / "MSVR310"), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["schema"] == "vehicle"
     assert report["all"]["overflow"] > 90

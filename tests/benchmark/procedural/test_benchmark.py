@@ -15,7 +15,6 @@ from next.benchmark.procedural.people import CHANGES, Difficulty, Person, family
 from next.captioning.schema.attributes import load_schema
 from next.captioning.schema.mentions import MentionReader
 
-SHARED = Path(__file__).resolve().parents[3].parent / "shared"
 GRAMMAR = re.compile(r"(?P<pid>\d{6})_cam(?P<camera>\d)_\d_\d{2}\.jpg")
 SMALL = DemoSize(
     train_identities=5, train_samples=4, test_identities=3, test_samples=4, image_size=(64, 32)
@@ -297,14 +296,13 @@ def test_about_one_caption_in_twenty_is_unreliable_and_most_of_those_are_rgb():
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
-def test_most_caption_words_are_words_of_the_real_captions(small, modality):
-    folder = SHARED / "captions" / "RGBNT201"
-    if not folder.is_dir():
-        pytest.skip("the public captions of RGBNT201 are not here")
+def test_most_caption_words_are_words_of_the_real_captions(small, public_captions, modality):
     real = {
         sentence
         for split in ("train", "test")
-        for entry in json.loads((folder / f"{split}_{modality}.json").read_text())
+        for entry in json.loads(
+            (public_captions / "RGBNT201" / f"{split}_{modality}.json").read_text()
+        )
         for sentence in re.findall(r"[\w'-]+", entry["description"].lower())
     }
     ours = {

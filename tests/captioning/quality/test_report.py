@@ -16,9 +16,6 @@ from next.captioning.quality.report import (
 from next.captioning.schema.attributes import load_schema
 from next.data.captions import split_sentences
 
-PUBLIC = Path(__file__).resolve().parents[3].parent / "shared" / "captions"
-needs_public = pytest.mark.skipif(not PUBLIC.is_dir(), reason="needs the public captions")
-
 
 def write(folder: Path, name: str, captions: dict[str, str]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
@@ -163,17 +160,15 @@ def test_bad_files_are_named(tmp_path):
         measure(read_caption_files([write(tmp_path / "x", "a_b.json", {})]), load_schema("person"))
 
 
-@needs_public
-def test_tokens_of_sentences_add_up_to_those_of_the_caption():
+def test_tokens_of_sentences_add_up_to_those_of_the_caption(public_captions):
     count = clip_token_counter()
-    files = read_caption_files([PUBLIC / "RGBNT201" / "test_RGB.json"])
+    files = read_caption_files([public_captions / "RGBNT201" / "test_RGB.json"])
     for caption in files[0].captions[::40]:
         assert sum(map(count, split_sentences(caption.text))) == count(caption.text)
 
 
-@needs_public
-def test_the_public_captions_of_rgbnt201_give_the_published_figures():
-    report = measure(read_caption_files([PUBLIC / "RGBNT201"]), load_schema("person"))
+def test_the_public_captions_of_rgbnt201_give_the_published_figures(public_captions):
+    report = measure(read_caption_files([public_captions / "RGBNT201"]), load_schema("person"))
     words = {name: group.words for name, group in report.modalities.items()}
     assert words == {"RGB": 201934, "NI": 190389, "TI": 167144}
     assert round(report.mean_words_of_files, 2) == 38.94

@@ -1,6 +1,5 @@
 import json
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,14 +16,7 @@ from next.data.loading.plan import (
     worker_slice,
 )
 
-CAPTIONS = Path(__file__).resolve().parents[3].parent / "shared" / "captions"
-
 row_identities = st.lists(st.integers(-3, 9), min_size=1, max_size=80).map(np.asarray)
-
-
-def real_identities(benchmark: str) -> np.ndarray:
-    items = json.loads((CAPTIONS / benchmark / "train_RGB.json").read_text())
-    return np.asarray([int(item["item"].split("_")[0]) for item in items])
 
 
 def plan_of(pids: np.ndarray, p: int = 2, k: int = 3, seed: int = 0, epoch: int = 0) -> np.ndarray:
@@ -227,13 +219,15 @@ def test_a_slice_that_does_not_exist_is_refused():
         worker_slice(plan, 4, 4)
 
 
-@pytest.mark.skipif(not CAPTIONS.exists(), reason="the public captions are not here")
 @pytest.mark.parametrize(
     ("benchmark", "identities", "k", "samples"),
     [("RGBNT201", 171, 8, 3432), ("MSVR310", 155, 4, 992)],
 )
-def test_nominal_samples_are_those_of_the_public_codes(benchmark, identities, k, samples):
-    pids = real_identities(benchmark)
+def test_nominal_samples_are_those_of_the_public_codes(
+    public_captions, benchmark, identities, k, samples
+):
+    items = json.loads((public_captions / benchmark / "train_RGB.json").read_text())
+    pids = np.asarray([int(item["item"].split("_")[0]) for item in items])
     assert len(np.unique(pids)) == identities
     assert nominal_samples(pids, k) == samples
     plan = plan_of(pids, p=8, k=k)

@@ -12,7 +12,6 @@ from next.benchmark.card import Benchmark, Counts, load_card
 from next.data.source.ingest import ScanOptions, prepare, scan
 
 ROOT = Path(__file__).resolve().parents[3]
-CAPTIONS = ROOT.parent / "shared" / "captions"
 STRICT = {"kind": "folders", "missing": "error"}
 SKIP = ScanOptions(on_bad="skip")
 
@@ -413,12 +412,13 @@ def test_the_example_of_two_modalities_reads_the_procedural_benchmark(demo_raw, 
     assert taken.sentences == [first.sentences[index] for index in (0, 2)]
 
 
-@pytest.mark.skipif(not CAPTIONS.is_dir(), reason="the authors' captions are absent")
 @pytest.mark.parametrize("card", ["rgbnt201", "msvr310"])
-def test_every_name_and_caption_of_the_real_benchmarks_falls_into_place(card, tmp_path, make_jpeg):
+def test_every_name_and_caption_of_the_real_benchmarks_falls_into_place(
+    public_captions, card, tmp_path, make_jpeg
+):
     """Real names and captions, one image under all of the names, and the counts of the card."""
     benchmark = load_card(ROOT / "datasets" / f"{card}.toml")
-    shutil.copytree(CAPTIONS / benchmark.name, tmp_path / "text")
+    shutil.copytree(public_captions / benchmark.name, tmp_path / "text")
     (tmp_path / "image").write_bytes(make_jpeg("one"))
     scenes = defaultdict(set)
     files = []

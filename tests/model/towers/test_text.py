@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from next.config import BackboneConfig
 from next.model.towers.text import TextTower
 
 TINY = BackboneConfig(name="next-tiny", pretrained=None)
-CAPTIONS = Path(__file__).resolve().parents[3].parent / "shared" / "captions" / "RGBNT201"
 
 
 @pytest.fixture(scope="module")
@@ -93,11 +91,10 @@ def test_a_random_tower_keeps_sentences_apart_and_those_that_share_words_closer(
     assert np.corrcoef(word_overlap(sentences), cosine)[0, 1] > 0.6
 
 
-@pytest.mark.skipif(not CAPTIONS.exists(), reason="the authors' captions are not here")
-def test_the_distinct_sentences_of_rgbnt201_are_well_spread(tower):
+def test_the_distinct_sentences_of_rgbnt201_are_well_spread(tower, public_captions):
     sentences = {
         sentence
-        for path in sorted(CAPTIONS.glob("*.json"))
+        for path in sorted((public_captions / "RGBNT201").glob("*.json"))
         for item in json.loads(path.read_text())
         for sentence in re.split(r"(?<=[.!?])\s+", item["description"].strip())
     }
