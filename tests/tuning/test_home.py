@@ -14,6 +14,7 @@ from next.storage import open_folder
 from next.tracking.journal import read_metrics, read_status
 from next.training.inputs import resolve
 from next.training.launch import read_history
+from next.tuning.execution.deaths import LostProcessError
 from next.tuning.execution.training import train_trial
 from next.tuning.home import Home, mirror
 from next.tuning.results import Trial, read_trials
@@ -21,6 +22,7 @@ from next.tuning.search.space import Space
 from next.tuning.search.study import ask, create_studies, draw, fitting, inherit
 from next.tuning.settings import AXES, FEATURES, SweepConfig
 from next.tuning.sweep import _keep_best, _origin
+from tests.tracking.test_nothing_lost import fill, small_disk
 
 NAME = "trial-0000"
 
@@ -49,10 +51,10 @@ class Machine:
         self.tracked = {"uri": uri, "experiment": "demo", "parent": None}
         self.told: list[dict] = []
 
-    def train(self, settings=None, *, ends_after: int | None = None) -> bool:
+    def train(self, settings=None, *, ends_after: int | None = None, report=None) -> bool:
         """Train the trial; it is ended within its evaluation ``ends_after``."""
 
-        def report(found: dict) -> None:
+        def tell(found: dict) -> None:
             self.told.append(found)
             if len(self.told) == ends_after:
                 raise SystemExit
@@ -64,7 +66,7 @@ class Machine:
             folder=str(self.sweep),
             tracked=self.tracked,
             free_axes=False,
-            report=report,
+            report=report or tell,
         )
 
 
@@ -219,6 +221,39 @@ def test_a_store_that_stays_away_leaves_the_trial_unfinished_and_not_failed(tiny
     assert told["interrupted"].startswith(
         f"{NAME} on {socket.gethostname()}: what {NAME} left before could not be read for 0 s"
     )
+
+
+def test_a_machine_with_a_full_disk_hands_its_trial_on_and_keeps_nothing_of_it(stored, tmp_path):
+    """The store is well: it is this machine that cannot work."""
+    settings = override(stored, {"checkpoint.patience_s": 0})
+    with small_disk(tmp_path / "disk", 1) as disk:
+        machine = Machine(disk / "one", settings)
+        with pytest.raises(OSError, match="space"):
+            fill(disk / "filler")
+        assert not machine.train()
+        (told,) = machine.told
+    assert told["interrupted"].startswith(f"{NAME} on {socket.gethostname()}: "), told
+    assert "the disk is full; make room" in told["interrupted"]
+    two = Machine(tmp_path / "two", stored)
+    assert not two.train()
+    assert [report["epoch"] for report in two.told] == [1, 2, 3]
+
+
+def test_a_machine_that_was_taken_for_lost_tells_nothing_of_its_trial(stored, tmp_path):
+    """It was cut off, another machine went on, and it comes back."""
+    one, two = Machine(tmp_path / "one", stored), Machine(tmp_path / "two", stored)
+
+    def report(found: dict) -> None:
+        one.told.append(found)
+        if len(one.told) == 1:
+            two.train(ends_after=3)
+
+    with pytest.raises(LostProcessError, match="another process goes on with the run"):
+        one.train(report=report)
+    assert len(one.told) < 3
+    assert "error.txt" not in open_folder(str(two.home.store)).names()
+    assert not two.train()
+    assert losses(two.own) == sorted(set(losses(two.own)))
 
 
 def test_without_a_store_nothing_is_written_beside_what_always_was(tiny_config, tmp_path):

@@ -312,12 +312,9 @@ def unseen_here(asked: Seen, written: str | None = None) -> str | None:
     Args:
         asked: what it must see.
         written: the setting whose folder it must write, too; None: a place that cannot be reached
-            now is passed over, since it may be away for all.
+            now is passed over, since it may be away for all. One that denies access is not.
     """
-    problems = _problems(asked, written)
-    if written is None:
-        problems = {setting: problem for setting, problem in problems.items() if not problem}
-    return _told(problems, asked, f"node {socket.gethostname()}")
+    return _told(_problems(asked, written), asked, f"node {socket.gethostname()}")
 
 
 def _weights(config: BackboneConfig) -> dict[str, tuple[str, str]]:
@@ -387,7 +384,8 @@ def _problems(asked: Seen, written: str | None) -> dict[str, str]:
             elif setting == written:
                 folder.require_writable()
         except (OSError, ValueError) as error:
-            found[setting] = str(error)
+            if written is not None or isinstance(error, PermissionError):
+                found[setting] = str(error)
     return found
 
 

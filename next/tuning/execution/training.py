@@ -5,6 +5,7 @@ A trial of several workers does it in Tune's actor, and they train in processes 
 
 from __future__ import annotations
 
+import errno
 import gc
 import logging
 import resource
@@ -22,6 +23,7 @@ from next.config import RunConfig, from_toml, override, to_toml
 from next.data.shards.reader import Manifest, open_manifest
 from next.evaluation.protocol import Evaluation
 from next.storage import open_folder, write_whole
+from next.tracking.delivery.publication import TakenOverError
 from next.tracking.provenance import git_tags
 from next.tracking.run import Run, open_run
 from next.tracking.views.comparison import SWEEP
@@ -44,6 +46,8 @@ from next.tuning.statistics.axes import measure_axes
 _log = logging.getLogger(__name__)
 
 _PREDECESSOR_SECONDS = 120.0
+_DISK_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Errors of a disk on which nothing more can be written."""
 
 
 def train_trial(
@@ -111,9 +115,11 @@ def train_trial(
             return _until_tune_ends_it(config, manifest, home, record, free_axes, report, task)
     except Exception as error:
         lost = error if isinstance(error, LostProcessError) else LostProcessError.of(error)
+        if isinstance(error, TakenOverError):  # a machine that was taken for lost: nothing is told
+            lost = LostProcessError(str(error), machine=True)
         if lost is not None:  # as if this one had died: Tune tells the search, and it goes on
             raise lost from None
-        if isinstance(error, OSError) and _store_fails(home, error):
+        if isinstance(error, OSError) and _storage_fails(home, error):
             where = f"{name} on {socket.gethostname()}"
             return _report({"interrupted": f"{where}: {error}"}, report)
         return _failed(name, home, error, report)
@@ -126,9 +132,12 @@ def _prepare(home: Home, config: RunConfig) -> None:
     home.carry_over()
 
 
-def _store_fails(home: Home, error: OSError) -> bool:
-    """Whether it is the trial's store that does, and not the trial."""
-    if home.store is None or isinstance(error, StoreError):
+def _storage_fails(home: Home, error: OSError) -> bool:
+    """Whether it is the trial's store that does, or this machine's disk, and not the trial.
+
+    What counts is in the store, so another machine can go on.
+    """
+    if home.store is None or isinstance(error, StoreError) or error.errno in _DISK_FAILS:
         return home.store is not None
     try:
         open_folder(home.store).names()

@@ -43,6 +43,18 @@ def test_what_a_trial_finds_where_it_was_placed(config, tmp_path, s3):
     assert "must be read and written" in str(unseen_here(places, "checkpoint.storage_path"))
 
 
+def test_a_node_that_may_not_read_the_data_is_not_used_though_others_may(
+    config, tmp_path, s3, s3_server, monkeypatch
+):
+    open_folder(s3).write("manifest.json", b"{}")
+    places = {"data.uri": (s3, "manifest.json")}
+    needs = needs_of(config, str(tmp_path), "record.json")._replace(places=places)
+    assert needs.problem_here() is None
+    for name, value in s3_server.new_user("s3:ListAllMyBuckets").items():
+        monkeypatch.setenv(name, value)
+    assert "data.uri must be read and written by every node" in str(needs.problem_here())
+
+
 def until(condition, newcomers: Newcomers) -> None:
     end = time.monotonic() + 120
     while not condition():
