@@ -1,4 +1,4 @@
-"""How a job is asked to stop, from outside, and what it ends with."""
+"""What happens to a job on SIGTERM or Ctrl-C, and the exit code that it ends with."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ NAMED = re.compile(
 HEAD = """# The tree
 
 Each folder and each module of `next/` by the first sentence of its docstring.
-`python tests/test_tree.py` writes this page.
+`python tests/test_tree.py` writes this page. Its lines lead to [ten answers](questions.md).
 """
 
 

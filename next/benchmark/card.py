@@ -1,4 +1,4 @@
-"""A benchmark's card: what its files are called, where they lie, how it is evaluated.
+"""What the card of a benchmark allows: names of files, folders, protocol, recipes.
 
 A card is a TOML file in ``datasets/``; a new data set is a new card, not new code. The card says
 nothing of this machine, and is embedded whole in the manifest of the shards made from it.

@@ -1,4 +1,4 @@
-"""A tracked run: what a training process logs, kept beside it and brought to MLflow.
+"""All that is sent to MLflow of a run: kept in its journal first, then delivered.
 
 :func:`open_run` gives a :class:`Run`; its methods write to the run's journal and return (about
 20 us for ten metrics). A thread of the run delivers the journal to MLflow, again and again until

@@ -1,4 +1,4 @@
-"""Plans: which rows stand in which global batch of an epoch, decided before anything is loaded.
+"""Plans: which rows stand in which batch of an epoch, decided before anything is loaded.
 
 A plan is a pure function of (identities of the rows, seed, epoch, P, K). World size, loader
 threads and resume only choose which part of it is read, so they cannot change the order of data.

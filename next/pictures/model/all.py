@@ -1,4 +1,4 @@
-"""All pictures of one evaluated model."""
+"""Where each picture of an evaluated model is drawn, one call after the other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the checkpoints of a run are kept: which one to continue from, which is best.
+"""The checkpoints of a run: how the best epoch is chosen, and where the run continues.
 
 A store is a folder of checkpoints, named by their optimizer step::
 
@@ -128,7 +128,10 @@ class CheckpointStore:
         return self._first_whole(sorted(self._scores(), reverse=True))
 
     def best(self) -> Path:
-        """The whole checkpoint with the highest score.
+        """The whole checkpoint of the best epoch, the earlier of equals.
+
+        The best one has the highest ``rank`` in its ``state.json``: ``selection.metric``, larger is
+        better (negated for ``selection.mode = "min"``).
 
         Raises:
             FileNotFoundError: no checkpoint has a score yet.

@@ -1,4 +1,4 @@
-"""What a run leaves in MLflow beside its curves: inputs, provenance, scores and pictures."""
+"""Inputs, provenance, scores and pictures of a run, as records beside its curves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ray and its Tuner: they start the trials that the search asks for, where there is room."""
+"""Where a trial starts: Ray's Tuner starts what the search asks for, once there is room."""
 
 from __future__ import annotations
 

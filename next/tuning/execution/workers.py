@@ -1,4 +1,4 @@
-"""A trial of several workers: Ray Train trains it, Tune's actor hears how it goes and stops it.
+"""A trial of several workers: Ray Train trains it, Tune's actor passes its evaluations on.
 
 What the workers log is written into the trial's journal on this node. The evaluations are read off
 it, which is also how a trial that continues says again what an earlier driver may not have heard.

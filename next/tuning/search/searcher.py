@@ -1,4 +1,4 @@
-"""What runs next: the searcher and the scheduler that Ray Tune asks, over a sweep's record.
+"""Which trial comes next, and what ends one early: the searcher and scheduler of Ray Tune.
 
 Tune's own OptunaSearch is not used: it tells Optuna that pruned and failed trials are complete,
 leaves a trial whose score is NaN running for ever, and keeps what it knows in a pickle that is

@@ -1,4 +1,4 @@
-"""What a sweep's ranking is worth: the noise floor, which settings are separated, the race."""
+"""How a difference of two settings is judged: the noise floor, verdicts, and the race."""
 
 from __future__ import annotations
 
