@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import sqlite3
@@ -84,11 +85,12 @@ def test_a_sweep_outlives_a_machine_and_then_its_head(cluster: Cluster, recipe, 
         f"node {strange.address} gets no trials: it must have what the driver has, but torch is ",
         f"node {reader.address} gets no trials: checkpoint.storage_path must be read and written",
     )
-    for told in refused:
-        heard = lambda told=told: told in cluster.services.machine.said(first, None)  # noqa: E731
-        wait_for(told, heard, 120, said)
+    for why in refused:
+        wait_for(why, lambda why=why: why in cluster.services.machine.said(first, None), 120, said)
     went_on = re.findall(r"goes on from .*\((.*)\)", cluster.services.machine.said(first, None))
-    assert set(went_on) == {f"killed: its machine 10.77.0.{lost} was lost"}, said()
+    told = {f"killed: its machine 10.77.0.{lost} was lost"}
+    # Of several workers, Ray Train starts the others again: Tune hears nothing of it.
+    assert set(went_on) == told if workers == 1 else set(went_on) <= told, said()
     for number in (7, 8):
         cluster.kill_worker(number)
     cluster.head.kill()
@@ -104,6 +106,7 @@ def test_a_sweep_outlives_a_machine_and_then_its_head(cluster: Cluster, recipe, 
     sys.stdout.write(
         f"{cluster.services.machine.said(first, None)}\n{resumed.stdout}"
     )  # for who reads why it failed
+    assert "Failed to fetch metrics" not in resumed.stdout, "Tune's own files are nobody's"
     assert_whole(cluster, name)
     for worker in cluster.workers.values():
         assert list(worker.path(RUNS).iterdir()) == [], "all that counts is in the store"
@@ -111,11 +114,13 @@ def test_a_sweep_outlives_a_machine_and_then_its_head(cluster: Cluster, recipe, 
 
 def trains(machine: Machine) -> bool:
     """Whether a process of a trial has been on a machine for a while."""
-    for process in psutil.Process(machine.pid).children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended, or is a zombie
+    room = os.readlink(f"/proc/{machine.pid}/ns/pid")
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, OSError):  # it has ended, or is a zombie
             name = "".join(process.cmdline()[:1])
             old = time.time() - process.create_time() > TRAINS_SECONDS
-            if old and name.startswith(("ray::ImplicitFunc", "ray::RayTrainWorker")):
+            trial = name.startswith(("ray::ImplicitFunc", "ray::RayTrainWorker"))
+            if old and trial and os.readlink(f"/proc/{process.pid}/ns/pid") == room:
                 return True
     return False
 

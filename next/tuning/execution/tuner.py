@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -93,6 +94,8 @@ def run_trials(
                 verbose=0,
             ),
         )
+        # It would tell where it keeps files of its own, and that nobody wrote results into them.
+        logging.getLogger("ray.tune").setLevel(logging.ERROR)
         try:
             with counting_slots(slots, search.wanted, needs), copying_no_credentials():
                 tuner.fit()
