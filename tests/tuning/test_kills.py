@@ -1,5 +1,6 @@
 """Sweeps whose driver is killed again and again, at drawn moments, and forked when they ended."""
 
+import json
 import random
 import signal
 import sqlite3
@@ -13,10 +14,14 @@ import pytest
 
 from next.config import RunConfig, override, to_toml
 from next.tracking.run import read_status
+from next.training.results.registration import read_card
 from next.tuning.folder import find_sweep, read_standing
 from tests.tuning.test_sweep import rows, sweep_job, wait_for
 
 SPACE = """
+OBJECTIVES = {"val/rank1": "max"}
+
+
 def suggest(trial):
     return {"optim.lr": trial.suggest_float("optim.lr", 1e-4, MOST, log=True)}
 """
@@ -118,6 +123,25 @@ class Sweep:
             assert [epoch for epoch, _ in trial.curve] == list(range(1, EPOCHS + 1))
 
 
+def follows(folder: Path, objective: str) -> None:
+    """Each trial kept its best epoch by this metric; the best of them by it was assessed."""
+    found = read_standing(folder)
+    for trial in found.trials:
+        state = Path(trial.folder) / "checkpoints" / "best" / "state.json"
+        kept = json.loads(state.read_text())["progress"]["metrics"]
+        assert kept[objective] == trial.score == max(score for _, score in trial.curve)
+    answer = json.loads((folder / "sweep.json").read_text())
+    best = max(trial.score for trial in found.trials)
+    assert (answer["metric"], answer["score"]) == (objective, best)
+    assert read_card(folder).scores[objective] == best
+    winner = folder / "trials" / answer["winner_run"]
+    assessed, own = (
+        (place / "checkpoints" / "best" / "model.safetensors").read_bytes()
+        for place in (folder, winner)
+    )
+    assert assessed == own
+
+
 def running(folder: Path) -> list[tuple[int, int, str]]:
     """Trials that run, or that a driver left without a word."""
     record = folder / "study.db"
@@ -162,6 +186,7 @@ def test_a_driver_that_is_killed_at_any_moment_loses_and_doubles_nothing(tiny_co
         sweep.lives(seconds=moments.uniform(5, 22))
     sweep.ends()
     sweep.holds(trials=6)
+    follows(sweep.folder, "val/rank1")
 
     other = tmp_path / "other.py"
     other.write_text(SPACE.replace("MOST", "2e-3"))
