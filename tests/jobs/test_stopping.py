@@ -12,10 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from next.retrieval.gallery import GalleryFacts, write_facts
+from next.retrieval.sources import open_shards
+from next.storage import open_folder
 from tests.jobs.stopped_job import IMPORTED, run
 
 AGAIN = ", and the same command goes on\n"
 SHARDS = "the shards that were finished are kept beside --out"
+REGISTERED = ("--model", "models:/reid/1", "--tracking.uri", "SERVER")
 JOBS = {
     "prepare": (["--card", "PIPE", "--source", "x", "--out", "FOLDER/out"], SHARDS),
     "prepare --check": (["--check", "SHARDS", "--recipe", "PIPE"], SHARDS),
@@ -34,12 +38,24 @@ JOBS = {
     "sweep report": (["first", "--storage_path", "FOLDER/runs"], "nothing is half written"),
     "doctor": (["--data", "SHARDS", "--recipe", "PIPE"], "nothing is half written"),
     "evaluate": (
-        ["--data", "SHARDS", "--model", "models:/reid/1", "--tracking.uri", "SERVER"],
+        ["--data", "SHARDS", *REGISTERED],
         "the pictures that were drawn are kept",
     ),
     "promote": (
         ["--model", "reid", "--when", "test/mAP > 1", "--tracking.uri", "SERVER"],
         "the registry has what was done so far",
+    ),
+    "embed": (
+        ["--data", "SHARDS", "--out", "FOLDER/gallery", *REGISTERED],
+        "parts that were written are kept",
+    ),
+    "search": (
+        ["--gallery", "FOLDER/found", "--images", "RGB=x.jpg", *REGISTERED],
+        "the gallery is as it was",
+    ),
+    "export": (
+        ["--data", "SHARDS", "--out", "FOLDER/exported", "--format", "torch", *REGISTERED],
+        "nothing is half written",
     ),
     "demo": (["--folder", "FOLDER/demo"], "what was drawn and prepared is kept"),
 }
@@ -65,15 +81,32 @@ def pipe(tmp_path) -> Path:
 
 
 @pytest.fixture
+def gallery(demo_shards, tmp_path) -> Path:
+    """The facts of a gallery, which is all that is read of one before its model."""
+    source = open_shards(str(demo_shards), "gallery")
+    facts = GalleryFacts(
+        model="m", data=source.digest, origin=source.origin, modalities=("RGB", "NI", "TI"),
+        width=8, precision="float16", branches=None, image_size=(32, 16),
+    )  # fmt: skip
+    write_facts(open_folder(tmp_path / "found"), facts, {"part-00000.parquet": 1})
+    return tmp_path / "found"
+
+
+@pytest.fixture
 def server():
     """It takes calls, and answers none."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         yield silent
 
 
+def test_no_job_is_left_out():
+    scripts = {path.stem for path in (Path(__file__).resolve().parents[2] / "jobs").glob("*.py")}
+    assert {job.split()[0] for job in JOBS} == scripts
+
+
 @pytest.mark.parametrize("job", JOBS)
 def test_a_job_that_is_stopped_says_what_is_kept_and_how_to_go_on_with_code_75(
-    job, number, pipe, server, demo_shards, tmp_path
+    job, number, pipe, server, gallery, demo_shards, tmp_path
 ):
     name, *verb = job.split()
     if "--check" in verb:
