@@ -57,7 +57,7 @@ def test_a_ray_of_our_own_is_reached_and_read_by_nobody_else(short_folder):
     driver.write_text(DRIVER)
     token = short_folder / ".ray" / "auth_token"
     modes, lines = set(), set()
-    with (short_folder / "log").open("w") as log, listeners() as places:
+    with (short_folder / "log").open("w") as log, listeners(short_folder) as places:
         process = subprocess.Popen(
             [sys.executable, str(driver), str(short_folder)],
             env=env, stdout=log, stderr=log, umask=0o022,
