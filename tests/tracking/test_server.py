@@ -126,7 +126,7 @@ def test_a_server_that_is_stopped_is_ended_all_the_same(tmp_path):
 
 @pytest.mark.slow
 def test_a_server_that_ends_by_itself_and_never_served_is_not_started_again(tmp_path, caplog):
-    (tmp_path / "mlflow.db").mkdir()
+    (tmp_path / "mlflow.db").write_text("this is no database\n" * 100)
     with start_server(tmp_path, wait=False) as server:
         first = server.pid
         deadline = time.monotonic() + 120
