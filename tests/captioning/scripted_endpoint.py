@@ -116,6 +116,8 @@ class Stats:
     """What happened."""
 
     requests: int = 0
+    clients: set[str] = field(default_factory=set)
+    """Addresses of the machines that asked."""
     answers: Counter[str] = field(default_factory=Counter)
     """Complete answers that were sent, by model and image: what a real endpoint would bill."""
     troubles: Counter[str] = field(default_factory=Counter)
@@ -195,6 +197,7 @@ class ScriptedEndpoint:
                 }
                 body = await reader.readexactly(int(headers.get("content-length", 0)))
                 self.stats.requests += 1
+                self.stats.clients.add(writer.get_extra_info("peername")[0])
                 self.stats.at_a_time += 1
                 self.stats.most_at_a_time = max(self.stats.most_at_a_time, self.stats.at_a_time)
                 try:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
+import os
 import re
 import secrets
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -15,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.cluster.machines import HOME, NETWORK, RUNS, Machine, Machines
@@ -39,6 +43,8 @@ _QUICK = {
 """Ray gives a silent node up after some ten seconds instead of thirty, and a lost head after
 fifteen instead of sixty. It kills nothing because of the memory that other tests take on this
 machine, lets no other test go before its workers, and keeps few objects."""
+_TRAINS_SECONDS = 5
+"""After which a process of a trial has begun to train."""
 _CLOCK = Path(__file__).with_name("clock.c")
 _STORE = Path(__file__).with_name("object_store.py")
 _FULL = "/srv/full"
@@ -108,6 +114,8 @@ class Services:
     tracking: str
     server: subprocess.Popen
     """MLflow's."""
+    store: subprocess.Popen
+    """The object store's."""
 
     def wait(self) -> None:
         """Return when MLflow answers."""
@@ -151,6 +159,12 @@ class Services:
                 client.upload_file(
                     str(path), bucket, f"{prefix}/{path.relative_to(folder).as_posix()}"
                 )
+
+    def writers(self, uri: str) -> set[str]:
+        """Addresses of the machines that wrote anything below an address of the object store."""
+        below = re.escape(uri.removeprefix("s3:/"))
+        log = self.machine.said(self.store, None)
+        return set(re.findall(rf'(\S+) - - \[[^]]*\] "PUT {below}', log))
 
     def keys(self, uri: str) -> list[str]:
         """All that lies below an address of the object store."""
@@ -240,6 +254,21 @@ class Cluster:
         self.workers[number] = machine
         return machine
 
+    def training(self) -> set[str]:
+        """Addresses of the machines on which a process of a run or trial trains by now."""
+        rooms = {
+            os.readlink(f"/proc/{machine.pid}/ns/pid"): machine.address
+            for machine in (self.head, *self.workers.values())
+        }
+        found = set()
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.NoSuchProcess, OSError):  # it has ended, is a zombie
+                name = "".join(process.cmdline()[:1])
+                old = time.time() - process.create_time() > _TRAINS_SECONDS
+                if old and name.startswith(("ray::ImplicitFunc", "ray::RayTrainWorker")):
+                    found.add(rooms.get(os.readlink(f"/proc/{process.pid}/ns/pid"), "elsewhere"))
+        return found - {"elsewhere"}
+
     def kill_worker(self, number: int) -> None:
         """Cut a worker's power."""
         self.workers.pop(number).kill()
@@ -289,11 +318,11 @@ class Cluster:
             return None
 
 
-def give_another_torch(machine: Machine) -> None:
+def give_another(machine: Machine, package: str, version: str) -> None:
     """As a machine has that was set up before; its ``PYTHONPATH`` is ``/srv/other``."""
-    metadata = machine.path("/srv/other/torch-2.14.0.dist-info/METADATA")
+    metadata = machine.path(f"/srv/other/{package}-{version}.dist-info/METADATA")
     metadata.parent.mkdir(parents=True)
-    metadata.write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.14.0\n")
+    metadata.write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
 
 
 def write_token(machine: Machine, token: str) -> None:
@@ -313,7 +342,7 @@ def services_of(machines: Machines) -> Services:
         pytest.skip("no PostgreSQL is installed (`make services` does it)")
     machine = machines.add(SERVICES, {"OMP_NUM_THREADS": "1"})
     store = f"http://{machine.address}:5001"
-    machine.serve([sys.executable, str(_STORE), machine.address, "5001", _FULL])
+    objects = machine.serve([sys.executable, str(_STORE), machine.address, "5001", _FULL])
     done = machine.run(
         f"""
         set -e
@@ -355,7 +384,7 @@ def services_of(machines: Machines) -> Services:
         MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false",
     )
 
-    return Services(machine, s3, tracking, server)
+    return Services(machine, s3, tracking, server, objects)
 
 
 @contextmanager

@@ -2,21 +2,18 @@
 
 import contextlib
 import json
-import os
 import re
 import shutil
 import sqlite3
 import sys
 import tempfile
-import time
 from collections import Counter
 from pathlib import Path
 
-import psutil
 import pytest
 
-from tests.cluster.cluster import ACTIVATE, Cluster, give_another_torch, job
-from tests.cluster.machines import RUNS, Machine
+from tests.cluster.cluster import ACTIVATE, Cluster, give_another, job
+from tests.cluster.machines import RUNS
 from tests.deploy.conftest import end_tree, wait_for
 
 pytestmark = [
@@ -26,8 +23,6 @@ pytestmark = [
     pytest.mark.timeout(1500),
 ]
 TRIALS, EPOCHS = 8, 12
-TRAINS_SECONDS = 5
-"""After which a process of a trial has begun to train."""
 ENDED = ("COMPLETE", "PRUNED")
 
 
@@ -64,15 +59,16 @@ def test_a_sweep_outlives_a_machine_and_then_its_head(cluster: Cluster, recipe, 
 
     wait_for("a trial", lambda: states(cluster, name)["RUNNING"] > 0, 600, said)
     strange = cluster.add_worker(7, PYTHONPATH="/srv/other")
-    give_another_torch(strange)
+    give_another(strange, "torch", "2.14.0")
     with cluster.services.machine.network():
         keys = cluster.services.s3.new_user("s3:Get*", "s3:List*")
     reader = cluster.add_worker(8, **keys)
     wait_for("two trials", lambda: ended(2), 600, said)
     second = cluster.services.machine.start(f"{ACTIVATE}{job('sweep', **settings)}")
-    wait_for("a trial on the machine", lambda: trains(cluster.workers[lost]), 300, said)
+    falls = cluster.workers[lost].address
+    wait_for("a trial on the machine", lambda: falls in cluster.training(), 300, said)
     cluster.kill_worker(lost)
-    cluster.add_worker(joins)
+    joined = cluster.add_worker(joins).address
     before = states(cluster, name)["ended"]
     assert before < TRIALS - 2, "a machine was lost in the middle"
     assert second.wait(300) == 2, cluster.services.machine.said(second)
@@ -80,17 +76,20 @@ def test_a_sweep_outlives_a_machine_and_then_its_head(cluster: Cluster, recipe, 
     assert refusal in cluster.services.machine.said(second)
 
     wait_for("a trial after the loss", lambda: ended(before + 1), 600, said)
+    wait_for("a trial where one joined", lambda: joined in cluster.training(), 300, said)
     assert states(cluster, name)["ended"] < TRIALS, "the head was lost in the middle"
     refused = (
         f"node {strange.address} gets no trials: it must have what the driver has, but torch is ",
         f"node {reader.address} gets no trials: checkpoint.storage_path must be read and written",
     )
-    for why in refused:
-        wait_for(why, lambda why=why: why in cluster.services.machine.said(first, None), 120, said)
+    for told in refused:
+        heard = lambda told=told: told in cluster.services.machine.said(first, None)  # noqa: E731
+        wait_for(told, heard, 120, said)
     went_on = re.findall(r"goes on from .*\((.*)\)", cluster.services.machine.said(first, None))
-    told = {f"killed: its machine 10.77.0.{lost} was lost"}
     # Of several workers, Ray Train starts the others again: Tune hears nothing of it.
-    assert set(went_on) == told if workers == 1 else set(went_on) <= told, said()
+    assert went_on or workers > 1, said()
+    why = rf"killed: its machine( 10\.77\.0\.{lost})? was lost"
+    assert all(re.fullmatch(why, ended) for ended in went_on), said()
     for number in (7, 8):
         cluster.kill_worker(number)
     cluster.head.kill()
@@ -110,19 +109,6 @@ def test_a_sweep_outlives_a_machine_and_then_its_head(cluster: Cluster, recipe, 
     assert_whole(cluster, name)
     for worker in cluster.workers.values():
         assert list(worker.path(RUNS).iterdir()) == [], "all that counts is in the store"
-
-
-def trains(machine: Machine) -> bool:
-    """Whether a process of a trial has been on a machine for a while."""
-    room = os.readlink(f"/proc/{machine.pid}/ns/pid")
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.NoSuchProcess, OSError):  # it has ended, or is a zombie
-            name = "".join(process.cmdline()[:1])
-            old = time.time() - process.create_time() > TRAINS_SECONDS
-            trial = name.startswith(("ray::ImplicitFunc", "ray::RayTrainWorker"))
-            if old and trial and os.readlink(f"/proc/{process.pid}/ns/pid") == room:
-                return True
-    return False
 
 
 def states(cluster: Cluster, name: str) -> Counter:
@@ -158,7 +144,10 @@ def assert_whole(cluster: Cluster, name: str) -> None:
     assert sorted(run.name for run in children) == sorted(names)
     for run in children:
         assert run.status == "FINISHED", run.name
+        for metric in run.metrics:
+            steps = cluster.services.steps(run, metric)
+            assert len(steps) == len(set(steps)), f"{metric} of {run.name}: {steps}"
         evaluated = cluster.services.steps(run, "val/mAP")
-        assert len(evaluated) == len(set(evaluated)) == EPOCHS, f"{run.name}: {evaluated}"
+        assert len(evaluated) == EPOCHS, f"{run.name}: {evaluated}"
         trained = cluster.services.steps(run, "train/loss")
         assert sorted(trained) == list(range(1, max(evaluated) + 1)), f"{run.name}: {trained}"

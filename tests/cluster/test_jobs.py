@@ -25,9 +25,11 @@ pytestmark = [
 EPOCHS = 40
 
 
-def test_prepare_writes_the_same_shards_as_one_machine_does(prepared, demo_shards):
+def test_prepare_writes_the_same_shards_as_one_machine_does(cluster, prepared, demo_shards):
     [digest] = re.findall(r"^digest +(\w+)$", prepared.stdout, re.MULTILINE)
     assert digest == open_manifest(str(demo_shards)).digest
+    wrote = cluster.services.writers("s3://data/shards/")
+    assert wrote & {worker.address for worker in cluster.workers.values()}, wrote
 
 
 @pytest.mark.cluster
@@ -45,8 +47,19 @@ def test_the_doctor_finds_nothing_that_stands_in_the_way(cluster, recipe):
 
 @pytest.mark.cluster
 def test_one_worker_trains_where_there_are_cpus_which_the_head_has_not(cluster, recipe):
-    done = cluster.submit(job("train", run__name="one", scaling__num_workers="1", recipe=recipe))
-    assert done.returncode == 0, done.stdout[-4000:]
+    longer = {"scaling__num_workers": "1", "optim__epochs": "12"}
+    submission = cluster.submitting(job("train", run__name="one", recipe=recipe, **longer))
+    said = lambda: cluster.services.machine.said(submission)  # noqa: E731
+    trained: set[str] = set()
+
+    def ended() -> bool:
+        trained.update(cluster.training())
+        return submission.poll() is not None
+
+    wait_for("the end of the run", ended, 500, said)
+    assert submission.returncode == 0, said()
+    assert trained, "a process of Ray Train trained"
+    assert cluster.head.address not in trained
     assert read_result(cluster, "one")["test"]["test/mAP"] > 0
     assert [key for key in cluster.services.keys("s3://data/checkpoints/one/") if "state" in key]
 
@@ -151,12 +164,13 @@ def written(cluster, store: str) -> list[str]:
 @pytest.mark.cluster
 def test_evaluate_finds_the_scores_of_the_run_and_promote_makes_it_the_champion(cluster, recipe):
     cluster.wait_for_nodes(*cluster.workers)
-    if not cluster.head.path(f"{RUNS}/first/result.json").exists():
-        pytest.skip("the run of the test before this one did not end")
-    done = cluster.submit(job("evaluate"))
+    expected = read_result(cluster, "first")["test"]  # of the run of an earlier test
+    done = cluster.submit(f"{job('evaluate')} --json")
     assert done.returncode == 0, done.stdout[-4000:]
-    score = read_result(cluster, "first")["test"]["test/mAP"]
-    assert f"test/mAP {score:.1f}" in done.stdout
+    [answer] = re.findall(r"^{.*}$", done.stdout, re.MULTILINE)
+    found = json.loads(answer)["metrics"]
+    assert found == pytest.approx({name: expected[name] for name in found}, rel=1e-6)
+    score = expected["test/mAP"]
 
     line = job("promote").replace("50'", f"{score - 1:.1f}'")
     done = cluster.submit(line)
@@ -182,6 +196,8 @@ def test_caption_asks_from_every_machine_and_keeps_the_answers_where_the_driver_
         assert done.returncode == 0, done.stdout[-4000:]
         assert "asked     396 (396 answered), 0 known before" in done.stdout
         asked = server.stats.requests
+        workers = {worker.address for worker in cluster.workers.values()}
+        assert workers <= server.stats.clients, "each machine asked"
         done = cluster.submit(line)
         assert done.returncode == 0, done.stdout[-4000:]
         assert "asked     0 (nothing), 396 known before" in done.stdout

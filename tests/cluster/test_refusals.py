@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.cluster.cluster import Cluster, give_another_torch, job
+from tests.cluster.cluster import Cluster, give_another, job
 
 pytestmark = [
     pytest.mark.ray,
@@ -56,6 +56,14 @@ def test_a_store_that_one_machine_cannot_write_is_refused_and_the_machine_is_nam
 
 
 @pytest.mark.cluster
+def test_a_store_that_one_machine_cannot_reach_is_refused_and_the_machine_is_named(cluster, recipe):
+    away = cluster.add_worker(5, AWS_ENDPOINT_URL=f"http://{cluster.head.address}:9")
+    said = submitted_beside(cluster, 5, recipe, "out-of-reach")
+    assert f"node {away.address}" in said
+    assert "cannot be reached" in said
+
+
+@pytest.mark.cluster
 def test_a_machine_whose_clock_is_an_hour_ahead_is_named(cluster, recipe):
     ahead = cluster.add_worker(6, ahead_s=3600)
     said = submitted_beside(cluster, 6, recipe, "ahead")
@@ -66,7 +74,7 @@ def test_a_machine_whose_clock_is_an_hour_ahead_is_named(cluster, recipe):
 @pytest.mark.cluster
 def test_a_machine_with_another_torch_is_named(cluster, recipe):
     other = cluster.add_worker(6, PYTHONPATH="/srv/other")
-    give_another_torch(other)
+    give_another(other, "torch", "2.14.0")
     said = submitted_beside(cluster, 6, recipe, "other")
     assert other.address in said
     assert "torch is 2.14.0, the driver has " in said

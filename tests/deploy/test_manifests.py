@@ -210,6 +210,14 @@ def test_the_password_of_mlflow_crosses_no_network_in_plain_http():
     assert "${MLFLOW_HOST:-mlflow}:5443" in services["mlflow"]["command"][-1], "the name is allowed"
 
 
+def test_the_certificate_is_there_when_the_page_copies_it():
+    [composed] = documents("mlflow/compose.yaml")
+    up, copied = re.findall(r"^docker compose (?:up|cp) .*$", PAGE, re.MULTILINE)
+    assert "--wait" in up.split(), "until all are healthy"
+    path = copied.split("tls:")[1].split()[0]
+    assert composed["services"]["tls"]["healthcheck"]["test"] == ["CMD", "test", "-s", path]
+
+
 def test_the_image_holds_the_compiled_kernel():
     text = (DEPLOY / "Dockerfile").read_text()
     made = re.search(r"cc (.*) -o /_compose.so", text)

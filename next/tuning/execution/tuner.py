@@ -94,8 +94,9 @@ def run_trials(
                 verbose=0,
             ),
         )
-        # It would tell where it keeps files of its own, and that nobody wrote results into them.
-        logging.getLogger("ray.tune").setLevel(logging.ERROR)
+        # It would tell of files of its own, and by a traceback of a lost machine, which the search
+        # tells of in a line.
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
         try:
             with counting_slots(slots, search.wanted, needs), copying_no_credentials():
                 tuner.fit()
