@@ -40,7 +40,6 @@ LEVEL = {
 HOMES = {
     "pyarrow": (
         "next/storage.py",
-        "next/data/shards/features.py",
         "next/data/shards/index.py",
         "next/data/shards/reader.py",
         "next/data/shards/writer.py",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 
 from next.config import RunConfig
 from next.data.loading.loader import Batch, SampleSet, evaluation_batches
-from next.data.shards.features import Precision, writing_features
 from next.evaluation.share import ALONE, Share
 from next.model.network import NEXT, Routing
 from next.model.routing import normalised_entropy
@@ -161,39 +159,6 @@ def embed_all(
     for part in rows.parts:
         share.gather(part, parts, device)
     return rows.found(before[-1])
-
-
-def embed_to(
-    path: str | Path,
-    model: NEXT,
-    samples: SampleSet,
-    *,
-    config: RunConfig,
-    device: torch.device | str,
-    precision: Precision = "float32",
-    rows: int = 8192,
-) -> None:
-    """Embed samples into a Parquet file, of which memory holds ``rows`` at a time.
-
-    Args:
-        path: the file; :func:`next.data.shards.features.read_features` and any Parquet reader read
-            it.
-        model: the network, on ``device``.
-        samples: what to embed.
-        config: settings; reads selection.batch, data and captions.
-        device: where the model is.
-        precision: of the file.
-        rows: samples of a block, to the next whole batch.
-    """
-    size = config.selection.batch
-    steps, each = -(-len(samples) // size), max(1, rows // size)
-    with writing_features(path, model.embedding_size, precision) as writer:
-        for first in range(0, steps, each):
-            some = range(first, min(first + each, steps))
-            block = np.arange(some.start * size, min(some.stop * size, len(samples)))
-            batches = evaluation_batches(samples, config=config, device=device, steps=some)
-            found = embed(model, batches, device, count=len(block))
-            writer.write(found.features, samples.labels.take(block))
 
 
 class _Rows:

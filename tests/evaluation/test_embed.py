@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
 
 from next.data.loading.loader import evaluation_batches
-from next.data.shards.features import read_features
-from next.evaluation.embed import SampleUsage, embed, embed_to, mean_usage, route
+from next.evaluation.embed import SampleUsage, embed, mean_usage, route
 from next.evaluation.protocol import embed_pair
 
 
@@ -103,16 +104,6 @@ def test_the_batch_size_does_not_change_the_features(make_model, samples, config
     )
 
 
-def test_features_that_go_to_a_file_block_by_block_are_the_same(
-    tmp_path, make_model, samples, config
-):
-    model = make_model()
-    embed_to(tmp_path / "f.parquet", model, samples, config=config, device="cpu", rows=10)
-    found, labels = read_features(tmp_path / "f.parquet")
-    np.testing.assert_array_equal(found, embed(model, batches_of(samples, config), "cpu").features)
-    assert labels.sample_id.tolist() == samples.labels.sample_id.tolist()
-
-
 def test_memory_holds_the_features_of_query_and_gallery_once(make_model, samples, config):
     pair = embed_pair(make_model(), samples, samples, config=config, device="cpu")
     assert np.shares_memory(pair.query.features, pair.gallery.features)
@@ -121,6 +112,20 @@ def test_memory_holds_the_features_of_query_and_gallery_once(make_model, samples
     )
     assert some.gallery.features.base is not None, "a view of all that were embedded"
     assert len(some.query.features) == 2
+
+
+def test_the_peak_of_an_embedding_is_little_above_its_features(make_model, samples, config):
+    """It was 5.4 times the features, which at a million rows of 3,072 numbers are 12 GB."""
+    model, many = make_model(), samples.select(np.tile(np.arange(len(samples)), 40))
+    embed_pair(model, samples, samples, config=config, device="cpu")  # what is made once
+    tracemalloc.start()
+    try:
+        found = embed_pair(model, samples, many, config=config, device="cpu")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    held = found.query.features.nbytes + found.gallery.features.nbytes
+    assert peak < 1.5 * held, f"{peak / held:.2f} times the features"
 
 
 def test_each_part_keeps_its_mode_and_no_gradient_is_kept(make_model, samples, config):
