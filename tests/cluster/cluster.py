@@ -273,6 +273,11 @@ class Cluster:
         """Cut a worker's power."""
         self.workers.pop(number).kill()
 
+    def switch_off(self, *numbers: int) -> None:
+        """Cut the power of those of these workers that have it."""
+        for number in set(numbers) & set(self.workers):
+            self.kill_worker(number)
+
     def nodes(self) -> dict[str, str]:
         """State of each node that the head knows of, by address; of two, that of the living."""
         answer = self._ask("/api/v0/nodes?limit=100&detail=1")

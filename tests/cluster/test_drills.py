@@ -28,7 +28,7 @@ ENDED = ("COMPLETE", "PRUNED")
 
 @pytest.mark.cluster
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_sweep_outlives_a_machine_and_then_its_head(cluster: Cluster, recipe, workers):
+def test_a_sweep_outlives_a_machine_and_then_its_head(cluster: Cluster, recipe, workers, request):
     """A machine of trials is lost and another joins; then the head is lost, and a new one goes on.
 
     Meanwhile no second driver gets in. No trial and no value is lost or doubled.
@@ -39,12 +39,15 @@ def test_a_sweep_outlives_a_machine_and_then_its_head(cluster: Cluster, recipe, 
         "recipe": recipe,
         "optim__epochs": f"{EPOCHS}",
         "scaling__num_workers": f"{workers}",
+        # One trial of one worker fills a machine, so the one that joins gets trials.
+        "scaling__cpus_per_worker": "2" if workers == 1 else "1",
         "sweep__pictures": "1",
         "sweep__pruner": "none",
         "sweep__trials": f"{TRIALS}",
         "sweep__lease_s": "10",
         "space": "tune_spaces/quick.py",
     }
+    request.addfinalizer(lambda: cluster.switch_off(7, 8))
     alive = set(cluster.workers)
     lost, joins = max(alive), max(alive) + 1
     cluster.wait_for_nodes(*alive)
@@ -90,8 +93,7 @@ def test_a_sweep_outlives_a_machine_and_then_its_head(cluster: Cluster, recipe, 
     assert went_on or workers > 1, said()
     why = rf"killed: its machine( 10\.77\.0\.{lost})? was lost"
     assert all(re.fullmatch(why, ended) for ended in went_on), said()
-    for number in (7, 8):
-        cluster.kill_worker(number)
+    cluster.switch_off(7, 8)
     cluster.head.kill()
     end_tree(first.pid)
     cluster.start_head()
