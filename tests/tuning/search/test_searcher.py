@@ -18,7 +18,7 @@ from next.tuning.execution.deaths import (
     unfit_node,
 )
 from next.tuning.execution.slots import Slots, gpu_share
-from next.tuning.results import read_trials
+from next.tuning.results import group, read_trials
 from next.tuning.search.searcher import DEFAULT, Pruning, Repeat, Search
 from next.tuning.search.space import Space
 from next.tuning.search.study import create_studies, open_studies, set_waiting
@@ -227,6 +227,30 @@ def test_the_target_ends_the_search_and_leaves_the_race(tmp_path):
     assert search.suggest("b")["name"] == "default-seed7"
 
 
+def test_a_search_for_the_least_keeps_and_reaches_it(tmp_path):
+    space = make_space(tmp_path, **{"train/loss": "min"})
+    sweep = SweepConfig(trials=8, target=0.5, noise_share=0, race_share=0, pruner="none")
+    search = make_search(tmp_path, sweep, space=space)
+    losses = {"a": (3.0, 1.0, 2.0), "b": (2.5, 4.0, 4.5), "c": (1.5, 0.4, 0.6)}
+    for name, curve in losses.items():
+        assert search.over() is None, "0.5 is not reached yet"
+        search.suggest(name)
+        for epoch, loss in enumerate(curve, 1):
+            search.report(name, {"epoch": epoch, "train/loss": loss})
+        search.on_trial_complete(name)
+    assert search.over() == "the target of 0.5"
+    again = make_search(tmp_path, sweep, space=space, new=False)
+    assert again.over() == "the target of 0.5", "read from the study, too"
+    assert [trial.value for trial in again.studies.search.trials] == [1.0, 2.5, 0.4]
+    assert again.studies.search.best_trial.number == 2
+    trials = read_trials(again.studies, tmp_path, space.objectives, 0)
+    assert [trial.score for trial in trials] == [1.0, 2.5, 0.4]
+    assert [trial.rank for trial in trials] == [-1.0, -2.5, -0.4], "larger is better"
+    assert [one.name for one in group(trials, space.objectives, {})] == [
+        "trial-0002", "trial-0000", "trial-0001",
+    ]  # fmt: skip
+
+
 def test_no_trial_begins_when_the_hours_are_spent_earlier_sessions_included(tmp_path):
     sweep = SweepConfig(trials=20, hours=1.0)
     search = make_search(tmp_path, sweep)
@@ -251,7 +275,7 @@ def test_two_objectives_are_told_together_and_never_pruned(tmp_path):
             assert not search.report(name, result)
         search.on_trial_complete(name)
     assert [trial.values for trial in search.studies.search.trials] == [[49.0, 0.5], [0.0, 0.5]]
-    assert len(search.studies.search.best_trials) == 1
+    assert [trial.number for trial in search.studies.search.best_trials] == [0]
 
 
 def test_no_more_trials_run_at_a_time_than_the_nodes_hold():

@@ -1,9 +1,12 @@
 """Noise floor, verdicts and the race, on scores that are known."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from next.evaluation.statistics.blocks import judged
+from next.evaluation.statistics.noise import paired_bootstrap
 from next.tuning.results import Setting, Trial, group
 from next.tuning.search.searcher import DEFAULT
 from next.tuning.settings import FEATURES
@@ -48,9 +51,19 @@ def setting(name, *scores):
 DEFAULTS = setting(DEFAULT, 50.0, 51.0, 49.0, 50.5)
 
 
-def ranked(*settings):
+def ranked(*settings, objectives=OBJECTIVES):
     trials = [one for setting in settings for one in setting.runs]
-    return group(trials, OBJECTIVES, {})
+    return group(trials, objectives, {})
+
+
+def turned(one):
+    """A setting whose scores are what is left to 100: as good where the least is best."""
+    runs = []
+    for each in one.runs:
+        score = 100 - each.score
+        point = {"score": score, "values": (score,), "curve": [(4, score)], "rank": -score}
+        runs.append(replace(each, **point))
+    return Setting(one.name, one.settings, runs)
 
 
 def test_a_setting_far_above_the_noise_is_over_and_a_near_one_is_not_separated():
@@ -99,6 +112,77 @@ def keep(folder, scores, pids) -> None:
     )  # fmt: skip
 
 
+LEAST, MOST = {"train/loss": "min"}, {"train/loss": "max"}
+
+
+def test_where_the_least_is_best_all_is_as_where_the_most_is():
+    """Order, verdicts and race of scores, and of what is left of them to 100."""
+    default = setting(DEFAULT, 50.0, 51.0, 49.5)
+    settings = [setting("a", 60.0, 57.0, 58.2), setting("b", 61.0, 55.5, 56.0)]
+    settings += [setting("c", 56.0), setting("d", 20.0), default]
+    ways = {"max": (MOST, settings), "min": (LEAST, [turned(one) for one in settings])}
+    told = {}
+    for way, (objectives, of) in ways.items():
+        standing = ranked(*of, objectives=objectives)
+        floor = noise_floor(standing)
+        verdicts = [compare(standing[0], other, floor, objectives) for other in standing[1:]]
+        told[way] = (
+            [one.name for one in standing],
+            [one.name for one in tied_top(standing, floor, objectives, most=3)],
+            next_repeat(standing, objectives, runs=6, runs_left=2, seed=0),
+            [floor.best_run(one, objectives).name for one in standing],
+            [one.best_run.name for one in standing],
+            [verdict.separated for verdict in verdicts],
+            [verdict.theirs for verdict in verdicts if verdict.difference.difference > 0],
+        )
+        differences = [verdict.difference for verdict in verdicts]
+        numbers = [(one.difference, one.low, one.high, one.p_value) for one in differences]
+        told[f"{way} in numbers"] = np.round(numbers, 9).tolist()
+    assert told["min"] == told["max"]
+    assert told["min in numbers"] == told["max in numbers"]
+    assert told["max"][0] == ["a", "b", DEFAULT, "c", "d"]
+    assert told["max"][-1] == ["b", DEFAULT, "c", "d"]
+
+
+def test_of_several_folds_the_run_that_is_least_for_its_fold_is_the_best_where_that_is_wanted():
+    hard = (0.0, 20.0, 3.0)
+
+    def over(name, *worth):
+        of = [DEFAULT if name == DEFAULT else None, name, name]
+        runs = [
+            replace(run(f"{name}-seed{fold}", own + hard[fold], of=of[fold], seed=fold, fold=fold),
+                    rank=-own - hard[fold])
+            for fold, own in enumerate(worth)
+        ]  # fmt: skip
+        return Setting(name, {}, runs)
+
+    default, best = over(DEFAULT, 50.0, 50.0, 50.0), over("trial-0000", 40.0, 35.0, 40.0)
+    floor = noise_floor([default, best])
+    assert floor.best_run(best, LEAST).name == "trial-0000-seed1", "55 is little for fold 1"
+
+
+def test_a_verdict_allows_for_all_differences_that_it_may_have_been_picked_from():
+    raced = [setting(name, 50.0, 51.0, 52.0) for name in "abc"]
+    alone = [setting(name, 40.0) for name in "de"]
+    floor = noise_floor([DEFAULTS, *raced, *alone])
+    a, b, d, e = (*raced[:2], *alone)
+    assert floor.comparisons(a, DEFAULTS) == floor.comparisons(DEFAULTS, a) == 3, "each raced one"
+    assert floor.comparisons(d, DEFAULTS) == 5, "each that was drawn"
+    assert floor.comparisons(a, b) == 3, "each pair of three"
+    assert floor.comparisons(d, e) == 10, "each pair of five"
+    assert floor.comparisons(a, d) == 15, "each raced one and each drawn one"
+    assert noise_floor([DEFAULTS, d]).comparisons(d, DEFAULTS) == 1
+
+
+def test_the_spread_on_one_seed_counts_once_two_degrees_of_freedom_know_it():
+    pair = setting(DEFAULT, 50.0, 54.0), setting("a", 55.0, 59.1)
+    floor = noise_floor(pair)
+    assert (floor.fit.freedom, floor.paired) == (1, (floor.spread, 2)), "one says too little"
+    three = setting(DEFAULT, 50.0, 54.0, 47.0, 52.0), setting("a", 55.0, 59.1, 52.0, 58.0)
+    floor = noise_floor(three)
+    assert (floor.fit.freedom, floor.paired) == (2, (floor.fit.spread, 2))
+
+
 @pytest.mark.parametrize("content", [b"", b"PK", b"\0" * 400])
 def test_damaged_features_of_a_candidate_take_its_queries_and_not_the_race(
     tmp_path, content, caplog
@@ -132,6 +216,45 @@ def test_queries_widen_the_interval(tmp_path):
     without = compare(*plain, floor, OBJECTIVES).difference
     assert with_queries.queries == 20
     assert with_queries.high - with_queries.low > without.high - without.low
+
+
+def test_copies_of_an_identitys_queries_tell_nothing_new_and_the_interval_is_that_of_identities(
+    tmp_path,
+):
+    generator = np.random.default_rng(5)
+    of_identities = {"a": 55 + generator.normal(0, 25, 6), "b": 50 + generator.normal(0, 25, 6)}
+    widths, found = [], None
+    for copies in (1, 4):
+        sides = []
+        for name, scores in of_identities.items():
+            folder = tmp_path / f"{name}{copies}"
+            folder.mkdir()
+            keep(folder, np.repeat(scores, copies), np.repeat(np.arange(6), copies))
+            sides.append(Setting(name, {}, [run(name, scores.mean(), folder=folder)]))
+        floor = noise_floor([DEFAULTS, *sides])
+        found = compare(*sides, floor, OBJECTIVES).difference
+        widths.append(found.high - found.low)
+        assert found.queries == 6 * copies
+    assert widths[1] == pytest.approx(widths[0])
+    drawn = paired_bootstrap(*of_identities.values(), groups=np.arange(6), resamples=2_000)
+    spread, freedom = floor.paired
+    expected = judged(
+        5.0,
+        of_seeds=(spread * 2**0.5, freedom),
+        of_queries=((drawn.high - drawn.low) / 2 / 1.959964, 5),
+        comparisons=floor.comparisons(*sides),
+    )
+    assert widths[0] == pytest.approx(expected.high - expected.low, rel=1e-6)
+
+
+def test_queries_are_asked_for_the_metric_alone_that_they_are_kept_of(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        keep(tmp_path / name, np.arange(20.0), np.repeat(np.arange(5), 4))
+    pair = [Setting(name, {}, [run(name, 50.0, folder=tmp_path / name)]) for name in "ab"]
+    floor = noise_floor([DEFAULTS, *pair])
+    assert compare(*pair, floor, {"val/rank1": "max"}).difference.queries == 0
+    assert compare(*pair, floor, OBJECTIVES).difference.queries == 20
 
 
 def over_folds(tmp_path, name, gains, *, folds, spread):
