@@ -24,7 +24,7 @@ from next.config import RunConfig
 from next.tuning.execution.deaths import error_of, how_it_died, is_lost_machine, unfit_node
 from next.tuning.execution.slots import Slots
 from next.tuning.search.space import Space
-from next.tuning.search.study import Studies, ask, draw, unfinished
+from next.tuning.search.study import Studies, ask, draw, end, unfinished
 from next.tuning.settings import SweepConfig
 
 _log = logging.getLogger(__name__)
@@ -295,11 +295,11 @@ class Search(Searcher):
         study = self.studies.search if run.kind == "search" else self.studies.seeds
         if run.ending == "failed":
             run.trial.set_user_attr("error", run.error)
-            study.tell(run.trial, state=TrialState.FAIL)
+            end(study, run.trial, TrialState.FAIL)
         elif run.ending == "pruned":
-            study.tell(run.trial, state=TrialState.PRUNED)
+            end(study, run.trial, TrialState.PRUNED)
         else:
-            study.tell(run.trial, best_of(run.curve, self._first_way))
+            end(study, run.trial, TrialState.COMPLETE, best_of(run.curve, self._first_way))
         self.studies.search.set_user_attr("spent_seconds", round(self.spent_seconds(), 3))
         run.seconds = before + seconds
         self.ended.append(run)

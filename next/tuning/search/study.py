@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import sqlite3
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,13 +20,15 @@ import optuna
 import sqlalchemy
 from optuna.trial import TrialState
 
-from next.storage import drafting
+from next.storage import drafting, with_sum, without_sum
 from next.tuning.settings import SweepConfig
 
 FILE = "study.db"
 """Name of the study file in a sweep's folder."""
 
 _SEEDS = " seeds"
+_SUM = "sha256"
+"""Attribute of an ended trial: checksum of what the study has of it."""
 _LOCK_SECONDS = 5.0
 # What a signal interrupts is raised; the pool would tell of it by pages of its own.
 logging.getLogger("sqlalchemy.pool").setLevel(logging.CRITICAL)
@@ -74,7 +76,8 @@ def open_studies(path: Path, name: str, sweep: SweepConfig) -> Studies:
 
     Raises:
         FileNotFoundError: there is no study file.
-        ValueError: the file is locked or damaged, or holds no study of this name.
+        ValueError: the file is locked or damaged, holds no study of this name, or has of an ended
+            trial something else than was written.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no study file {path}; is this the folder of a sweep?")
@@ -91,7 +94,11 @@ def open_studies(path: Path, name: str, sweep: SweepConfig) -> Studies:
     objectives, drawn = len(search.directions), len(search.get_trials(deepcopy=False))
     search.sampler = make_sampler(sweep, objectives, drawn)
     search.pruner = make_pruner(sweep, objectives)
-    return Studies(search, optuna.load_study(study_name=_seeds_name(name), storage=storage))
+    studies = Studies(search, optuna.load_study(study_name=_seeds_name(name), storage=storage))
+    for study in studies:
+        for frozen in study.get_trials(deepcopy=False):
+            _check_ended(frozen, study.study_name, path)
+    return studies
 
 
 def check_file(path: Path) -> None:
@@ -117,10 +124,25 @@ def check_file(path: Path) -> None:
     except sqlite3.DatabaseError as error:
         found = str(error)
     if found != "ok":
-        raise ValueError(
-            f"the study file {path} is damaged ({' '.join(found.split())}); put back a copy of "
-            f"it, or start a new sweep: the trials' folders beside it are whole"
-        )
+        raise _damaged(path, " ".join(found.split()))
+
+
+def _check_ended(frozen: optuna.trial.FrozenTrial, name: str, path: Path) -> None:
+    """Refuse an ended trial that is not what :func:`end` wrote; older versions wrote no sum."""
+    own = frozen.user_attrs.get(_SUM)
+    if own is None or not frozen.state.is_finished():
+        return
+    try:
+        without_sum({**_content(frozen, frozen.state, frozen.values), _SUM: own})
+    except ValueError as error:
+        raise _damaged(path, f"trial {frozen.number} of study {name!r}: {error}") from None
+
+
+def _damaged(path: Path, how: str) -> ValueError:
+    return ValueError(
+        f"the study file {path} is damaged ({how}); put back a copy of it, or start a new sweep: "
+        f"the trials' folders beside it are whole"
+    )
 
 
 def make_sampler(sweep: SweepConfig, objectives: int, drawn: int) -> optuna.samplers.BaseSampler:
@@ -178,6 +200,41 @@ def draw(suggest: Callable[[optuna.trial.BaseTrial], dict[str, Any]], trial: opt
     if "settings" not in trial.user_attrs:
         with _experimental():
             trial.set_user_attr("settings", suggest(trial))
+
+
+def end(
+    study: optuna.Study,
+    trial: optuna.Trial,
+    state: TrialState,
+    values: Sequence[float] | None = None,
+) -> None:
+    """Tell a study how a trial ended, with a checksum of all that it has of the trial.
+
+    Args:
+        study: of the trial.
+        trial: that ends.
+        state: how.
+        values: its objectives; None: it has none.
+    """
+    frozen = study._storage.get_trial(trial._trial_id)
+    trial.set_user_attr(_SUM, with_sum(_content(frozen, state, values))[_SUM])
+    study.tell(trial, values, state)
+
+
+def _content(
+    frozen: optuna.trial.FrozenTrial, state: TrialState, values: Sequence[float] | None
+) -> dict[str, Any]:
+    """What is read of an ended trial, as its study gives it back."""
+    ranges = frozen.distributions
+    # Optuna gives a pruned one its last evaluation.
+    told = values if values is not None and state == TrialState.COMPLETE else ()
+    return {
+        "state": state.name,
+        "values": [float(value) for value in told],
+        "params": {name: ranges[name].to_internal_repr(one) for name, one in frozen.params.items()},
+        "evaluations": {str(step): one for step, one in frozen.intermediate_values.items()},
+        "attributes": {name: one for name, one in frozen.user_attrs.items() if name != _SUM},
+    }
 
 
 def unfinished(study: optuna.Study) -> list[optuna.Trial]:
@@ -257,17 +314,18 @@ def inherit(
         attributes: what is kept with an inherited trial beside its own attributes.
     """
     for frozen, drawn, settings in trials:
-        new.add_trial(
-            optuna.trial.create_trial(
-                state=frozen.state,
-                values=frozen.values,
-                params=drawn.params,
-                distributions=drawn.distributions,
-                intermediate_values=frozen.intermediate_values,
-                user_attrs=frozen.user_attrs | {"settings": settings} | dict(attributes(frozen)),
-                system_attrs=frozen.system_attrs,  # the rungs that it reached
-            )
+        added = optuna.trial.create_trial(
+            state=frozen.state,
+            values=frozen.values,
+            params=drawn.params,
+            distributions=drawn.distributions,
+            intermediate_values=frozen.intermediate_values,
+            user_attrs=frozen.user_attrs | {"settings": settings} | dict(attributes(frozen)),
+            system_attrs=frozen.system_attrs,  # the rungs that it reached
         )
+        own = with_sum(_content(added, added.state, added.values))[_SUM]
+        added.set_user_attr(_SUM, own)
+        new.add_trial(added)
 
 
 def as_completed(study: optuna.Study, scores: Mapping[int, float]) -> optuna.Study:

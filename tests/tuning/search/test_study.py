@@ -6,12 +6,14 @@ from contextlib import closing
 
 import optuna
 import pytest
+from optuna.trial import TrialState
 
 from next.config import RunConfig, override
 from next.tuning.search.study import (
     ask,
     create_studies,
     draw,
+    end,
     fitting,
     inherit,
     make_sampler,
@@ -87,6 +89,51 @@ def test_a_damaged_study_file_says_what_to_do(tmp_path, start):
         open_studies(path, "mine", SWEEP)
 
 
+def ended_trials(path):
+    """A study with a trial that was trained to its end, and a repetition that was not."""
+    studies = create_studies(path, "mine", OBJECTIVES, SWEEP)
+    trial = ask(studies.search)
+    draw(suggest, trial)
+    for epoch, score in ((1, 30.25), (2, 40.5)):
+        trial.report(score, epoch)
+    trial.set_user_attr("curve", [[1, [30.25]], [2, [40.5]]])
+    end(studies.search, trial, TrialState.COMPLETE, (40.5,))
+    failed = ask(studies.seeds)
+    failed.set_user_attr("repeats", {"of": "default", "seed": 3, "settings": {}})
+    end(studies.seeds, failed, TrialState.FAIL)
+    return studies
+
+
+CHANGES = {
+    "score": "UPDATE trial_values SET value = 41.5",
+    "evaluation": "UPDATE trial_intermediate_values SET intermediate_value = 30.75 WHERE step = 1",
+    "drawn": "UPDATE trial_params SET param_value = param_value * 1.01 "
+    "WHERE param_name = 'optim.lr'",
+    "curve": "UPDATE trial_user_attributes SET value_json = replace(value_json, '40.5', '48.5') "
+    "WHERE key = 'curve'",
+    "settings": "UPDATE trial_user_attributes SET value_json = replace(value_json, '0', '1') "
+    "WHERE key = 'settings'",
+    "seed": "UPDATE trial_user_attributes SET value_json = replace(value_json, '3', '2') "
+    "WHERE key = 'repeats'",
+    "state": "UPDATE trials SET state = 'COMPLETE' WHERE state = 'FAIL'",
+}
+
+
+@pytest.mark.parametrize("changed", CHANGES)
+def test_an_ended_trial_of_which_a_digit_was_changed_is_not_believed(tmp_path, changed):
+    path = tmp_path / "study.db"
+    ended_trials(path)
+    open_studies(path, "mine", SWEEP)
+    with closing(sqlite3.connect(path)) as connection, connection:
+        assert connection.execute(CHANGES[changed]).rowcount == 1
+    message = r"study.db is damaged \(trial 0 of study 'mine.*not what was written.*put back a copy"
+    with pytest.raises(ValueError, match=message):
+        open_studies(path, "mine", SWEEP)
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("DELETE FROM trial_user_attributes WHERE key = 'sha256'")
+    open_studies(path, "mine", SWEEP)  # as an older version left it
+
+
 def test_a_file_of_another_sweep_lists_what_it_holds(tmp_path):
     create_studies(tmp_path / "study.db", "other", OBJECTIVES, SWEEP)
     with pytest.raises(ValueError, match=r"must hold the studies 'mine'.*but holds .*other"):
@@ -154,6 +201,23 @@ def test_a_fork_takes_the_trials_whose_run_the_new_space_could_have_drawn(tmp_pa
     assert trial.value == 40.0
     assert trial.intermediate_values == {1: 30.0}
     assert trial.user_attrs["inherited"] == "old"
+    open_studies(tmp_path / "new.db", "new", SWEEP)  # which checks it
+
+
+def test_a_fork_of_another_kind_of_range_is_what_was_written(tmp_path):
+    """A whole number that the new space draws as a real one."""
+    old = create_studies(tmp_path / "old.db", "old", OBJECTIVES, SWEEP).search
+    trial = ask(old)
+    trial.set_user_attr("settings", {"batch.instances": trial.suggest_int("batch.instances", 4, 4)})
+    end(old, trial, TrialState.COMPLETE, (40.0,))
+    new = create_studies(tmp_path / "new.db", "new", OBJECTIVES, SWEEP).search
+
+    def real(trial):
+        return {"batch.instances": int(trial.suggest_float("batch.instances", 2, 8))}
+
+    inherit(fitting(old, lambda settings: settings, real), new, lambda trial: {"inherited": "old"})
+    (found,) = open_studies(tmp_path / "new.db", "new", SWEEP).search.trials
+    assert found.params == {"batch.instances": 4.0}
 
 
 def test_a_setting_that_the_new_space_leaves_out_must_have_had_the_base_value(tmp_path):
