@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 import sys
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -22,7 +23,8 @@ pytestmark = [
     pytest.mark.network,
     pytest.mark.timeout(1500),
 ]
-TRIALS, EPOCHS = 8, 12
+TRIALS, EPOCHS = 8, 24
+TRAINS_SECONDS = 4
 ENDED = ("COMPLETE", "PRUNED")
 
 
@@ -60,6 +62,12 @@ def test_a_sweep_outlives_a_machine_and_then_its_head(cluster: Cluster, recipe, 
         assert first.poll() is None, said()
         return states(cluster, name)["ended"] >= least
 
+    def both() -> bool:
+        """Two trials run for seconds, and no machine holds two of one worker."""
+        before = states(cluster, name)
+        time.sleep(TRAINS_SECONDS)
+        return before == states(cluster, name) and before["RUNNING"] == 2
+
     wait_for("a trial", lambda: states(cluster, name)["RUNNING"] > 0, 600, said)
     strange = cluster.add_worker(7, PYTHONPATH="/srv/other")
     give_another(strange, "torch", "2.14.0")
@@ -69,7 +77,7 @@ def test_a_sweep_outlives_a_machine_and_then_its_head(cluster: Cluster, recipe, 
     wait_for("two trials", lambda: ended(2), 600, said)
     second = cluster.services.machine.start(f"{ACTIVATE}{job('sweep', **settings)}")
     falls = cluster.workers[lost].address
-    wait_for("a trial on the machine", lambda: falls in cluster.training(), 300, said)
+    wait_for("trials on all machines", lambda: falls in cluster.training() and both(), 300, said)
     cluster.kill_worker(lost)
     joined = cluster.add_worker(joins).address
     before = states(cluster, name)["ended"]

@@ -57,10 +57,12 @@ def test_a_store_that_one_machine_cannot_write_is_refused_and_the_machine_is_nam
 
 @pytest.mark.cluster
 def test_a_store_that_one_machine_cannot_reach_is_refused_and_the_machine_is_named(cluster, recipe):
-    away = cluster.add_worker(5, AWS_ENDPOINT_URL=f"http://{cluster.head.address}:9")
+    away = cluster.add_worker(5)
+    done = away.run(f"ip route add prohibit {cluster.services.machine.address}")
+    assert done.returncode == 0, done.stdout
     said = submitted_beside(cluster, 5, recipe, "out-of-reach")
     assert f"node {away.address}" in said
-    assert "cannot be reached" in said
+    assert "s3://data/checkpoints/out-of-reach" in said
 
 
 @pytest.mark.cluster

@@ -121,6 +121,7 @@ def _asked(
         batch_size=max(1, images // images_a_row),
         compute=ray.data.ActorPoolStrategy(size=workers),
         num_cpus=CPUS,
+        scheduling_strategy="SPREAD",  # each machine has a line of its own, and a limit by address
     )
     left = 0
     for batch in asked.iter_batches(batch_size=None, prefetch_batches=0):
