@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Literal
 
 from next.benchmark.card import load_card
 from next.cli import ModelFlags, Place, ProgressLine, parse, run_job
-from next.retrieval.embed import Written, embedding_here, facts_of, write_gallery
+from next.retrieval.embed import (
+    Written,
+    embedding_here,
+    facts_of,
+    not_embedded_by,
+    write_gallery,
+)
 from next.retrieval.gallery import finished_parts
 from next.retrieval.sources import Source, open_card_folder, open_shards
 from next.storage import open_folder
@@ -26,8 +32,12 @@ class EmbedJob:
     model: str
     """Folder of a checkpoint such as runs/NAME/checkpoints/best, or a registered model:
     models:/NAME/VERSION or models:/NAME@champion."""
-    out: str
+    out: str | None = None
     """Folder of the gallery, on this machine or in an object store."""
+    again: str | None = None
+    """Instead of --out and what is embedded: folder of galleries. What they hold is embedded by
+    --model, into galleries beside them; jobs/serve.py takes them and the model when all are
+    there."""
     data: str | None = None
     """Folder of shards that jobs/prepare.py wrote."""
     card: Path | None = None
@@ -57,7 +67,11 @@ def main(argv: Sequence[str]) -> int:
     job = parse(EmbedJob, argv)
     if job.workers is not None and job.workers < 1:
         raise ValueError(f"--workers must be 1 or more, but got {job.workers}")
-    source = _source(job)
+    if (job.again is None) == (job.out is None):
+        raise ValueError("give --out, or --again: where galleries are to be written")
+    if job.again is not None and (job.data or job.source or job.card):
+        raise ValueError("--again takes what the galleries there hold, not --data or --source")
+    wanted = {} if job.again is not None else {str(job.out): _source(job)}
     # After the command line and the data, because it takes five seconds.
     import torch
 
@@ -70,16 +84,23 @@ def main(argv: Sequence[str]) -> int:
     device = wanted_device(job.use_gpu) if here else torch.device("cpu")
     with model_folder(job.model, **job.place.registry) as folder:
         embedder = Embedder(folder, device)
-        facts = facts_of(embedder, source, job.precision)
-        if job.dry_run:
-            return _plan(job, source, facts)
-        with ProgressLine("embed") as progress:
-            if here:
-                embed = embedding_here(embedder, facts, source)
-                written = write_gallery(job.out, facts, source, embed, progress)
-            else:
-                written = _on_workers(job, folder, facts, source, progress, bool(job.use_gpu))
-    return _tell(job, written)
+        if job.again is not None:
+            wanted = not_embedded_by(embedder.digest, job.again)
+            if not wanted:
+                raise ValueError(f"{job.again} has nothing that this model did not embed yet")
+        for out, source in wanted.items():
+            facts = facts_of(embedder, source, job.precision)
+            if job.dry_run:
+                _plan(job, out, source, facts)
+                continue
+            with ProgressLine("embed") as progress:
+                if here:
+                    embed = embedding_here(embedder, facts, source)
+                    written = write_gallery(out, facts, source, embed, progress)
+                else:
+                    written = _on_workers(job, folder, out, facts, source, progress)
+            _tell(job, written)
+    return 0
 
 
 def _source(job: EmbedJob) -> Source:
@@ -93,10 +114,10 @@ def _source(job: EmbedJob) -> Source:
 def _on_workers(
     job: EmbedJob,
     folder: Path,
+    out: str,
     facts: GalleryFacts,
     source: Source,
     progress: ProgressLine,
-    use_gpu: bool,
 ) -> Written:
     from next.retrieval.pipeline import embedding_on_ray
     from next.training.embedder import Embedder, model_files
@@ -104,14 +125,14 @@ def _on_workers(
     files = model_files(folder)
     workers = int(job.workers or 0)
     with embedding_on_ray(
-        Embedder, files, facts, source, workers=workers, use_gpu=use_gpu
+        Embedder, files, facts, source, workers=workers, use_gpu=bool(job.use_gpu)
     ) as embed:
-        return write_gallery(job.out, facts, source, embed, progress)
+        return write_gallery(out, facts, source, embed, progress)
 
 
-def _plan(job: EmbedJob, source: Source, facts: GalleryFacts) -> int:
+def _plan(job: EmbedJob, out: str, source: Source, facts: GalleryFacts) -> None:
     pieces = source.pieces
-    there = finished_parts(open_folder(job.out), facts)
+    there = finished_parts(open_folder(out), facts)
     size = sum(pieces) * facts.width * (2 if facts.precision == "float16" else 4)
     answer = {
         "model": facts.model,
@@ -127,10 +148,9 @@ def _plan(job: EmbedJob, source: Source, facts: GalleryFacts) -> int:
         f"width {facts.width}, {size / 1e6:.1f} MB; model {facts.model[:16]}"
     )
     print(json.dumps(answer) if job.json else shown)
-    return 0
 
 
-def _tell(job: EmbedJob, written: Written) -> int:
+def _tell(job: EmbedJob, written: Written) -> None:
     gallery = written.gallery
     answer = {
         "gallery": gallery.folder.uri,
@@ -149,7 +169,6 @@ def _tell(job: EmbedJob, written: Written) -> int:
         f"{gallery.facts.model[:16]}"
     )
     print(json.dumps(answer) if job.json else shown)
-    return 0
 
 
 if __name__ == "__main__":

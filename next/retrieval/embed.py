@@ -18,11 +18,12 @@ from next.retrieval.gallery import (
     Precision,
     encode_part,
     finished_parts,
+    open_galleries,
     open_gallery,
     part_name,
     write_facts,
 )
-from next.retrieval.sources import Source, known_columns
+from next.retrieval.sources import Source, known_columns, open_origin
 from next.storage import open_folder
 
 
@@ -152,6 +153,35 @@ def embedding_here(model: Model, facts: GalleryFacts, source: Source) -> Embed:
             yield embed_piece(model, facts, source, piece)
 
     return embed
+
+
+def not_embedded_by(model: str, galleries: str | Path) -> dict[str, Source]:
+    """What galleries hold that a model did not embed yet, by the folder for it beside them.
+
+    Args:
+        model: digest.
+        galleries: folder of folders of galleries.
+
+    Raises:
+        FileNotFoundError: there is no gallery.
+        ValueError: the folder is a gallery itself, or a source is not as it was.
+        OSError: a source is not there any more.
+    """
+    folder, opened = open_folder(galleries), open_galleries(galleries)
+    if "" in opened:
+        raise ValueError(
+            f"{folder.uri} must hold galleries in folders of their own, but is a gallery itself, "
+            f"so nothing can be put beside it; move it into a folder of this name"
+        )
+    done = {one.facts.data for one in opened.values() if one.facts.model == model}
+    found: dict[str, Source] = {}
+    for name, gallery in opened.items():
+        if gallery.facts.data in done:
+            continue
+        done.add(gallery.facts.data)
+        own = name.removesuffix(f"-{gallery.facts.model[:8]}")
+        found[folder.below(f"{own}-{model[:8]}").address] = open_origin(gallery.facts.origin)
+    return found
 
 
 def embed_piece(model: Model, facts: GalleryFacts, source: Source, piece: int) -> Made:

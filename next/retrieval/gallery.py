@@ -331,6 +331,37 @@ def open_gallery(uri: str | Path) -> Gallery:
     return Gallery(folder, facts, parts)
 
 
+def written_galleries(address: str | Path) -> dict[str, bytes]:
+    """Galleries at an address by name, each with what its :data:`FACTS` file says.
+
+    Args:
+        address: folder of a gallery (whose name is empty then), or of folders of galleries.
+
+    Raises:
+        FileNotFoundError: there is none.
+        OSError: the folder cannot be read.
+    """
+    folder = open_folder(address)
+    if folder.size(FACTS) is not None:
+        return {"": folder.read(FACTS)}
+    names = [name for name in folder.names() if folder.size(f"{name}/{FACTS}") is not None]
+    if not names:
+        raise FileNotFoundError(
+            f"{folder.uri} must be a gallery or hold galleries in folders of their own, but there "
+            f"is no finished one; write one with jobs/embed.py --out {folder.uri}/NAME"
+        )
+    return {name: folder.read(f"{name}/{FACTS}") for name in names}
+
+
+def open_galleries(address: str | Path) -> dict[str, Gallery]:
+    """The galleries at an address by name; arguments and errors as :func:`written_galleries`."""
+    folder = open_folder(address)
+    return {
+        name: open_gallery(folder.below(name).address if name else folder.address)
+        for name in written_galleries(address)
+    }
+
+
 def require_model(gallery: Gallery, model: str) -> None:
     """Refuse to search a gallery by another model's embeddings.
 

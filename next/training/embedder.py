@@ -190,7 +190,10 @@ class Embedder:
         size = self._config.selection.batch
         for start in range(0, count, size):
             rows = range(start, min(start + size, count))
-            features[rows.start : rows.stop] = self._embedded(columns, images, present, rows)
+            there = present[rows.start : rows.stop]
+            features[rows.start : rows.stop] = self._embedded(
+                columns, self.decoded(images, rows), there, rows
+            )
         return features
 
     def predict(
@@ -307,17 +310,30 @@ class Embedder:
                 )
         return columns, next(iter(lengths.values()), 0)
 
+    def embed_decoded(
+        self, images: np.ndarray, present: np.ndarray, samples: Mapping[str, Any]
+    ) -> np.ndarray:
+        """:meth:`embed` for images that are decoded already, all in one batch.
+
+        Args:
+            images: uint8 ``[n, M, H, W, 3]``, as :meth:`decoded` gives them.
+            present: bool ``[n, M]`` which of them there are.
+            samples: captions and cameras, as :meth:`embed` takes them.
+        """
+        columns, _ = self._columns(samples)
+        return self._embedded(columns, images, present, range(len(images)))
+
     def _embedded(
         self,
         columns: Mapping[str, list[Any]],
-        images: list[list[Any]],
+        images: np.ndarray,
         present: np.ndarray,
         rows: range,
     ) -> np.ndarray:
-        present = present[rows.start : rows.stop]
+        """Embeddings of rows of the columns, whose images are decoded."""
         samples = SampleSet(
             labels=_labels(columns, rows),
-            images=self.decoded(images, rows),
+            images=images,
             present=present,
             captions=self._captions(columns, present, rows),
             modalities=self.modalities,

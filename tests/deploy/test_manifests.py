@@ -3,13 +3,15 @@
 import copy
 import json
 import re
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 
 import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+
+from next.serving.settings import ServeSettings
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 KUBERNETES = "1.34.0"
@@ -28,8 +30,9 @@ def find(name: str, kind: str) -> dict:
 
 
 def spec_of(document: dict) -> dict:
+    place = {"RayJob": "rayClusterSpec", "RayService": "rayClusterConfig"}
     spec = document["spec"]
-    return spec["rayClusterSpec"] if document["kind"] == "RayJob" else spec
+    return spec[place[document["kind"]]] if document["kind"] in place else spec
 
 
 def groups(document: dict) -> list[dict]:
@@ -45,7 +48,8 @@ def validate(document: dict) -> None:
     if document["apiVersion"] != "ray.io/v1":
         kubernetes_validate.validate(document, KUBERNETES, strict=True)
         return
-    kind = {"RayCluster": "clusterSpec", "RayJob": "jobSpec"}[document["kind"]]
+    kinds = {"RayCluster": "clusterSpec", "RayJob": "jobSpec", "RayService": "serviceSpec"}
+    kind = kinds[document["kind"]]
     jsonschema.validate(document["spec"], SCHEMA | {"$ref": f"#/$defs/{kind}"})
     for group in groups(document):
         meta = {"metadata": {"name": "pod"} | group["template"].get("metadata", {})}
@@ -53,7 +57,8 @@ def validate(document: dict) -> None:
         kubernetes_validate.validate(pod, KUBERNETES, strict=True)
 
 
-RAY_FILES = {"kuberay/raycluster.yaml": "RayCluster", "kuberay/rayjob.yaml": "RayJob"}
+TRAINING = {"kuberay/raycluster.yaml": "RayCluster", "kuberay/rayjob.yaml": "RayJob"}
+RAY_FILES = TRAINING | {"kuberay/rayservice.yaml": "RayService"}
 
 
 ALL_FILES = [*RAY_FILES, "kuberay/queue.yaml", "mlflow/kubernetes.yaml"]
@@ -86,7 +91,7 @@ def test_a_misspelt_field_is_refused(path):
         validate(document)
 
 
-@pytest.mark.parametrize(("name", "kind"), RAY_FILES.items())
+@pytest.mark.parametrize(("name", "kind"), TRAINING.items())
 def test_ray_reads_from_it_the_nodes_that_are_meant(name, kind):
     from ray.autoscaler._private.kuberay.autoscaling_config import (
         _derive_autoscaling_config_from_ray_cr,
@@ -123,6 +128,31 @@ def test_versions_are_those_of_the_lock_and_shared_memory_is_enough(name, kind):
     for group in groups(document):
         volumes = {volume["name"]: volume for volume in group["template"]["spec"]["volumes"]}
         assert int(volumes["shared-memory"]["emptyDir"]["sizeLimit"].removesuffix("Gi")) >= 2
+
+
+@pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`")
+def test_the_service_is_one_that_ray_serve_reads_and_that_our_own_function_builds(monkeypatch):
+    from ray.serve.schema import ServeDeploySchema
+
+    service = find("kuberay/rayservice.yaml", "RayService")
+    config = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
+    [application] = config.applications
+    module, _, name = application.import_path.partition(":")
+    build = getattr(import_module(module), name)
+    monkeypatch.delenv("NEXT_REID_TOKEN", raising=False)
+    with pytest.raises(ValueError, match="the environment variable NEXT_REID_TOKEN must hold a to"):
+        build(application.args)
+    monkeypatch.setenv("NEXT_REID_TOKEN", "of-the-secret-0123456789")
+    deployed = build(application.args)
+    assert "of-the-secret" not in repr(vars(deployed._bound_deployment)), "Ray stores this"
+    assert deployed._bound_deployment.num_replicas == application.args["replicas"]
+    with pytest.raises(ValueError, match="galery"):
+        build(application.args | {"galery": "s3://a"})
+    [workers] = spec_of(service)["workerGroupSpecs"]
+    [container] = workers["template"]["spec"]["containers"]
+    assert {"containerPort": config.http_options.port, "name": "serve"} in container["ports"]
+    seconds = workers["template"]["spec"]["terminationGracePeriodSeconds"]
+    assert seconds > ServeSettings.model_fields["drain_seconds"].default
 
 
 def test_the_job_is_queued_retried_with_the_same_run_and_of_a_size_that_can_be_counted():

@@ -118,6 +118,7 @@ ANSWERS = {
     "sweep": {"StartJob", "ResumeJob"}, "evaluate": {"EvaluateJob"}, "caption": {"RunJob"},
     "promote": {"PromoteJob"}, "cache": {"CacheJob"}, "demo": {"DemoJob"}, "doctor": set(),
     "embed": {"EmbedJob"}, "search": {"SearchJob"}, "export": {"ExportJob"},
+    "serve": {"ServeJob"},
 }  # fmt: skip
 """Jobs, and which of their command lines start work."""
 

@@ -57,6 +57,10 @@ JOBS = {
         ["--data", "SHARDS", "--out", "FOLDER/exported", "--format", "torch", *REGISTERED],
         "nothing is half written",
     ),
+    "serve": (
+        ["--gallery", "FOLDER/found", *REGISTERED],
+        "requests in flight were answered",
+    ),
     "demo": (["--folder", "FOLDER/demo"], "what was drawn and prepared is kept"),
 }
 """Flags of each job, and what it says that it kept. It is in the middle of reading PIPE, of asking

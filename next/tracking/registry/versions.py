@@ -199,6 +199,17 @@ def fetch_model(uri: str, model: str, destination: Path, *, loader: str) -> Path
     return path_within(local, str(flavour["data"]))
 
 
+def version_of(uri: str, model: str) -> Version:
+    """The version that an address names now, on a server.
+
+    Raises:
+        ValueError: it names none.
+        ConnectionError: the server cannot be reached.
+    """
+    with registry_errors(uri):
+        return find_version(connect(tracking_uri(uri)), model)
+
+
 def find_version(client: Any, model: str) -> Version:
     """The version that an address names.
 
