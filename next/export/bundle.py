@@ -21,14 +21,13 @@ from next.export.graph import (
     write_graph,
 )
 from next.export.parity import Parity, measure, require_parity
+from next.export.precision import TOLERANCES, Precision, lower_precision
 from next.retrieval.sources import Source
 from next.storage import drafting, write_whole
 from next.training.embedder import Embedder, model_files
 
 CARD = "export.json"
 """Name of the card."""
-TOLERANCE = 1e-4
-"""Of an entry of an embedding of length one, if nothing else is said."""
 
 
 class Exported(NamedTuple):
@@ -50,7 +49,8 @@ def export(
     *,
     text: bool = True,
     samples: int = 256,
-    tolerance: float = TOLERANCE,
+    precision: Precision = "float32",
+    tolerance: float | None = None,
 ) -> Exported:
     """Write a model in another format, if it gives what torch gives.
 
@@ -62,7 +62,8 @@ def export(
         source: samples on which it is compared with torch.
         text: whether captions go in, where the model reads any.
         samples: so many, at most.
-        tolerance: largest difference of an entry of an embedding.
+        precision: of an ONNX model.
+        tolerance: largest difference of an entry of an embedding; None: that of the precision.
 
     Raises:
         FileExistsError: ``out`` is there already.
@@ -72,6 +73,9 @@ def export(
     out = Path(out)
     require_new(out)
     text = text and embedder.reads_captions
+    tolerance = TOLERANCES[precision] if tolerance is None else tolerance
+    if kind != "onnx" and precision != "float32":
+        raise ValueError(f"--precision {precision} is of --format onnx, but got --format {kind}")
     if kind == "safetensors" and embedder.reads_captions and not text:
         raise ValueError("safetensors hold the text tower, too; leave --text none out")
     with drafting(out) as draft:
@@ -82,10 +86,11 @@ def export(
             run = _embedding(Embedder(draft))
         else:
             write_graph(embedder, draft, kind, text=text)
+            lower_precision(draft / FILES[kind], precision)
             run = open_graph(draft, kind)
         parity = measure(embedder, run, source, samples=samples, text=text)
         require_parity(parity, tolerance)
-        card = _card(embedder, kind, text, parity, tolerance, source)
+        card = _card(embedder, kind, text, parity, tolerance, source) | {"precision": precision}
         write_whole(draft / CARD, json.dumps(card, indent=2) + "\n")
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     return Exported(out, card, parity, size)

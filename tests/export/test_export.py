@@ -189,3 +189,32 @@ def test_the_job_plans_and_tells(trained_checkpoint, demo_shards, tmp_path, monk
         answer = json.loads(capsys.readouterr().out)
         assert (end.value.code, expected in answer) == (0, True)
     assert answer["parity"]["largest_difference"] < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("precision", "smaller", "cost"), [("float16", 1.8, 0.5), ("int8", 1.6, 5)]
+)
+def test_fewer_bits_make_a_smaller_model_whose_cost_in_map_is_told(
+    onnx, trained_embedder, trained_checkpoint, source, tmp_path, precision, smaller, cost
+):
+    how = {"precision": precision}
+    found = export(trained_embedder, trained_checkpoint, tmp_path / "out", "onnx", source, **how)
+    assert found.bytes < onnx.bytes / smaller
+    parity = found.parity
+    assert parity.largest_difference > onnx.parity.largest_difference
+    assert abs(parity.mAP - parity.mAP_exported) <= cost
+    assert (
+        f"mAP {parity.mAP:.2f} in torch and {parity.mAP_exported:.2f} exported"
+        in (parity.lines()[0])
+    )
+    assert found.card["precision"] == precision
+    with pytest.raises(ValueError, match=r"must give torch's embeddings to 1e-06 .* not written"):
+        export(
+            *(trained_embedder, trained_checkpoint, tmp_path / "no", "onnx", source),
+            **how,
+            tolerance=1e-6,
+        )
+    with pytest.raises(ValueError, match=f"--precision {precision} is of --format onnx, but got"):
+        export(*(trained_embedder, trained_checkpoint, tmp_path / "no", "torch", source), **how)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
