@@ -70,6 +70,9 @@ bench: $(VENV)/.ready ## every measurement in benchmarks/
 	$(BIN)/python benchmarks/sweep.py asha
 	$(BIN)/python benchmarks/sweep.py simulated
 	$(BIN)/python benchmarks/sweep.py experts
+	$(BIN)/python benchmarks/search.py
+	$(BIN)/python benchmarks/export.py
+	$(BIN)/python benchmarks/serving.py
 	$(BIN)/python benchmarks/tracking.py
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/footprint.py -- make demo
