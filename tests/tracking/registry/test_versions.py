@@ -18,12 +18,16 @@ import torch
 from jobs.promote import main as promote_job
 from next.config import RunConfig, override
 from next.data.shards.reader import open_manifest
+from next.serving.following import Follower
+from next.serving.settings import ServeSettings
 from next.tracking.registry.promotion import promote
-from next.tracking.registry.versions import ModelCard, fetch_model
-from next.training.embedder import LOADER
+from next.tracking.registry.versions import ModelCard, fetch_model, version_of
+from next.training.checkpointing.checkpoint import export_checkpoint
+from next.training.embedder import LOADER, Embedder
 from next.training.launch import launch
 from next.training.results.registration import register_run, weights_licence
 from tests.conftest import TINY
+from tests.serving.conftest import other_version, write
 from tests.training.test_embedder import gallery_columns
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -313,3 +317,42 @@ def test_a_version_that_somebody_else_made_is_not_loaded(
 def test_a_version_that_names_another_loader_is_not_loaded(server, trained, tmp_path):
     with pytest.raises(ValueError, match=r"must be a model of this package .*; it is not loaded"):
         fetch_model(server.uri, f"models:/{NAME}/1", tmp_path, loader="somebody.else")
+
+
+def test_a_service_takes_the_version_that_its_alias_moves_to_with_its_galleries(
+    server, client, trained, fetched, demo_shards, tmp_path
+):
+    address = f"models:/{NAME}@served"
+    client.set_registered_model_alias(NAME, "served", 1)
+    first = Embedder.load(address, device="cpu", tracking_uri=server.uri)
+    write(first, demo_shards, "gallery", tmp_path / "galleries" / "first")
+    settings = ServeSettings(
+        model=address,
+        gallery=str(tmp_path / "galleries"),
+        token_digest="0" * 64,
+        tracking_uri=server.uri,
+    )
+    follower = Follower(settings)
+    assert follower.holding.model.digest == first.digest
+
+    root = next(folder for folder in fetched.parents if (folder / "MLmodel").exists())
+    made, inside = tmp_path / "made", fetched.relative_to(root)
+    shutil.copytree(root, made)
+    shutil.rmtree(made / inside / "checkpoint")
+    newer = other_version(fetched / "checkpoint", tmp_path / "newer")
+    export_checkpoint(newer, made / inside / "checkpoint")
+    run = client.create_run(client.create_experiment("newer"))
+    client.log_artifacts(run.info.run_id, str(made), "model")
+    version = client.create_model_version(
+        NAME, f"{run.info.artifact_uri}/model", run.info.run_id
+    ).version
+    client.set_registered_model_alias(NAME, "served", version)
+    assert version_of(server.uri, address).version == int(version)
+    with pytest.raises(ValueError, match="is new, but 1 of 1 galleries are not embedded by it yet"):
+        follower.look()
+    assert follower.holding.model.digest == first.digest
+    second = Embedder.load(address, device="cpu", tracking_uri=server.uri)
+    write(second, demo_shards, "gallery", tmp_path / "galleries" / "again")
+    follower.look()
+    assert follower.holding.model.digest == second.digest != first.digest
+    assert list(follower.holding.collection.parts) == ["again"]
