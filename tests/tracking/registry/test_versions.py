@@ -21,7 +21,7 @@ from next.data.shards.reader import open_manifest
 from next.serving.following import Follower
 from next.serving.settings import ServeSettings
 from next.tracking.registry.promotion import promote
-from next.tracking.registry.versions import ModelCard, fetch_model, version_of
+from next.tracking.registry.versions import ModelCard, fetch_model, register, version_of
 from next.training.checkpointing.checkpoint import export_checkpoint
 from next.training.embedder import LOADER, Embedder
 from next.training.launch import launch
@@ -158,6 +158,20 @@ def test_the_card_tells_the_spread_over_seeds_from_that_over_queries():
     assert "| RGB | 40.0 |" in lines
     assert "| NI | - |" in lines
     assert "One seed" not in card.markdown()
+
+
+@pytest.mark.parametrize("name", ["extra.pkl", "deep/model.joblib", "weights.pt"])
+def test_a_folder_with_what_may_be_a_pickle_is_not_registered(tmp_path, name):
+    """Before the server is asked at all: nobody listens there."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(pickle.dumps(1))
+    card = ModelCard("demo", "d" * 64, {}, {}, ["RGB"], [["RGB"]], "none", 0, "r")
+    with pytest.raises(ValueError, match=rf"{name} may hold a pickle, which executes code"):
+        register(
+            "http://127.0.0.1:1", NAME, tmp_path, run_id="r", loader=LOADER, inputs={}, width=8,
+            card=card, requirements=[],
+        )  # fmt: skip
+    assert not (tmp_path / "card.json").exists()
 
 
 def test_the_licence_follows_the_weights_that_training_began_with():

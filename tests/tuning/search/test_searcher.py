@@ -183,6 +183,18 @@ def test_failures_pruning_and_divergence_are_told_as_what_they_are(tmp_path):
     assert errors[6] == "killed: its process ended"
 
 
+def test_a_trial_at_its_last_epoch_is_finished_however_poor_and_not_pruned(tmp_path):
+    sweep = SweepConfig(trials=4, noise_share=0, race_share=0, grace_epochs=1, reduction=2)
+    search = make_search(tmp_path, sweep)
+    for name, scores in {"good": (60, 70, 75, 80), "late": (61, 71, 76, 5)}.items():
+        search.suggest(name)
+        for epoch, score in enumerate(scores, 1):
+            assert not search.report(name, {"epoch": epoch, "val/mAP": float(score)})
+        search.on_trial_complete(name)
+    assert [trial.state.name for trial in search.studies.search.trials] == ["COMPLETE"] * 2
+    assert [trial.value for trial in search.studies.search.trials] == [80.0, 76.0]
+
+
 def test_a_run_that_came_back_from_the_dead_is_not_failed_and_repeats_no_epoch(tmp_path):
     search = make_search(tmp_path, SweepConfig(trials=1, noise_share=0, race_share=0))
     begun = search.suggest("a")
