@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,78 +25,47 @@ _FEWEST_MAPPED = 4
 """An embedding map of fewer samples says nothing."""
 
 
-def draw_evaluation(
-    folder: str | Path,
-    model: NEXT,
-    evaluation: Evaluation,
-    query: SampleSet,
-    gallery: SampleSet,
-    *,
-    queries: Mapping[str, Sequence[Any]],
-    rule: str,
-    config: RunConfig,
-    device: torch.device | str,
-    name: str = "this run",
-    attributes: Mapping[str, np.ndarray] | None = None,
-) -> list[Path]:
+@dataclass(frozen=True)
+class Evaluated:
+    """An evaluation, with what its pictures are drawn from."""
+
+    model: NEXT
+    """The network that was evaluated, on ``device``."""
+    evaluation: Evaluation
+    """Of ``model`` on these sample sets."""
+    query: SampleSet
+    """Samples that searched."""
+    gallery: SampleSet
+    """Samples that were searched."""
+    queries: Mapping[str, Sequence[Any]]
+    """What :func:`read_queries` gives of them."""
+    rule: str
+    """Rule of the evaluation."""
+    config: RunConfig
+    """Settings of the evaluation."""
+    device: torch.device | str
+    """Where the model is."""
+    attributes: Mapping[str, np.ndarray] | None = None
+    """Value of a caption attribute -> [G] bool, which gallery samples have it."""
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether the model has experts of either kind."""
+        return self.model.semantic is not None or self.model.structure is not None
+
+
+def draw_evaluation(folder: str | Path, evaluated: Evaluated) -> list[Path]:
     """Draw what there is to see of an evaluation; a model without experts has no expert pictures.
 
     Args:
-        folder: where ``cmc.png``, ``rank_lists.png``, ``embedding_map.png``, ``confusion.png``,
-            ``expert_usage.png``, ``attribute_usage.png`` and ``routing_maps.png`` are written.
-        model: the network that was evaluated, on ``device``.
-        evaluation: of ``model`` on these sample sets.
-        query: samples that searched.
-        gallery: samples that were searched.
-        queries: what :func:`read_queries` gives of them.
-        rule: rule of the evaluation.
-        config: settings of the evaluation.
-        device: where the model is.
-        name: of the run, in legends.
-        attributes: value of a caption attribute -> [G] bool, which gallery samples have it.
+        folder: where the files of :data:`PICTURES` are written.
+        evaluated: what is drawn.
 
     Returns:
-        The files, in the order above.
+        The files, in the order of :data:`PICTURES`.
     """
-    folder = Path(folder)
-    pictures = [cmc_curve(folder / "cmc.png", {name: evaluation.metrics.cmc})]
-    pictures.append(
-        rank_lists(
-            folder / "rank_lists.png",
-            read_rank_lists(evaluation, query, gallery, rule=rule),
-            modalities=query.modalities,
-        )
-    )
-    if len(gallery) >= _FEWEST_MAPPED:
-        pictures.append(
-            embedding_map(
-                folder / "embedding_map.png",
-                evaluation.gallery.features,
-                gallery.labels.pid,
-                gallery.labels.camera,
-            )
-        )
-    of_nearest = confusion(query.labels.pid, np.array(queries["nearest_pid"]))
-    pictures.append(confusion_map(folder / "confusion.png", of_nearest))
-    if model.semantic is None and model.structure is None:
-        return pictures
-    pictures.append(_draw_usage(folder / "expert_usage.png", model, evaluation, gallery))
-    if attributes:
-        pictures.append(
-            attribute_usage(
-                folder / "attribute_usage.png",
-                evaluation.gallery.usage,
-                attributes,
-                modalities=gallery.modalities,
-            )
-        )
-    # The same sample in every run on these data, so that the maps of runs compare.
-    whole = np.flatnonzero(query.present.all(axis=1))
-    row = int(whole[0]) if len(whole) else int(query.present.sum(axis=1).argmax())
-    pictures.append(
-        _draw_routing(folder / "routing_maps.png", model, query, row, config=config, device=device)
-    )
-    return pictures
+    drawn = [draw(Path(folder) / name, evaluated) for name, draw in PICTURES.items()]
+    return [path for path in drawn if path is not None]
 
 
 def read_queries(
@@ -166,16 +136,39 @@ def _show(samples: SampleSet, rows: np.ndarray, rule: str) -> list[Shown]:
     ]
 
 
-def _draw_usage(path: Path, model: NEXT, evaluation: Evaluation, gallery: SampleSet) -> Path:
+def _draw_cmc(path: Path, of: Evaluated) -> Path:
+    return cmc_curve(path, {"this run": of.evaluation.metrics.cmc})
+
+
+def _draw_rank_lists(path: Path, of: Evaluated) -> Path:
+    lists = read_rank_lists(of.evaluation, of.query, of.gallery, rule=of.rule)
+    return rank_lists(path, lists, modalities=of.query.modalities)
+
+
+def _draw_embedding(path: Path, of: Evaluated) -> Path | None:
+    if len(of.gallery) < _FEWEST_MAPPED:
+        return None
+    labels = of.gallery.labels
+    return embedding_map(path, of.evaluation.gallery.features, labels.pid, labels.camera)
+
+
+def _draw_confusion(path: Path, of: Evaluated) -> Path:
+    of_nearest = confusion(of.query.labels.pid, np.array(of.queries["nearest_pid"]))
+    return confusion_map(path, of_nearest)
+
+
+def _draw_usage(path: Path, of: Evaluated) -> Path | None:
+    if not of.has_experts:
+        return None
     usage = mean_usage(
-        evaluation.gallery.usage,
-        gallery.labels.camera,
-        patches=model.patch_grid[0] * model.patch_grid[1],
-        tokens_per_expert=model.config.semantic.tokens_per_expert,
+        of.evaluation.gallery.usage,
+        of.gallery.labels.camera,
+        patches=of.model.patch_grid[0] * of.model.patch_grid[1],
+        tokens_per_expert=of.model.config.semantic.tokens_per_expert,
     )
     return expert_usage(
         path,
-        modalities=gallery.modalities,
+        modalities=of.gallery.modalities,
         structure_share=usage.structure_share,
         semantic_entropy=usage.semantic_entropy,
         cameras=[f"cam {camera}" for camera in usage.cameras],
@@ -184,26 +177,42 @@ def _draw_usage(path: Path, model: NEXT, evaluation: Evaluation, gallery: Sample
     )
 
 
-def _draw_routing(
-    path: Path,
-    model: NEXT,
-    samples: SampleSet,
-    row: int,
-    *,
-    config: RunConfig,
-    device: torch.device | str,
-) -> Path:
-    one = samples.select(np.array([row]))
-    (batch,) = evaluation_batches(one, config=config, device=device)
-    routing = route(model, batch)
+def _draw_attributes(path: Path, of: Evaluated) -> Path | None:
+    if not (of.has_experts and of.attributes):
+        return None
+    usage, modalities = of.evaluation.gallery.usage, of.gallery.modalities
+    return attribute_usage(path, usage, of.attributes, modalities=modalities)
+
+
+def _draw_routing(path: Path, of: Evaluated) -> Path | None:
+    if not of.has_experts:
+        return None
+    # The same sample in every run on these data, so that the maps of runs compare.
+    whole = np.flatnonzero(of.query.present.all(axis=1))
+    row = int(whole[0]) if len(whole) else int(of.query.present.sum(axis=1).argmax())
+    one = of.query.select(np.array([row]))
+    (batch,) = evaluation_batches(one, config=of.config, device=of.device)
+    routing = route(of.model, batch)
     return routing_maps(
         path,
         one.pixels(np.array([0]))[0].numpy(),
         modalities=one.modalities,
-        patch_grid=model.patch_grid,
+        patch_grid=of.model.patch_grid,
         semantic=None if routing.semantic is None else routing.semantic[0].numpy(),
         structure=None if routing.structure is None else routing.structure[0].numpy(),
-        slots=model.config.structure.slots,
+        slots=of.model.config.structure.slots,
         present=one.present[0],
         title=str(one.labels.sample_id[0]),
     )
+
+
+PICTURES: dict[str, Callable[[Path, Evaluated], Path | None]] = {
+    "cmc.png": _draw_cmc,
+    "rank_lists.png": _draw_rank_lists,
+    "embedding_map.png": _draw_embedding,
+    "confusion.png": _draw_confusion,
+    "expert_usage.png": _draw_usage,
+    "attribute_usage.png": _draw_attributes,
+    "routing_maps.png": _draw_routing,
+}
+"""Every picture of an evaluation by its file; what draws it returns None if there is nothing."""

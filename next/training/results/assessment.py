@@ -22,7 +22,7 @@ from next.evaluation.statistics.noise import paired_bootstrap
 from next.evaluation.whitening import Kind, Whitening, fit_whitening
 from next.model.network import NEXT
 from next.pictures.charts import learning_curves
-from next.pictures.model.all import draw_evaluation, read_queries
+from next.pictures.model.all import Evaluated, draw_evaluation, read_queries
 from next.pictures.model.missing_maps import missing_map
 from next.storage import write_whole
 from next.training.checkpointing.checkpoint import load_network, parse_state, read_progress, text_of
@@ -136,8 +136,7 @@ def assess(
     if not share.rank:
         held_out = split == "val" and config.selection.split == "val"
         source = "train" if held_out else "gallery"
-        pictures = draw_evaluation(
-            folder / "figures",
+        evaluated = Evaluated(
             network,
             found,
             query,
@@ -148,6 +147,7 @@ def assess(
             device=device,
             attributes=caption_attributes(manifest, source, gallery.rows),
         )
+        pictures = draw_evaluation(folder / "figures", evaluated)
     subsets: dict[str, float] = {}
     if matrix is not None:
         if not share.rank:

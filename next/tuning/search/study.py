@@ -10,17 +10,17 @@ from __future__ import annotations
 import logging
 import sqlite3
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import optuna
 import sqlalchemy
 from optuna.trial import TrialState
 
 from next.storage import drafting, with_sum, without_sum
+from next.tuning.search.samplers import make_pruner, make_sampler, unnoted_experiments
 from next.tuning.settings import SweepConfig
 
 FILE = "study.db"
@@ -63,7 +63,7 @@ def create_studies(
         storage = _storage(draft)
         search = optuna.create_study(storage=storage, study_name=name, directions=directions)
         # Metric names of several objectives are experimental; they only label a dashboard's axes.
-        with _experimental():
+        with unnoted_experiments():
             search.set_metric_names(list(objectives))
         optuna.create_study(storage=storage, study_name=_seeds_name(name), directions=directions)
         storage.remove_session()
@@ -145,60 +145,16 @@ def _damaged(path: Path, how: str) -> ValueError:
     )
 
 
-def make_sampler(sweep: SweepConfig, objectives: int, drawn: int) -> optuna.samplers.BaseSampler:
-    """The sampler for a study that holds ``drawn`` trials.
-
-    A sampler that starts anew with one seed would draw the first trials once more, so the seed
-    depends on how many there are; the Sobol sequence knows its place from the study.
-    """
-    seed = int(np.random.SeedSequence([sweep.seed, drawn]).generate_state(1)[0])
-    kind = sweep.sampler
-    if kind == "auto":
-        kind = "tpe" if objectives == 1 else "nsga2"
-    if kind == "nsga2":
-        # A generation of Optuna's usual 50 would never be followed by another in a short sweep.
-        size = min(50, max(6, sweep.search_runs // 5))
-        return optuna.samplers.NSGAIISampler(seed=seed, population_size=size)
-    if kind == "random":
-        return optuna.samplers.RandomSampler(seed=seed)
-    with _experimental():
-        if kind == "quasi-random":
-            return optuna.samplers.QMCSampler(
-                scramble=True,
-                seed=sweep.seed,
-                independent_sampler=optuna.samplers.RandomSampler(seed=seed),
-                warn_independent_sampling=False,
-                warn_asynchronous_seeding=False,
-            )
-        return optuna.samplers.TPESampler(
-            multivariate=True,
-            group=True,
-            n_startup_trials=min(10, max(4, sweep.search_runs // 4)),
-            seed=seed,
-        )
-
-
-def make_pruner(sweep: SweepConfig, objectives: int) -> optuna.pruners.BasePruner:
-    """The pruner; several objectives are never pruned."""
-    if objectives > 1 or sweep.pruner == "none":
-        return optuna.pruners.NopPruner()
-    if sweep.pruner == "median":
-        return optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=sweep.grace_epochs)
-    return optuna.pruners.SuccessiveHalvingPruner(
-        min_resource=sweep.grace_epochs, reduction_factor=sweep.reduction
-    )
-
-
 def ask(study: optuna.Study) -> optuna.Trial:
     """The next trial of a study, without Optuna's notes on what is experimental."""
-    with _experimental():
+    with unnoted_experiments():
         return study.ask()
 
 
 def draw(suggest: Callable[[optuna.trial.BaseTrial], dict[str, Any]], trial: optuna.Trial) -> None:
     """Draw a trial's settings and keep them with it; what was drawn before stays as it is."""
     if "settings" not in trial.user_attrs:
-        with _experimental():
+        with unnoted_experiments():
             trial.set_user_attr("settings", suggest(trial))
 
 
@@ -372,11 +328,3 @@ def _storage(path: Path) -> optuna.storages.RDBStorage:
 
 def _seeds_name(name: str) -> str:
     return name + _SEEDS
-
-
-@contextmanager
-def _experimental() -> Iterator[None]:
-    """Optuna has marked ``group``, Sobol sequences and metric names as experimental for years."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        yield

@@ -13,14 +13,20 @@ from next.pictures.model import identity_maps as identitymaps
 from next.pictures.model import rank_lists as ranklists
 from next.pictures.model import routing_maps as routingmaps
 from next.pictures.model import usage_maps as usagemaps
-from next.pictures.model.all import draw_evaluation, read_queries, read_rank_lists
+from next.pictures.model.all import (
+    PICTURES,
+    Evaluated,
+    draw_evaluation,
+    read_queries,
+    read_rank_lists,
+)
 
 
 def draw(folder, model, samples, config, rule="camera", **given):
     found = evaluate(model, samples, samples, rule=rule, config=config, device="cpu")
     queries = read_queries(found, samples, samples)
     given |= {"queries": queries, "rule": rule, "config": config}
-    return draw_evaluation(folder, model, found, samples, samples, device="cpu", **given)
+    return draw_evaluation(folder, Evaluated(model, found, samples, samples, device="cpu", **given))
 
 
 def test_all_pictures_of_a_run(tmp_path, make_model, samples, config, drawn):
@@ -33,15 +39,7 @@ def test_all_pictures_of_a_run(tmp_path, make_model, samples, config, drawn):
         config,
         attributes={"gender: male": np.arange(24) < 8},
     )
-    assert [path.name for path in paths] == [
-        "cmc.png",
-        "rank_lists.png",
-        "embedding_map.png",
-        "confusion.png",
-        "expert_usage.png",
-        "attribute_usage.png",
-        "routing_maps.png",
-    ]
+    assert [path.name for path in paths] == list(PICTURES)
     for path in paths:
         with Image.open(path) as picture:
             picture.load()

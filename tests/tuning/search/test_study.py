@@ -16,7 +16,6 @@ from next.tuning.search.study import (
     end,
     fitting,
     inherit,
-    make_sampler,
     open_studies,
     unfinished,
 )
@@ -235,8 +234,3 @@ def test_a_setting_that_the_new_space_leaves_out_must_have_had_the_base_value(tm
 
     (found,) = fitting(old, lambda s: override(RunConfig(), s).model_dump(), without)
     assert found.trial.number == 0
-
-
-def test_the_sampler_follows_the_number_of_objectives():
-    assert isinstance(make_sampler(SWEEP, 1, 0), optuna.samplers.TPESampler)
-    assert isinstance(make_sampler(SWEEP, 2, 0), optuna.samplers.NSGAIISampler)
