@@ -25,7 +25,6 @@ from rich.table import Table
 
 from next.benchmark.card import Benchmark, load_card
 from next.captioning.output import CaptionResult, caption_path, write_captions
-from next.captioning.quality.figures import draw_report
 from next.captioning.quality.report import QualityReport, guess_schema, measure, read_caption_files
 from next.captioning.requests.engine import Totals
 from next.captioning.requests.ledger import Ledger
@@ -35,12 +34,13 @@ from next.captioning.schema.attributes import SCHEMAS, load_schema
 from next.captioning.schema.labels import load_labels
 from next.captioning.schema.merge import Calibration
 from next.captioning.source import FolderSource, ShardSource, Source
-from next.cli import FAILURE, REQUIRED, USER_ERROR, ProgressLine, parse, run_job
+from next.cli import FAILURE, REQUIRED, ProgressLine, call_verb, parse, run_job
 from next.config import near_matches
 from next.data.shards.reader import open_manifest
 from next.data.source.images import OnBad
 from next.data.source.ingest import ScanOptions
 from next.lease import Lease
+from next.pictures.caption_quality import draw_report
 from next.storage import open_folder
 
 WIDTH = 160
@@ -110,18 +110,8 @@ class QualityJob:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Find the subcommand and call it."""
-    commands: dict[str, Callable[[Sequence[str]], int]] = {"run": run, "quality": quality}
-    name = argv[0] if argv else "--help"
-    if name in commands:
-        return commands[name](argv[1:])
-    print(__doc__)
-    print(f"Commands: {', '.join(commands)}; each takes --help.")
-    if name in ("--help", "-h"):
-        return 0
-    close = near_matches(name, list(commands)) or list(commands)
-    print(f"\nerror: there is no command {name!r}; did you mean {' or '.join(close)}?")
-    return USER_ERROR
+    """Call the verb, exit code."""
+    return call_verb(argv, {"run": run, "quality": quality}, f"{__doc__}\nEach takes --help.")
 
 
 def run(argv: Sequence[str]) -> int:

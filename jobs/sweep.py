@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from next.cli import REQUIRED, Settings, parse, run_defaults, run_job
+from next.cli import REQUIRED, Settings, call_verb, parse, run_defaults, run_job
 from next.config import RunConfig, override
 from next.tuning.search.space import judged_by, load_space
 from next.tuning.settings import SweepConfig
@@ -116,15 +116,9 @@ class ListJob:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Parse, call, exit code."""
+    """Call the verb, exit code."""
     verbs = {"start": _start, "resume": _resume, "report": _report, "list": _list}
-    if not argv or argv[0] in ("-h", "--help"):
-        print(_USAGE)
-        return 0 if argv else 2
-    verb, rest = (argv[0], argv[1:]) if argv[0] in verbs else ("start", argv)
-    if verb == "start" and not argv[0].startswith("-") and argv[0] != "start":
-        raise ValueError(f"{argv[0]!r} must be one of {', '.join(verbs)}; see --help")
-    return verbs[verb](rest)
+    return call_verb(argv, verbs, _USAGE, unsaid="start")
 
 
 # What sweeps is imported once the command line is known to be right: it takes seven seconds.

@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 from abc import ABC
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -22,7 +22,7 @@ import tyro
 from next.addresses import require_no_secret
 from next.benchmark.card import Benchmark, load_card
 from next.benchmark.procedural.benchmark import VARIANTS, write_demo
-from next.config import RunConfig, load_recipe, override
+from next.config import RunConfig, load_recipe, near_matches, override
 from next.data.shards.reader import open_manifest
 from next.data.source.ingest import prepare
 from next.stopping import INTERRUPTED, LostRayError, Stopped, heeding, lost_ray
@@ -67,7 +67,7 @@ def parse(job: type[Job], argv: Sequence[str], *, default: Job | None = None) ->
     settings: dict[str, Any] = {} if default is None else {"default": default}
     parsed = tyro.cli(
         job,
-        args=[_underscored(word) for word in argv],
+        args=argv,
         prog=Path(sys.argv[0]).name,
         description=inspect.cleandoc(job.__doc__ or ""),
         use_underscores=True,
@@ -81,6 +81,39 @@ def parse(job: type[Job], argv: Sequence[str], *, default: Job | None = None) ->
             refuse_fleeting("checkpoint.storage_path", value.checkpoint.storage_path)
             refuse_fleeting("data.cache", value.data.cache, buckets=False)
     return parsed
+
+
+def call_verb(
+    argv: Sequence[str],
+    verbs: Mapping[str, Callable[[Sequence[str]], int]],
+    usage: str,
+    *,
+    unsaid: str | None = None,
+) -> int:
+    """Call the verb that a command line begins with; gives the exit code.
+
+    Args:
+        argv: words of the command line. ``--help``, or none, shows the usage.
+        verbs: each gets the words after its own.
+        usage: of the job.
+        unsaid: verb of a command line that begins with a flag; None: there is none.
+
+    Raises:
+        ValueError: there is no such verb; the near match is named.
+    """
+    first = argv[0] if argv else ""
+    if first in verbs:
+        return verbs[first](argv[1:])
+    if first in ("", "-h", "--help"):
+        sys.stdout.write(f"{usage.rstrip()}\n")
+        return 0 if first else USER_ERROR
+    if unsaid is not None and first.startswith("-"):
+        return verbs[unsaid](argv)
+    close = near_matches(first, list(verbs)) or list(verbs)
+    raise ValueError(
+        f"the first word must be one of {', '.join(verbs)}, but got {first!r}; did you mean "
+        f"{' or '.join(close)}?"
+    )
 
 
 @dataclass(frozen=True)
@@ -397,11 +430,3 @@ def _end(said: str, code: int) -> int:
     sys.stderr.flush()
     _log.debug("%s", traceback.format_exc())
     return code
-
-
-def _underscored(word: str) -> str:
-    """``--dry-run`` and ``--dry_run`` are one flag."""
-    if not word.startswith("--"):
-        return word
-    flag, equals, value = word.partition("=")
-    return "--" + flag[2:].replace("-", "_") + equals + value

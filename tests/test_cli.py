@@ -1,4 +1,5 @@
 import logging
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from next.cli import (
     ProgressLine,
     Settings,
     base_config,
+    call_verb,
     named_options,
     parse,
     run_defaults,
@@ -51,6 +53,35 @@ def test_a_wrong_flag_ends_with_code_2_and_says_why(argv, words, capsys):
     assert ended.value.code == 2
     said = capsys.readouterr()
     assert all(word in said.out + said.err for word in words)
+
+
+VERBS = {"run": lambda argv: len(argv), "list": lambda argv: 10 + len(argv)}
+
+
+@pytest.mark.parametrize(
+    ("argv", "code"),
+    [(["run"], 0), (["run", "--a", "b"], 2), (["list", "x"], 11), (["--a", "b"], 12)],
+)
+def test_a_verb_gets_the_words_after_it_and_the_unsaid_one_gets_flags(argv, code):
+    assert call_verb(argv, VERBS, "usage", unsaid="list") == code
+
+
+@pytest.mark.parametrize(("argv", "code"), [(["--help"], 0), (["-h"], 0), ([], 2)])
+def test_a_job_of_verbs_shows_its_usage(argv, code, capsys):
+    assert call_verb(argv, VERBS, "usage: x {run,list}\n", unsaid="list") == code
+    assert capsys.readouterr().out == "usage: x {run,list}\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["rum"], "must be one of run, list, but got 'rum'; did you mean run?"),
+        (["--a"], "must be one of run, list, but got '--a'; did you mean run or list?"),
+    ],
+)
+def test_a_wrong_verb_is_refused_with_the_near_match(argv, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call_verb(argv, VERBS, "usage")
 
 
 def test_named_options_are_found_among_others():

@@ -6,14 +6,11 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from next.captioning.quality.report import Group, QualityReport
-
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Told apart by colour-blind readers too (Okabe and Ito)."""
-DASHES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
+from next.captioning.quality.report import QualityReport
+from next.pictures.canvas import COLOURS, DASHES, house_style, plot_figure, save
+from next.pictures.heatmaps import heat_map
 
 
 def draw_report(report: QualityReport, folder: str | Path) -> list[Path]:
@@ -21,17 +18,13 @@ def draw_report(report: QualityReport, folder: str | Path) -> list[Path]:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     pictures = {
-        "lengths": _lengths(report),
-        "unusable": _unusable(report),
-        "coverage": _coverage(report),
-        "contradictions": _contradictions(report),
+        "lengths": _lengths,
+        "unusable": _unusable,
+        "coverage": _coverage,
+        "contradictions": _contradictions,
     }
-    paths = []
-    for name, figure in pictures.items():
-        path = folder / f"{name}.png"
-        figure.savefig(path, metadata={"Software": None})
-        paths.append(path)
-    return paths
+    with house_style():
+        return [save(draw(report), folder / f"{name}.png") for name, draw in pictures.items()]
 
 
 def _lengths(report: QualityReport) -> Figure:
@@ -44,7 +37,6 @@ def _lengths(report: QualityReport) -> Figure:
             label=f"{name}: mean {group.mean_words:.1f}",
             color=COLOURS[number % len(COLOURS)],
             linestyle=DASHES[number % len(DASHES)],
-            linewidth=2.2,
             drawstyle="steps-mid",
         )
     used = np.flatnonzero(report.all.lengths)
@@ -52,7 +44,7 @@ def _lengths(report: QualityReport) -> Figure:
     axes.set_xlabel("words")
     axes.set_ylabel("captions, %")
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
+    axes.legend()
     return figure
 
 
@@ -75,27 +67,22 @@ def _unusable(report: QualityReport) -> Figure:
     axes.set_xticks(range(len(groups)), list(groups))
     axes.set_ylabel("captions, %")
     axes.margins(y=0.3)
-    axes.legend(frameon=False, ncols=2, loc="upper center")
+    axes.legend(ncols=2, loc="upper center")
     return figure
 
 
 def _coverage(report: QualityReport) -> Figure:
     names = list(report.all.coverage)
-    table = np.array([[group.coverage[name] for name in names] for group in _groups(report)]).T
-    figure, axes = _plot(
-        2.6 + 1.3 * table.shape[1],
-        1.6 + 0.32 * len(names),
+    groups = report.modalities.values()
+    table = np.array([[group.coverage[name] for name in names] for group in groups]).T
+    figure = plot_figure(3.0 + 1.3 * table.shape[1], 1.6 + 0.4 * len(names))
+    heat_map(
+        figure.add_subplot(),
         "Captions that give\nan attribute, %",
-        grid=False,
+        table,
+        [name.replace("_", " ") for name in names],
+        list(report.modalities),
     )
-    axes.imshow(table, cmap="Blues", vmin=0, vmax=100, aspect="auto")
-    for (row, column), value in np.ndenumerate(table):
-        axes.text(
-            column, row, f"{value:.0f}", ha="center", va="center",
-            color="white" if value > 60 else "black", fontsize=10,
-        )  # fmt: skip
-    axes.set_xticks(range(table.shape[1]), list(report.modalities))
-    axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
     return figure
 
 
@@ -119,18 +106,8 @@ def _contradictions(report: QualityReport) -> Figure:
     return figure
 
 
-def _groups(report: QualityReport) -> list[Group]:
-    return list(report.modalities.values())
-
-
-def _plot(width: float, height: float, title: str, *, grid: bool = True) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+def _plot(width: float, height: float, title: str) -> tuple[Figure, Axes]:
+    figure = plot_figure(width, height)
     axes = figure.add_subplot()
-    axes.set_title(title, fontsize=13, fontweight="bold", wrap=True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    if grid:
-        axes.grid(color="#D9D9D9")
-        axes.set_axisbelow(True)
+    axes.set_title(title, wrap=True)
     return figure, axes

@@ -1,4 +1,4 @@
 """What captions are worth.
 
-Read ``report.py`` first. In: captions, and labels if known. Out: a report with figures.
+Read ``report.py`` first. In: captions, and labels if known. Out: a report.
 """
