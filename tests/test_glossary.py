@@ -12,17 +12,25 @@ PAGE = ROOT / "docs" / "glossary.md"
 
 RETIRED = {
     "bell": "request",
+    "benchmark card": "card",
     "early killing": "pruning",
     "entrant": "candidate",
+    "fingerprint": "digest",
     "hang up": "channel",
     "hold-out": "held-out identities",
     "hyper-parameter": "setting",
     "hyperparameter": "setting",
     "purse": "budget",
     "racer": "candidate",
+    "test set": "split",
     "toy data": "procedural benchmark",
+    "training run": "run",
+    "training set": "split",
+    "trial run": "trial",
     "trunk": "tower",
     "validation identities": "held-out identities",
+    "validation score": "held-out identities",
+    "validation set": "held-out identities",
 }
 """Word -> the term of the glossary. The plural is retired, too."""
 

@@ -1,4 +1,4 @@
-"""Which train identities are held out for validation, so that they can be measured on.
+"""Which train identities are held out of training, so that they can be measured on.
 
 Under the camera rule an identity that one camera has seen can never be a query; in RGBNT201 these
 are 120 of 171. So the held-out identities are drawn among those that can be queries under the

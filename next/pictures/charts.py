@@ -56,7 +56,7 @@ def learning_curves(
     xlabel: str = "step",
     chosen: int | None = None,
 ) -> Path:
-    """Training loss above, validation scores below, over one axis of steps.
+    """Training loss above, scores on held-out identities below, over one axis of steps.
 
     Args:
         path: PNG to write.
@@ -111,7 +111,7 @@ def learning_curves(
                 markeredgewidth=2.4,
                 clip_on=False,
             )
-    lower.set(ylabel="%", title="Validation", ylim=(0, 100), xlabel=xlabel)
+    lower.set(ylabel="%", title="Held-out identities", ylim=(0, 100), xlabel=xlabel)
     _legend_below(lower, columns=2)
     lower.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
     return save(figure, path)

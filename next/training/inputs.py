@@ -211,7 +211,7 @@ def _samples(config: RunConfig, manifest: Manifest, split: str, text: Path | Non
 
 
 def _parts(config: RunConfig, manifest: Manifest, split: str) -> list[np.ndarray]:
-    """The rows of each shard; those held out for validation apart, since every worker reads them.
+    """The rows of each shard; those that are held out apart, since every worker reads them.
 
     So a worker's disk holds its own shards and the held-out identities, not all of the split. With
     several folds, each fold's rows of each shard are a part of their own: a run of another fold

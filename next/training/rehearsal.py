@@ -68,7 +68,7 @@ class Rehearsal(NamedTuple):
             f"plan          {self.plan_hash} (epoch 0)",
             f"train         {self.train_identities} identities, {self.train_samples} samples",
             f"held out      {self.held_out_identities} identities, {self.held_out_samples} samples",
-            *_measurable_lines("validation", self.held_out),
+            *_measurable_lines("val", self.held_out),
             *_measurable_lines("test", self.test),
             f"modalities    {', '.join(self.modalities)} at {self.image_size[0]}x"
             f"{self.image_size[1]} (H x W)",

@@ -23,7 +23,7 @@ def test_a_dry_run_says_what_a_step_costs_and_warns_of_too_little_memory(tiny_co
         config.batch.size / 2 * found.activation_bytes_per_sample, rel=0.05
     ), "half of the batch is held at a time"
     assert f"{found.gflops_per_sample:,.1f} GFLOPs a sample" in lines
-    assert "\nvalidation    4 identities with 32 queries; standard error about 15.0 mAP" in lines
+    assert "\nval           4 identities with 32 queries; standard error about 15.0 mAP" in lines
     assert "\nWARNING       few: settings that differ by less than 9.8 mAP cannot be told" in lines
     assert "\ntest          6 identities with 36 queries; standard error about 12.2 mAP" in lines
     assert json.loads(json.dumps(found.as_json()))["held_out"]["queries"] == 32

@@ -198,7 +198,7 @@ def read_progress(folder: Path) -> Progress:
         path = Path(folder) / name
         if path.parent != Path(folder):
             raise ValueError(f"{record} must list files of its folder, but lists {name!r}")
-        found = _fingerprint(path) if path.is_file() else "no file"
+        found = _size_and_sum(path) if path.is_file() else "no file"
         if found != expected:
             raise ValueError(
                 f"{path} is torn: expected {expected}, found {found}; use another checkpoint"
@@ -365,7 +365,7 @@ def _write_files(folder: Path, snapshot: Snapshot) -> None:
     if snapshot.text is not None:
         _link(snapshot.text, folder / TEXT)
     (folder / "config.toml").write_text(to_toml(snapshot.config), encoding="utf-8")
-    files = {path.name: _fingerprint(path) for path in sorted(folder.iterdir())}
+    files = {path.name: _size_and_sum(path) for path in sorted(folder.iterdir())}
     state = {"format": _FORMAT, "progress": asdict(snapshot.progress), "files": files}
     write_state(folder, state)
 
@@ -378,7 +378,7 @@ def _link(file: Path, place: Path) -> None:
         shutil.copyfile(file, place)
 
 
-def _fingerprint(path: Path) -> str:
+def _size_and_sum(path: Path) -> str:
     with path.open("rb") as file:
         return (
             f"{path.stat().st_size} bytes, sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}"

@@ -58,7 +58,7 @@ class Summary(NamedTuple):
     """What the best run's val/mAP rests on; None: it kept no queries."""
 
     def rests_on(self) -> str:
-        """What validation scores rest on, in words; empty: not known."""
+        """What scores on held-out identities rest on, in words; empty: not known."""
         if self.basis is None:
             return ""
         return f"{METRIC} of {self.run} rests on {self.basis} (over held-out identities)"
