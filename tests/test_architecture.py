@@ -4,7 +4,9 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from functools import cache
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -139,6 +141,65 @@ def test_a_library_has_one_home(library):
     for path in (ROOT / "next").rglob("*.py"):
         if any(name.split(".")[0] == library for name in imports(path)):
             assert relative(path).startswith(HOMES[library]), f"{relative(path)}: {library}"
+
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+UNSEEN = {"onnx", "onnxscript"}
+"""What torch's exporter imports, and no module of ours."""
+TOOLS = {
+    "flask-wtf", "moto", "mypy", "pytest-timeout", "pytest-xdist", "ruff", "types-psutil", "duckdb",
+}  # fmt: skip
+"""What tests run as a program or as a plugin, or read from the README."""
+
+
+def declared(*extras: str) -> set[str]:
+    """Distributions that the project asks for, with these extras."""
+    lines = PROJECT["dependencies"] + [
+        line for extra in extras for line in PROJECT["optional-dependencies"][extra]
+    ]
+    return {re.match(r"[\w.-]+", line)[0].lower().replace("_", "-") for line in lines}
+
+
+def needed(*folders: str) -> dict[str, set[str]]:
+    """Distributions that have each library imported below these folders, by its name."""
+    ours = {"next", "jobs", "tests", *(path.stem for path in (ROOT / "benchmarks").glob("*.py"))}
+    names = {
+        name.split(".")[0]
+        for folder in folders
+        for path in (ROOT / folder).rglob("*.py")
+        for name in imports(path)
+    } - ours
+    known = packages_distributions()
+    return {
+        name: {one.lower().replace("_", "-") for one in known.get(name, [name])}
+        for name in names - sys.stdlib_module_names
+    }
+
+
+SHIPPED = [extra for extra in PROJECT["optional-dependencies"] if extra != "dev"]
+
+
+@pytest.mark.parametrize(
+    ("folders", "extras"),
+    [
+        (("next", "jobs", "tune_spaces"), SHIPPED),
+        (("next", "jobs", "tune_spaces", "benchmarks", "tests"), [*SHIPPED, "dev"]),
+    ],
+    ids=["shipped", "with tests and measurements"],
+)
+def test_what_is_imported_is_declared_and_the_other_way_round(folders, extras):
+    libraries = needed(*folders)
+    asked = declared(*extras)
+    missing = {name for name, of in libraries.items() if not of & asked}
+    assert missing == set(), "declare them in pyproject.toml"
+    unused = asked.difference(*libraries.values()) - UNSEEN - TOOLS
+    assert unused == set(), "nothing imports them: take them out of pyproject.toml"
+
+
+def test_what_is_declared_is_pinned():
+    pins = (ROOT / "requirements.txt").read_text()
+    pinned = {line.partition("==")[0].lower().replace("_", "-") for line in pins.splitlines()}
+    assert declared(*PROJECT["optional-dependencies"]) - pinned == set()
 
 
 def test_the_loop_and_the_model_need_neither_ray_nor_mlflow():
