@@ -33,11 +33,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from next.cli import Settings, parse, run_defaults, run_job, with_demo_data
+from next.cli import Settings, parse, run_defaults, run_job
 from next.config import RunConfig, from_toml, override, to_toml
 from next.data.captions import CaptionSampler
 from next.data.loading.samples import SampleSet
 from next.data.shards.reader import Manifest, open_manifest
+from next.demo import with_demo_data
 from next.evaluation.protocol import evaluate
 from next.evaluation.statistics.noise import score_basis, seed_spread
 from next.model.network import NEXT

@@ -19,9 +19,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-from next.cli import Settings, parse, run_defaults, run_job, with_demo_data
+from next.cli import Settings, parse, run_defaults, run_job
 from next.config import RunConfig, override
 from next.data.shards.reader import Manifest, open_manifest
+from next.demo import with_demo_data
 from next.evaluation.missing import MissingMatrix
 from next.evaluation.statistics.noise import seed_spread
 from next.storage import write_whole

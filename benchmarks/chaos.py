@@ -42,9 +42,9 @@ import psutil
 
 from next.benchmark.card import load_card
 from next.benchmark.procedural.benchmark import DemoSize, write_demo
-from next.cli import DEMO_CARD
 from next.config import RunConfig, override, to_toml
 from next.data.source.ingest import prepare
+from next.demo import DEMO_CARD
 from next.stopping import INTERRUPTED
 from next.storage import write_whole
 from next.tracking.journal import read_metrics

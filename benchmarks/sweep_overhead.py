@@ -28,9 +28,10 @@ import optuna
 from footprint import process_memory
 
 from next.benchmark.card import load_card
-from next.cli import DEMO_CARD, base_config, demo_shards
+from next.cli import base_config
 from next.config import RunConfig, from_toml, override, to_toml
 from next.data.shards.reader import open_manifest
+from next.demo import DEMO_CARD, demo_shards
 from next.training.distributed.cluster import start_ray
 from next.training.inputs import resolve, training_data
 from next.training.loop import train

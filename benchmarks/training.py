@@ -37,9 +37,10 @@ import torch.distributed as dist
 from scipy import stats
 
 from next.benchmark.card import load_card
-from next.cli import DEMO_CARD, base_config, demo_shards
+from next.cli import base_config
 from next.config import RunConfig, from_toml, override, to_toml
 from next.data.shards.reader import open_manifest
+from next.demo import DEMO_CARD, demo_shards
 from next.model.network import NEXT
 from next.tracking.run import read_metrics
 from next.training.checkpointing.checkpoint import Progress, take_snapshot, write_snapshot

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from next.benchmark.card import load_card
-from next.cli import DEMO_CARD, Settings, base_config, demo_shards, parse, run_job
+from next.cli import Settings, base_config, parse, run_job
 from next.config import RunConfig, override
+from next.demo import DEMO_CARD, demo_shards
 from next.tuning.search.space import check_space, load_space
 from next.tuning.settings import SweepConfig
 

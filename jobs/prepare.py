@@ -19,8 +19,6 @@ from next.cli import (
     USER_ERROR,
     ProgressLine,
     base_config,
-    demo_card,
-    draw_demo,
     parse,
     run_job,
 )
@@ -33,6 +31,7 @@ from next.data.shards.reader import Manifest, open_manifest
 from next.data.shards.writer import Run
 from next.data.source.ingest import ScanOptions, prepare, scan
 from next.data.wording import count
+from next.demo import demo_card, draw_demo
 from next.evaluation.queries import HELD_OUT, TEST, measurable, queries_of_splits
 
 LOOKS = ("check", "peek", "verify_order")

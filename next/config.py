@@ -412,12 +412,16 @@ Metric = Literal[
     "train/seconds_per_step",
 ]
 """What is reported after each evaluation, and can choose."""
+METRIC: Metric = "val/mAP"
+"""What chooses where nobody says what; what queries are resampled for."""
+SCORES: dict[str, str] = {METRIC: "mAP", "val/rank1": "Rank-1"}
+"""What tables, curves and the log show whatever chooses, and its short names."""
 
 
 class SelectionConfig(Section):
     """How the best epoch and the best trial are chosen."""
 
-    metric: Metric = "val/mAP"
+    metric: Metric = METRIC
     """Decides which epoch is the best one, whose checkpoint is kept and assessed. In a sweep it is
     the first of its space's OBJECTIVES."""
     mode: Literal["auto", "max", "min"] = "auto"

@@ -39,6 +39,7 @@ LEVEL = {
     "tuning": 11,
     "cli": 12,
     "doctor": 12,
+    "demo": 13,
 }
 HOMES = {
     "pyarrow": (
@@ -202,15 +203,24 @@ def test_what_is_declared_is_pinned():
     assert declared(*PROJECT["optional-dependencies"]) - pinned == set()
 
 
-def test_the_loop_and_the_model_need_neither_ray_nor_mlflow():
-    seen, queue = set(), [ROOT / "next/training/loop.py", ROOT / "next/model/network.py"]
+@pytest.mark.parametrize(
+    ("first", "without"),
+    [
+        (["training/loop.py", "model/network.py"], {"ray", "mlflow", "optuna"}),
+        (["training/inputs.py"], {"ray", "mlflow", "optuna"}),
+        (["tuning/folder.py", "tuning/report/report.py"], {"ray"}),
+    ],
+    ids=["loop and model", "inputs of a run", "reading a sweep"],
+)
+def test_what_is_not_needed_is_not_imported(first, without):
+    seen, queue = set(), [ROOT / "next" / name for name in first]
     while queue:
         path = queue.pop()
         seen.add(path)
         top_level = {
             name for node in ast.parse(path.read_text()).body for name in imports_of_statement(node)
         }
-        assert not {name.split(".")[0] for name in top_level} & {"ray", "mlflow", "optuna"}, path
+        assert not {name.split(".")[0] for name in top_level} & without, path
         for name in top_level:
             module = ROOT / (name.replace(".", "/") + ".py")
             if name.startswith("next.") and module.exists() and module not in seen:
@@ -319,6 +329,15 @@ def test_a_clone_alone_has_all_that_tests_and_benchmarks_read():
         for path in (ROOT / folder).rglob("*.py"):
             if path != Path(__file__):
                 assert not outside.search(path.read_text(encoding="utf-8")), relative(path)
+
+
+def test_the_metric_that_chooses_by_default_is_named_in_one_place():
+    """Beside it, the checkpoints of older versions, which chose by no other."""
+    named = {"next/config.py", "next/training/checkpointing/store.py"}
+    for path in (ROOT / "next").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and node.value == "val/mAP":
+                assert relative(path) in named, f"{relative(path)}:{node.lineno}: write METRIC"
 
 
 def test_print_stays_in_the_jobs():

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from next import cli
 from next.benchmark.card import load_card
 from next.cli import (
     ProgressLine,
@@ -219,14 +218,3 @@ def test_in_a_ray_job_absolute_folders_and_buckets_are_fine(monkeypatch):
     assert parse(DataJob, argv).config.data.cache == "~/c"
     with pytest.raises(ValueError, match="--data must be an absolute path or s3:// address"):
         run_defaults(["--data", "shards/x"])
-
-
-def test_a_benchmark_draws_its_data_only_where_none_are_named(monkeypatch):
-    drawn = []
-    monkeypatch.setattr(cli, "demo_shards", lambda folder, variant: drawn.append(variant) or folder)
-    for argv in (["--data", "x"], ["--data=x"], ["--help"]):
-        assert cli.with_demo_data(argv) == argv
-    assert drawn == []
-    assert cli.with_demo_data(["--seeds", "1"]) == ["--seeds", "1", "--data", "demo"]
-    assert cli.with_demo_data(["--benchmark", "large"])[-2:] == ["--data", "demo"]
-    assert drawn == ["demo", "large"]

@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
+from next.config import METRIC, SCORES
 from next.evaluation.statistics.noise import seed_spread
 from next.pictures.canvas import (
     COLOURS,
@@ -63,14 +64,14 @@ def learning_curves(
         rows: (step, metrics) as they were logged; a metric may be missing in any row.
         loss: name of the metric of the upper panel.
         scores: metric -> label of the lower panel's lines, percentages; on the first one the
-            chosen step is marked. Default: ``val/mAP`` and ``val/rank1``.
+            chosen step is marked. Default: :data:`next.config.SCORES`.
         xlabel: what a step is.
         chosen: step of the checkpoint that was chosen; None: where the first score is best.
 
     Raises:
         ValueError: no row holds any of the metrics.
     """
-    scores = scores or {"val/mAP": "mAP", "val/rank1": "Rank-1"}
+    scores = scores or SCORES
     series = {name: _series(rows, name) for name in (loss, *scores)}
     if not any(len(steps) for steps, _ in series.values()):
         raise ValueError(
@@ -184,7 +185,7 @@ def sweep_overview(
     path: str | Path,
     trials: Sequence[TrialPoint],
     *,
-    objective: str = "val/mAP",
+    objective: str = METRIC,
     mode: Literal["max", "min"] = "max",
     note: str = "",
 ) -> Path:

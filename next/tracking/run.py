@@ -20,7 +20,7 @@ from typing import Any, Literal, SupportsFloat
 
 from next.addresses import tracking_uri
 from next.storage import write_whole
-from next.tracking.delivery.client import check_server, child_run_ids
+from next.tracking.delivery.client import check_server
 from next.tracking.delivery.delivery import Address, Delivery
 from next.tracking.delivery.publication import Publication
 from next.tracking.delivery.sender import Sender
@@ -50,16 +50,13 @@ from next.tracking.views.images import (
     table_tag,
     write_table,
 )
-from next.tracking.views.links import compare_url, experiment_url, run_url
+from next.tracking.views.links import run_url
 
 __all__ = [
     "Replay",
     "Run",
     "TrackingServer",
     "check_server",
-    "child_run_ids",
-    "compare_url",
-    "experiment_url",
     "open_run",
     "read_metrics",
     "read_status",

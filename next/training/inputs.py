@@ -20,7 +20,23 @@ from next.evaluation.queries import check_measurable
 from next.model.towers.backbone import resolve_weights
 from next.model.towers.clip import text_side
 from next.model.towers.text import TextTower
-from next.training.loop import TrainingData
+
+
+class TrainingData(NamedTuple):
+    """What one run reads."""
+
+    train: SampleSet
+    """Train samples without the held-out identities."""
+    query: SampleSet
+    """Queries that choose the best epoch."""
+    gallery: SampleSet
+    """Their gallery; may be ``query`` itself."""
+    rule: str
+    """Which matches do not count (the card's rule)."""
+    digest: str
+    """Digest of the shards."""
+    text: Path | None = None
+    """File of the text tower's weights, where a pretrained one reads captions."""
 
 
 class TestData(NamedTuple):

@@ -23,8 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from next.config import LossConfig, OptimConfig, RunConfig
-from next.data.loading.loader import Batch, SampleSet, train_batches
+from next.config import SCORES, LossConfig, OptimConfig, RunConfig
+from next.data.loading.loader import Batch, train_batches
 from next.data.loading.plan import occurrences, plan_hash, training_plan, worker_slice
 from next.evaluation.protocol import Evaluation, evaluate
 from next.evaluation.share import Share
@@ -38,6 +38,7 @@ from next.training.checkpointing.checkpoint import (
     take_snapshot,
 )
 from next.training.checkpointing.interruption import Interrupted, Request
+from next.training.inputs import TrainingData
 from next.training.results.report import Reporter, TakeSnapshot
 from next.training.step.cost import explain_shortage, is_shortage
 from next.training.step.cuda_graph import Recording
@@ -57,23 +58,6 @@ class Worker(NamedTuple):
 
 ALONE = Worker()
 """One process on the CPU."""
-
-
-class TrainingData(NamedTuple):
-    """What one run reads."""
-
-    train: SampleSet
-    """Train samples without the held-out identities."""
-    query: SampleSet
-    """Queries that choose the best epoch."""
-    gallery: SampleSet
-    """Their gallery; may be ``query`` itself."""
-    rule: str
-    """Which matches do not count (the card's rule)."""
-    digest: str
-    """Digest of the shards."""
-    text: Path | None = None
-    """File of the text tower's weights, where a pretrained one reads captions."""
 
 
 class Outcome(NamedTuple):
@@ -211,8 +195,8 @@ def train(
         if worker.rank == 0:
             _log.info(
                 "epoch %d/%d  loss %.3f  val mAP %.1f  rank1 %.1f  %.1f s  plan %s",
-                done, config.optim.epochs, train_loss, metrics["val/mAP"],
-                metrics["val/rank1"], seconds, progress.plan_hash[:8],
+                done, config.optim.epochs, train_loss, *(metrics[name] for name in SCORES),
+                seconds, progress.plan_hash[:8],
             )  # fmt: skip
         reporter.report(metrics | pace, snapshot)
 

@@ -16,8 +16,8 @@ from optuna.trial import TrialState
 from next.config import RunConfig, flatten
 from next.evaluation.statistics.blocks import SharedSeeds, shared_seeds
 from next.storage import write_whole
-from next.tuning.search.searcher import DEFAULT, best_of, read_curve
 from next.tuning.search.study import Studies
+from next.tuning.search.trial_record import DEFAULT, best_of, read_curve
 
 State = Literal["finished", "pruned", "failed", "running", "waiting"]
 

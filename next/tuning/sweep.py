@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, get_args
 import optuna
 import ray
 
-from next.config import RunConfig, from_toml, override, read_written
+from next.config import METRIC, RunConfig, from_toml, override, read_written
 from next.data.shards.reader import Manifest, open_manifest
 from next.evaluation.queries import measurable
 from next.lease import HeldError, Lease
@@ -68,9 +68,8 @@ from next.tuning.report.comparison import comparison_link, record_pictures, set_
 from next.tuning.report.pictures import draw_overview
 from next.tuning.report.report import report_sweep
 from next.tuning.results import Setting, State, Trial, group, read_trials, starting_point
-from next.tuning.search.searcher import DEFAULT, Repeat, Search
+from next.tuning.search.searcher import Search
 from next.tuning.search.space import (
-    METRIC,
     Space,
     describe_space,
     judged_by,
@@ -87,6 +86,7 @@ from next.tuning.search.study import (
     open_studies,
     set_waiting,
 )
+from next.tuning.search.trial_record import DEFAULT, Repeat
 from next.tuning.settings import COUNT, RECORD, SweepConfig
 from next.tuning.statistics.seeds import first_metric, next_repeat
 from next.tuning.statistics.summary import Summary, leaderboard, on_test, summarise

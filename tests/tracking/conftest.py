@@ -27,6 +27,16 @@ def client(server):
     return connect(server.uri)
 
 
+def child_run_ids(uri: str, experiment_id: str, parent_id: str) -> list[str]:
+    """MLflow's ids of a run's children, oldest first."""
+    runs = connect(uri).search_runs(
+        [experiment_id],
+        filter_string=f"tags.`mlflow.parentRunId` = '{parent_id}'",
+        order_by=["attributes.start_time ASC"],
+    )
+    return [run.info.run_id for run in runs]
+
+
 @contextmanager
 def mlflow_server(log: Path, *flags: str, environment: dict[str, str]):
     """``mlflow server`` as an operator starts it; its address."""

@@ -14,8 +14,9 @@ import pytest
 from next.tracking.delivery.client import connect
 from next.tracking.delivery.delivery import read_address
 from next.tracking.journal import read_metrics, read_status
-from next.tracking.run import child_run_ids, replay
+from next.tracking.run import replay
 from next.tracking.server import start_server
+from tests.tracking.conftest import child_run_ids
 from tests.tracking.test_run import in_journal, on_server
 
 DRIVER = """

@@ -17,7 +17,8 @@ from next.tracking import journal as journal_module
 from next.tracking.delivery.client import connect
 from next.tracking.delivery.delivery import read_address
 from next.tracking.journal import FILE_NAME, Artifact, Status, encode, read_metrics, read_records
-from next.tracking.run import check_name, child_run_ids, open_run, replay, start_server
+from next.tracking.run import check_name, open_run, replay, start_server
+from tests.tracking.conftest import child_run_ids
 
 DEAD = "http://127.0.0.1:9"
 

@@ -12,8 +12,8 @@ from next.config import override, to_toml
 from next.tracking.delivery.client import connect
 from next.tracking.delivery.delivery import read_address
 from next.tracking.journal import FILE_NAME
-from next.tracking.run import child_run_ids
 from next.tracking.server import start_server
+from tests.tracking.conftest import child_run_ids
 from tests.tracking.test_nothing_lost import fill, small_disk
 from tests.tracking.test_run import in_journal, on_server
 from tests.tuning.test_sweep import sweep_job, wait_for

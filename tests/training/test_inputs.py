@@ -9,8 +9,7 @@ import pytest
 from next.config import override
 from next.data.shards.reader import Manifest, open_manifest
 from next.storage import open_folder
-from next.training.inputs import for_fold, resolve, training_data
-from next.training.loop import TrainingData
+from next.training.inputs import TrainingData, for_fold, resolve, training_data
 
 
 def test_a_second_trial_of_the_node_neither_encodes_nor_decodes(tiny_config, tmp_path):

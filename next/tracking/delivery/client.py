@@ -100,32 +100,6 @@ def find_by_key(
     return active[0] if active else runs[0] if runs else None
 
 
-def child_run_ids(uri: str, experiment_id: str, parent_id: str) -> list[str]:
-    """MLflow's ids of a run's children, oldest first.
-
-    Raises:
-        ConnectionError: the server cannot be reached.
-    """
-    from mlflow.exceptions import MlflowException
-
-    client = connect(tracking_uri(uri))
-    ids: list[str] = []
-    token: str | None = ""
-    while token is not None:
-        try:
-            page = client.search_runs(
-                [experiment_id],
-                filter_string=f"tags.`mlflow.parentRunId` = '{parent_id}'",
-                order_by=["attributes.start_time ASC"],
-                page_token=token or None,
-            )
-        except MlflowException as error:
-            raise ConnectionError(f"{uri}: {short_message(error)}") from error
-        ids += [run.info.run_id for run in page]
-        token = page.token or None
-    return ids
-
-
 def check_server(uri: str) -> None:
     """Ask a server whether it would take runs, so that a job fails at its start and not later.
 

@@ -13,6 +13,8 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from next.config import METRIC, SCORES
+
 SWEEP = "next.sweep"
 """Tag of a trial: the key of its sweep."""
 
@@ -60,7 +62,7 @@ def sweep_view(
         images: keys of the pictures of the image grid, in that order.
     """
     score = next(iter(objectives))
-    curves = dict.fromkeys((score, *(("val/mAP",) if score.startswith("train/") else ())))
+    curves = dict.fromkeys((score, *((METRIC,) if score.startswith("train/") else ())))
     cards = [_parallel(axes, score), *_contours(numeric, score)]
     cards += [
         _curve(metric, metric.split("/")[0]) for metric in dict.fromkeys((*curves, "train/loss"))
@@ -73,7 +75,7 @@ def sweep_view(
         for section, (columns, height) in _SECTIONS.items()
     ]
     sections += [_section("Model metrics"), _section("System metrics", display=False)]
-    columns = dict.fromkeys((*objectives, "val/mAP", "val/rank1", _TEST))
+    columns = dict.fromkeys((*objectives, *SCORES, _TEST))
     state = {
         "searchFilter": f"tags.`{SWEEP}` = '{key}'",
         "orderByKey": f"metrics.`{score}`",

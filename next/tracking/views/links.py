@@ -2,35 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from urllib.parse import quote, urlencode
-
-
-def experiment_url(uri: str, experiment_id: str) -> str:
-    """The table of an experiment's runs."""
-    return _page(uri, f"experiments/{experiment_id}/runs")
 
 
 def run_url(uri: str, experiment_id: str, run_id: str) -> str:
     """The page of one run."""
     return _page(uri, f"experiments/{experiment_id}/runs/{run_id}")
-
-
-def compare_url(uri: str, experiment_id: str, run_ids: Sequence[str]) -> str:
-    """The comparison of runs: parallel coordinates, scatter and contour plots, differences.
-
-    Raises:
-        ValueError: fewer than two runs.
-    """
-    if len(run_ids) < 2:
-        raise ValueError(f"a comparison needs two runs or more, but got {len(run_ids)}")
-    return _page(
-        uri,
-        "compare-runs",
-        runs=json.dumps(list(run_ids), separators=(",", ":")),
-        experiments=json.dumps([experiment_id]),
-    )
 
 
 def view_url(uri: str, experiment_id: str, key: str) -> str:

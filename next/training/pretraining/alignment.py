@@ -14,7 +14,7 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from next.config import RunConfig, override
+from next.config import METRIC, RunConfig, override
 from next.data.captions import CaptionTable
 from next.data.loading.loader import SampleSet, evaluation_batches, train_batches
 from next.data.loading.plan import occurrences, plan_hash
@@ -30,8 +30,8 @@ from next.training.checkpointing.checkpoint import (
     take_snapshot,
 )
 from next.training.checkpointing.interruption import Interrupted, Request
-from next.training.inputs import training_data
-from next.training.loop import TrainingData, is_due, rescuing
+from next.training.inputs import TrainingData, training_data
+from next.training.loop import is_due, rescuing
 from next.training.results.report import Reporter
 from next.training.step.optimizer import build_optimizer, set_learning_rates
 from next.training.step.process import device
@@ -123,7 +123,7 @@ def align(
         _log.info(
             "epoch %d/%d  loss %.3f  image to caption: rank1 %.1f (chance %.1f)  mAP %.1f  %.1f s",
             *(done, config.optim.epochs, train_loss, scores["val/rank1"]),
-            *(scores["val/chance"], scores["val/mAP"], time.perf_counter() - began),
+            *(scores["val/chance"], scores[METRIC], time.perf_counter() - began),
         )
         reporter.report(metrics, snapshot)
     return progress.metrics

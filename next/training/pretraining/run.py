@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from next.config import RunConfig
+from next.config import SCORES, RunConfig
 from next.data.loading.plan import plan_hash
 from next.data.shards.reader import Manifest, open_manifest
 from next.model.towers.clip import is_clip
@@ -45,7 +45,7 @@ ONLY: dict[str, object] = {
 """What this training does not offer, and the only value that it takes."""
 
 
-REPORTED = ("val/mAP", "val/rank1", "train/loss")
+REPORTED = (*SCORES, "train/loss")
 """What is reported after each evaluation and can be optimised, as by a sweep."""
 
 

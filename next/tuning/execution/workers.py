@@ -14,7 +14,7 @@ from typing import Any
 
 import ray
 
-from next.config import RunConfig, from_toml, to_toml
+from next.config import METRIC, RunConfig, from_toml, to_toml
 from next.data.shards.reader import Manifest, open_manifest
 from next.tracking.journal import Metrics, read_records
 from next.training.checkpointing.interruption import Interrupted, Request, Requests
@@ -128,7 +128,7 @@ class Evaluations:
             if isinstance(entry.record, Metrics):
                 values = entry.record.values
                 self._take(values)
-                if "val/mAP" in values:
+                if METRIC in values:  # each evaluation reports it
                     yield self._evaluation(values, entry.record.step)
 
     def _take(self, values: dict[str, float]) -> None:

@@ -31,7 +31,7 @@ from next.tuning.report.charts import (
 )
 from next.tuning.report.page import Picture
 from next.tuning.results import Trial, first_way
-from next.tuning.search.searcher import DEFAULT
+from next.tuning.search.trial_record import DEFAULT
 from next.tuning.settings import AXES, FEATURES
 from next.tuning.statistics.features import read_axes, read_features
 from next.tuning.statistics.importance import METHOD, comparable, importances

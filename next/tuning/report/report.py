@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from next.config import METRIC
 from next.evaluation.statistics.noise import Basis
 from next.storage import without_sum
 from next.training.results.assessment import Assessment
@@ -214,17 +215,17 @@ def _axes(found: Standing, summary: Summary) -> list[Block] | None:
     half = summary.floor.one_run
     spread = "?" if math.isnan(half) else f"{half:.2g}"
     rows = [("as trained", axes["default"]), *((f"{i}.", r) for i, r in enumerate(axes["best"], 1))]
-    columns = [name for name in axes["default"] if name != "val/mAP"]
+    columns = [name for name in axes["default"] if name != METRIC]
     choices = Table(
-        ["", "val/mAP", *columns],
+        ["", METRIC, *columns],
         [
-            (label, f"{row['val/mAP']:.2f} ± {spread}", *(_value(row[name]) for name in columns))
+            (label, f"{row[METRIC]:.2f} ± {spread}", *(_value(row[name]) for name in columns))
             for label, row in rows[:9]
         ],
         words=range(2, 2 + len(columns)),
     )
     by_axis = Table(
-        ["axis", "value", "best val/mAP with it"],
+        ["axis", "value", f"best {METRIC} with it"],
         [
             (axis, value, f"{score:.2f} ± {spread}")
             for axis, values in axes["by_axis"].items()

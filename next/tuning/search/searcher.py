@@ -25,30 +25,15 @@ from next.tuning.execution.deaths import error_of, how_it_died, is_lost_machine,
 from next.tuning.execution.slots import Slots
 from next.tuning.search.space import Space
 from next.tuning.search.study import Studies, ask, draw, end, unfinished
+from next.tuning.search.trial_record import DEFAULT, Repeat, best_of, read_curve
 from next.tuning.settings import SweepConfig
 
 _log = logging.getLogger(__name__)
 
-DEFAULT = "default"
-"""Name of the setting that the sweep started from."""
 _MOST_MACHINES = 10
 """Lost machines after which a trial that ran on each of them is taken for the cause."""
 
-Choose = Callable[[], "Repeat | None"]
-
-
-@dataclass(frozen=True)
-class Repeat:
-    """A setting that is run once more with another seed."""
-
-    of: str
-    """Name of the trial whose settings are repeated, or :data:`DEFAULT`."""
-    settings: dict[str, Any]
-    """What differs from the sweep's base."""
-    seed: int
-    """Seed of the run."""
-    fold: int = 0
-    """Its fold (``selection.folds``), counted from that of the search."""
+Choose = Callable[[], Repeat | None]
 
 
 @dataclass
@@ -408,17 +393,6 @@ class Pruning(TrialScheduler):
     def debug_string(self) -> str:
         """For Tune's own output, which is off."""
         return "pruning by the study"
-
-
-def read_curve(attributes: Mapping[str, Any]) -> list[tuple[int, tuple[float, ...]]]:
-    """Epoch and objectives of each evaluation, from the attributes of a run's Optuna trial."""
-    return [(int(epoch), tuple(values)) for epoch, values in attributes.get("curve", [])]
-
-
-def best_of(curve: list[tuple[int, tuple[float, ...]]], way: str) -> tuple[float, ...]:
-    """Objectives of the epoch that was best by the first of them."""
-    choose = max if way == "max" else min
-    return choose(curve, key=lambda point: point[1][0])[1]
 
 
 def _seed_run(trial: optuna.Trial, base: RunConfig) -> Live:

@@ -14,12 +14,10 @@ from typing import Any, NamedTuple, get_args
 
 import optuna
 
-from next.config import Metric, RunConfig, near_matches, override
+from next.config import METRIC, Metric, RunConfig, near_matches, override
 
 Suggest = Callable[[optuna.trial.BaseTrial], dict[str, Any]]
 
-METRIC = "val/mAP"
-"""What trials are compared by where a space does not say."""
 REPORTED: tuple[str, ...] = get_args(Metric)
 """What a trial reports after each evaluation, and so can be optimised."""
 

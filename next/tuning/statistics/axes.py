@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from next.config import RunConfig, override
+from next.config import METRIC, RunConfig, override
 from next.data.loading.loader import Batch, evaluation_batches
 from next.data.shards.reader import Manifest
 from next.evaluation.embed import embed_all, mean_usage
@@ -32,8 +32,7 @@ from next.evaluation.whitening import Kind, Whitening, fit_whitening
 from next.model.network import NEXT
 from next.storage import replacing
 from next.training.checkpointing.checkpoint import load_network
-from next.training.inputs import training_data
-from next.training.loop import TrainingData
+from next.training.inputs import TrainingData, training_data
 from next.tuning.settings import AXES, FEATURES
 from next.tuning.statistics.features import write_axes
 
@@ -142,7 +141,7 @@ def _sweep(
 
     def measure(choice: Choice, distances: np.ndarray) -> None:
         scores = average_precisions(distances, *labels, rule=data.rule, own=found.own)
-        rows.append(choice.text(branches) | {"val/mAP": float(np.nanmean(scores))})
+        rows.append(choice.text(branches) | {METRIC: float(np.nanmean(scores))})
 
     for captions, temperature, flip, features in _variants(network, config, manifest, device):
         for weight in weights:
@@ -158,7 +157,7 @@ def _sweep(
             slices = whitening.layout_after if layout is not None else None
             distances = distance_matrix(changed[: queries or None], changed[queries:], slices)
             measure(Choice(captions, temperature, flip, weights[0], None, kind), distances)
-    ranked = sorted(rows[1:], key=lambda row: -row["val/mAP"])
+    ranked = sorted(rows[1:], key=lambda row: -row[METRIC])
     return {
         "choices": len(rows),
         "default": rows[0],
@@ -299,11 +298,11 @@ def _by_axis(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     axes: dict[str, dict[str, float]] = {}
     for row in rows:
         for axis, value in row.items():
-            if axis == "val/mAP":
+            if axis == METRIC:
                 continue
             seen = axes.setdefault(axis, {})
             text = _short(value)
-            seen[text] = max(seen.get(text, 0.0), row["val/mAP"])
+            seen[text] = max(seen.get(text, 0.0), row[METRIC])
     return axes
 
 

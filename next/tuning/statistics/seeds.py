@@ -11,11 +11,11 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import ndtri, stdtrit  # type: ignore[import-untyped]
 
+from next.config import METRIC
 from next.evaluation.statistics.blocks import Estimate, SharedSeeds, judged
 from next.evaluation.statistics.noise import PairedDifference, paired_bootstrap, pooled_spread
 from next.tuning.results import Setting, Trial, first_way, fit_seeds
-from next.tuning.search.searcher import DEFAULT, Repeat
-from next.tuning.search.space import METRIC
+from next.tuning.search.trial_record import DEFAULT, Repeat
 from next.tuning.settings import FEATURES
 from next.tuning.statistics.features import read_features
 

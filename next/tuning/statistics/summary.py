@@ -14,13 +14,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from next.config import METRIC
 from next.evaluation.statistics.noise import Basis, pooled_spread, score_basis
 from next.storage import with_sum
 from next.training.results.assessment import Assessment
 from next.tuning.folder import Standing
 from next.tuning.results import Setting, Trial, plain, write_json
-from next.tuning.search.searcher import DEFAULT
-from next.tuning.search.space import METRIC
+from next.tuning.search.trial_record import DEFAULT
 from next.tuning.statistics.seeds import (
     Floor,
     Verdict,

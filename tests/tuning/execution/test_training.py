@@ -11,8 +11,8 @@ from next.training.inputs import resolve
 from next.training.step.process import device
 from next.tuning.execution.training import train_trial
 from next.tuning.home import Home
-from next.tuning.search.searcher import best_of
 from next.tuning.search.space import Space, judged_by
+from next.tuning.search.trial_record import best_of
 from next.tuning.settings import AXES, FEATURES
 from next.tuning.statistics.axes import measure_axes
 

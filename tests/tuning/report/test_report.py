@@ -17,9 +17,10 @@ from next.training.results.assessment import Assessment
 from next.tuning.execution.slots import Slots
 from next.tuning.folder import read_standing, write_record
 from next.tuning.report.report import report_sweep
-from next.tuning.search.searcher import Repeat, Search
+from next.tuning.search.searcher import Search
 from next.tuning.search.space import describe_space, load_space
 from next.tuning.search.study import FILE, create_studies
+from next.tuning.search.trial_record import Repeat
 from next.tuning.settings import SweepConfig
 from next.tuning.statistics.axes import AXES, FEATURES
 from next.tuning.statistics.importance import comparable, importances

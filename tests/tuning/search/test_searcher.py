@@ -19,9 +19,10 @@ from next.tuning.execution.deaths import (
 )
 from next.tuning.execution.slots import Slots, gpu_share
 from next.tuning.results import group, read_trials
-from next.tuning.search.searcher import DEFAULT, Pruning, Repeat, Search
+from next.tuning.search.searcher import Pruning, Search
 from next.tuning.search.space import Space
 from next.tuning.search.study import create_studies, open_studies, set_waiting
+from next.tuning.search.trial_record import DEFAULT, Repeat
 from next.tuning.settings import SweepConfig
 
 BASE = override(RunConfig(), {"optim.epochs": 4, "optim.warmup_epochs": 1})
