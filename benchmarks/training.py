@@ -140,8 +140,6 @@ class Timed(NamedTuple):
 
     first: float
     """Seconds from its command to its first step."""
-    pace: float
-    """Seconds a step, over all epochs but the first."""
     steps: list[float]
     """Seconds of each step but the first; empty: it was not looked at step by step."""
 
@@ -414,7 +412,7 @@ def run_job(config: RunConfig) -> Timed:
         raise RuntimeError(output.read_text(encoding="utf-8")[-3000:])
     rows = read_metrics(folder_of(config))
     [first, *_] = [row["time"] for row in rows if "train/loss" in row["values"]]
-    return Timed(first - began, pace(config, [row["values"] for row in rows]), [])
+    return Timed(first - began, [])
 
 
 def run_plainly(config: RunConfig, world: int) -> Timed:
@@ -446,7 +444,6 @@ def member(rank: int, world: int, settings: str, began: float, queue: Any) -> No
     config = from_toml(settings)
     configure_torch(config)
     folder = folder_of(config) / "checkpoints"
-    rows: list[dict[str, float]] = []
     if rank == 0:
         note_steps(folder.parent)
     kept = {"checkpoint": config.checkpoint, "requests": Requests()}
@@ -458,11 +455,11 @@ def member(rank: int, world: int, settings: str, began: float, queue: Any) -> No
         reporter = TrainReporter(folder, rank, world, send=lambda report: None, **kept)
     with reporter:
         data = training_data(config, open_manifest(str(config.data.uri)))
-        train(config, data, reporter, Worker(rank, world), lambda values, step: rows.append(values))
+        train(config, data, reporter, Worker(rank, world))
     if rank == 0:
         at = step_times(config)
         steps = [after - before for before, after in pairwise(at)]
-        queue.put(Timed(at[0] - began, pace(config, rows), steps))
+        queue.put(Timed(at[0] - began, steps))
     if world > 1:
         dist.destroy_process_group()
 
@@ -490,14 +487,6 @@ def step_times(config: RunConfig) -> list[float]:
 def folder_of(config: RunConfig) -> Path:
     """Where a run keeps everything."""
     return Path(config.run.storage_path) / str(config.run.name)
-
-
-def pace(config: RunConfig, rows: list[dict[str, float]]) -> float:
-    """Seconds a step by the rates that the loop logs at the end of each epoch; NaN of one alone."""
-    rates = [row["train/samples_per_second"] for row in rows if "train/samples_per_second" in row]
-    if len(rates) < 2:
-        return float("nan")
-    return config.batch.size / statistics.harmonic_mean(rates[1:])
 
 
 @contextmanager

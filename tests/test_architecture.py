@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -338,6 +339,24 @@ def test_the_metric_that_chooses_by_default_is_named_in_one_place():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Constant) and node.value == "val/mAP":
                 assert relative(path) in named, f"{relative(path)}:{node.lineno}: write METRIC"
+
+
+CALLED_BY_NAME = {"_load_pyfunc"}
+"""What MLflow calls."""
+
+
+def test_what_next_defines_is_used_by_more_than_tests():
+    """Functions and classes of modules; a name in a docstring does not count."""
+    defined, named = {}, Counter()
+    for folder in ("next", "jobs", "benchmarks", "tune_spaces"):
+        for path in (ROOT / folder).rglob("*.py"):
+            text = path.read_text(encoding="utf-8")
+            named.update(re.findall(r"\w+", re.sub(r'"""(?:.|\n)*?"""', "", text)))
+            for node in ast.parse(text).body if folder == "next" else ():
+                if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                    defined[node.name] = f"{relative(path)}:{node.lineno}"
+    dead = {where: name for name, where in defined.items() if named[name] < 2}
+    assert {name for name in dead.values()} == CALLED_BY_NAME, dead
 
 
 def test_print_stays_in_the_jobs():

@@ -181,16 +181,6 @@ def _batches(pids: np.ndarray, p: int, k: int, keys: tuple[int, ...]) -> np.ndar
     return plan.reshape(-1, p * k)
 
 
-def nominal_samples(pids: np.ndarray, k: int) -> int:
-    """Samples of all chunks of K, the epoch length that the public codes report.
-
-    A plan has at most so many: it leaves out the chunks that remain when fewer than P identities
-    have any.
-    """
-    counts = np.unique(np.asarray(pids), return_counts=True)[1]
-    return int(np.maximum(1, counts // k).sum() * k)
-
-
 def occurrences(plan: np.ndarray) -> np.ndarray:
     """How often each entry's row stood earlier in the plan: 0 for the first time, 1, ...
 
