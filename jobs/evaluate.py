@@ -59,7 +59,7 @@ class EvaluateJob:
     threads: int | None = None
     """Torch threads; None: as torch chooses."""
     missing: bool = False
-    """Instead: the scores with every set of modalities missing at test, in query and gallery alike,
+    """Instead: the scores with every set of modalities missing at test, in both query and gallery,
     and of queries with any set against a gallery with any other, drawn as one matrix."""
     features: Literal["plain", "centred", "whitened"] = "plain"
     """plain: as the network gives them; centred: less their mean; whitened: by their principal

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _USAGE = """usage: sweep.py {start,resume,report,list} ...
 
   start    search a space of settings (also without the word: sweep.py --space FILE --data URI)
-  resume   go on with a sweep whose driver died or that has ended, perhaps with more trials
+  resume   go on with a sweep whose driver died or that has ended; --trials adds trials
   report   write report.html and sweep.json of a sweep as it stands
   list     the sweeps of a storage path
 

@@ -143,7 +143,7 @@ class RunJob(ABC):
     recipe: Path | None = None
     """Name of one of the card's recipes, or a TOML file of settings; flags replace both."""
     fresh: bool = False
-    """Start anew although a run of this name exists; the same as --run.fresh True."""
+    """Start from nothing although a run of this name exists; the same as --run.fresh True."""
     dry_run: bool = False
     """Print the resolved plan with a measured estimate of time, and start nothing."""
     json: bool = False
@@ -155,7 +155,7 @@ AnyRunJob = TypeVar("AnyRunJob", bound=RunJob)
 
 
 def parse_run(job: type[AnyRunJob], argv: Sequence[str]) -> tuple[AnyRunJob, RunConfig]:
-    """The job, and its settings with the data and whether the run starts anew.
+    """The job, and its settings with the data and whether the run starts from nothing.
 
     Raises:
         ValueError: as :func:`parse` and :func:`run_defaults`.

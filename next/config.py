@@ -160,7 +160,7 @@ class AugmentConfig(Section):
     erase_area: tuple[Fraction, Fraction] = (0.02, 0.33)
     """Least and largest share of the image that an erased rectangle covers."""
     shared_geometry: bool = True
-    """Flip and crop alike in all modalities of a sample (the public codes draw each anew)."""
+    """Flip and crop all modalities of a sample the same way (the public codes draw for each)."""
 
     @model_validator(mode="after")
     def _area_is_a_range(self) -> AugmentConfig:
@@ -551,7 +551,7 @@ class RunSection(Section):
     """How often workers of Ray Train that died are started again from the last checkpoint; -1:
     always. The loss of a node that was announced does not count."""
     fresh: bool = False
-    """Start anew although a run of this name exists (its folder is set aside, not deleted)."""
+    """Start from nothing although a run of this name exists; its folder is set aside and kept."""
 
     @model_validator(mode="after")
     def _journal_needs_a_disk(self) -> RunSection:

@@ -1,4 +1,4 @@
-"""Folders on this machine or in an object store, read and written alike.
+"""Folders on this machine or in an object store, read and written the same way.
 
 ``s3://bucket/prefix`` is any server that speaks S3. Credentials, region and endpoint come from the
 environment as every AWS tool reads them (``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``,

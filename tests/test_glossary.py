@@ -34,6 +34,13 @@ RETIRED = {
 }
 """Word -> the term of the glossary. The plural is retired, too."""
 
+UNCLEAR = {
+    "alike": "the same way, both",
+    "anew": "again, from nothing",
+    "perhaps": "may",
+}
+"""Words that a reader of English as a second language reads twice, and plainer ones."""
+
 ALLOWED = {
     "a key of timm's weights": {("trunk", "next/model/towers/timm_vit.py")},
 }
@@ -100,6 +107,19 @@ def test_no_name_help_text_or_message_has_a_retired_word(folder):
         for path in sorted((ROOT / folder).rglob("*.py"))
         for word in retired_in("\n".join(names_and_texts(path.read_text(encoding="utf-8"))))
         if (word, path.relative_to(ROOT).as_posix()) not in allowed
+    }
+    assert found == set()
+
+
+@pytest.mark.parametrize("folder", ["next", "jobs"])
+def test_no_docstring_help_text_or_message_has_a_word_that_is_read_twice(folder):
+    unclear = re.compile(rf"\b({'|'.join(UNCLEAR)})\b", re.IGNORECASE)
+    found = {
+        f"{path.relative_to(ROOT)}:{node.lineno}: {word}, which is: {UNCLEAR[word.lower()]}"
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        for word in unclear.findall(node.value)
     }
     assert found == set()
 

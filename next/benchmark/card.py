@@ -50,7 +50,7 @@ def require_number(group: str, text: str, name: str) -> None:
     if len(text) > 20 or int(text) > MOST[group]:
         raise ValueError(
             f"the {group} in {name!r} must be at most {MOST[group]}, but is {text[:40]}; mend "
-            f"grammar.pattern in the card, or number them anew"
+            f"grammar.pattern in the card, or give smaller numbers"
         )
 
 

@@ -151,7 +151,7 @@ class TextBank:
         except KeyError as error:
             raise ValueError(
                 f"the text bank lacks the text {error}; remove its file (text-*.arrow) from "
-                f"data.cache, and it is built anew"
+                f"data.cache, and it is built again"
             ) from None
 
     def holds(self, texts: Sequence[str]) -> bool:
@@ -229,7 +229,7 @@ def _read_bank(path: Path) -> TextBank | None:
         bank = TextBank(*read_matrix(path))
     except ValueError as error:
         os.close(held)
-        _log.warning("%s; it is built anew", error)
+        _log.warning("%s; it is built again", error)
         return None
     weakref.finalize(bank.embeddings, os.close, held)
     mark_used(path)

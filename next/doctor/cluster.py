@@ -92,7 +92,7 @@ def nodes(inquiry: Inquiry) -> Finding:
             "git pull && make .venv/.ready && sudo timedatectl set-ntp true  # on that node",
         )
     torch = driver["versions"]["torch"]
-    return Finding("nodes", "ok", f"{len(others) + 1} nodes are alike: torch {torch}")
+    return Finding("nodes", "ok", f"{len(others) + 1} nodes have the same versions: torch {torch}")
 
 
 def capacity(inquiry: Inquiry) -> Finding:

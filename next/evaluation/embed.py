@@ -126,7 +126,7 @@ def embed_all(
     batches than ranks some only wait. Each rank needs the images of its own batches alone.
 
     Args:
-        model: the network, alike on all ranks, on ``device``.
+        model: the network, the same on all ranks, on ``device``.
         sides: sample sets; :attr:`Embeddings.rows` counts within each.
         config: settings; reads selection.batch, data and captions.
         device: where the model is.

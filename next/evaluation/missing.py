@@ -57,7 +57,7 @@ class MissingMatrix:
 
     @property
     def protocol(self) -> dict[str, MissingCase]:
-        """The cases of the usual protocol, by the name of what is missing in both alike.
+        """The cases of the usual protocol, by the name of what both lack.
 
         For RGB, NI and TI these are r, n, t, rn, rt and nt.
         """
@@ -81,7 +81,7 @@ class MissingMatrix:
 
 
 def short_name(names: Sequence[str], modalities: Sequence[str]) -> str:
-    """Initials, such as ``rn`` for RGB and NI; whole names with ``+`` where initials are alike."""
+    """Initials, such as ``rn`` for RGB and NI; whole names with ``+`` where two share one."""
     initials = [name[0].lower() for name in modalities]
     if len(set(initials)) < len(initials):
         return "+".join(names)

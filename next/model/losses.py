@@ -42,7 +42,7 @@ class Losses(NamedTuple):
     entropy: Mapping[str, Tensor] = MappingProxyType({})
     """Mean normalised entropy of a branch's routing; detached."""
     overlap: Mapping[str, Tensor] = MappingProxyType({})
-    """How alike the experts of a branch with several are in where they look; detached."""
+    """How similar the experts of a branch with several are in where they look; detached."""
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Losses:
         """The losses with every tensor changed."""

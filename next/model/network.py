@@ -29,7 +29,7 @@ class Routing(NamedTuple):
     entropy: dict[str, Tensor]
     """[B] mean entropy of each branch's weights over its largest value, in [0, 1]; detached."""
     overlap: dict[str, Tensor]
-    """[B] how alike the experts of each branch are (:func:`next.model.routing.overlap`), for TMSE
+    """[B] how similar the experts of each branch are (:func:`next.model.routing.overlap`), for TMSE
     the mean over the modalities that are there; with its gradient."""
     attention: dict[str, Tensor]
     """[B, E] share of the aggregation's attention that each expert of a branch gets; detached."""

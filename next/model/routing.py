@@ -60,7 +60,7 @@ def normalised_entropy(weights: Tensor, candidates: Tensor | int, *, dim: int) -
 
 
 def overlap(weights: Tensor) -> Tensor:
-    """How alike experts are in where they look: mean over pairs of experts of their overlap.
+    """How similar experts are in where they look: mean over pairs of experts of their overlap.
 
     The overlap of two distributions over N is ``sum_n sqrt(p_n q_n)``, the Bhattacharyya
     coefficient: 1 for the same distribution, 0 where no entry has weight in both. As a loss it is

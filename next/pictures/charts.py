@@ -332,7 +332,7 @@ def _running_mean(
 
 
 def _round_up(top: float) -> float:
-    """The next of 1, 2, 5, 10, 20, ...: trials whose losses are alike then share one scale."""
+    """The next of 1, 2, 5, 10, 20, ...: trials whose losses are close then share one scale."""
     magnitude = 10.0 ** math.floor(math.log10(top))
     return next(step * magnitude for step in (1, 2, 5, 10) if step * magnitude >= 0.999 * top)
 

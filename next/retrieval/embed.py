@@ -46,7 +46,7 @@ class Model(Protocol):
 
 
 class Written(NamedTuple):
-    """A gallery, and what writing it came to."""
+    """A gallery, and how its writing went."""
 
     gallery: Gallery
     embedded: int

@@ -56,7 +56,7 @@ LOADER = __name__
 """What MLflow imports to load the model."""
 
 _MOST_TEXTS = 50_000
-"""Embeddings of texts that are kept; then they are encoded anew."""
+"""Embeddings of texts that are kept; then they are encoded again."""
 _KINDS = ("image", "caption", "sentences")
 """Of columns that name a modality."""
 

@@ -78,7 +78,7 @@ def resolve(config: RunConfig, manifest: Manifest) -> RunConfig:
         raise ValueError(
             f"model.backbone.camera_coefficient needs cameras numbered up to {MOST['camera']}, as "
             f"the embedding has a row for each number, but {card.name} has one of number "
-            f"{cameras - 1}; number them anew and prepare the data again, or leave it out"
+            f"{cameras - 1}; give smaller numbers and prepare again, or leave it out"
         )
     facts = {
         "model.modalities": len(modalities),

@@ -274,11 +274,11 @@ def _finished(store: CheckpointStore, config: RunConfig, digest: str) -> Outcome
     if progress.best is None:
         raise ValueError(
             f"{checkpoint} is of the run's last epoch and holds no score; set run.fresh to train "
-            f"it anew"
+            f"it again"
         )
     _log.info(
         "run %s is finished (epoch %d, step %d): it is assessed again, and not trained; choose "
-        "another run.name, or set run.fresh to train it anew",
+        "another run.name, or set run.fresh to train it again",
         *(config.run.name, progress.epoch, progress.step),
     )
     return Outcome([], progress.metrics, progress.best, progress.step)

@@ -61,7 +61,7 @@ ALONE = Worker()
 
 
 class Outcome(NamedTuple):
-    """What a run came to."""
+    """The result of a run."""
 
     losses: list[float]
     """Total loss of each optimizer step of this process's life."""
@@ -188,7 +188,7 @@ def train(
         scores = {f"val/{name}": value for name, value in found.metrics.as_dict().items()}
         metrics = scores | {"epoch": done, "step": progress.step, "train/loss": train_loss}
         pace = {"train/seconds_per_step": seconds / max(1, len(plan) - first)}
-        chooses = config.selection.metric in pace  # else it is no part of what a run came to
+        chooses = config.selection.metric in pace  # else it is no part of a run's result
         progress = progress.judged(metrics | pace if chooses else metrics, config.selection)
         on_evaluation(found, progress)
         log.row(scores | pace, progress.step)
@@ -265,7 +265,7 @@ def is_due(step: int, every: int | None) -> bool:
 
 
 class GlobalLoss(nn.Module):
-    """Loss of the global batch, computed alike on every rank from gathered features.
+    """Loss of the global batch, computed on every rank from the same gathered features.
 
     Args:
         network: embeds.

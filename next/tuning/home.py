@@ -159,7 +159,7 @@ class Home:
     def clear_of_others(self, config: RunConfig) -> bool:
         """Set aside what a trial of this name and other settings left; whether there was any.
 
-        A driver that is lost with its last draw leaves a trial that the next one draws anew.
+        A driver that is lost with its last draw leaves a trial that the next one draws again.
 
         Raises:
             OSError: the store cannot be reached.

@@ -225,7 +225,7 @@ def resume_sweep(
     storage: str | None = None,
     say: Say = _log.info,
 ) -> SweepResult:
-    """Go on with a sweep whose driver has died or that has ended, perhaps with more trials.
+    """Go on with a sweep whose driver has died or that has ended; it may get more trials.
 
     Runs that ended stay as they are, those that were running continue from their checkpoint under
     their own name, and the sampler continues from all of them.

@@ -65,7 +65,7 @@ class DemoSize:
     train_cameras: int = 4
     """Cameras 1 to this many take turns in an identity's samples."""
     test_cameras: int = 2
-    """Alike; two at least, as a query is never matched with its own camera."""
+    """The same at test; two at least, as a query is never matched with its own camera."""
     image_size: tuple[int, int] = (128, 64)
     """Height and width in pixels."""
 

@@ -1,4 +1,4 @@
-"""Who and what the procedural benchmark shows: people in look-alike families, and shots of them.
+"""Who and what the procedural benchmark shows: families of similar people, and shots of them.
 
 A person has attributes that only one modality can see (visible colours: RGB; fabric albedo and
 weave: NIR; heat and lining: TIR) and attributes of shape that all can see. People come in families
@@ -139,7 +139,7 @@ class Difficulty:
     side_share: float = 0.12
     """Share of samples seen from the side; the rest from the front or the back."""
     backdrop: float = 0.2
-    """Contrast of the backgrounds, which differ between cameras (0: all alike and even)."""
+    """Contrast of the backgrounds, which differ between cameras (0: all the same and even)."""
     clutter: int = 1
     """Most objects that stand behind a person, beside the camera's own background."""
     caption_errors: float = 1.0
@@ -186,14 +186,14 @@ class Person:
     carries: str
     bag_colour: str
     upper_albedo: float
-    """NIR reflectance of the upper garment; alike for the rest."""
+    """NIR reflectance of the upper garment; the same for the rest."""
     upper_weave: str
     lower_albedo: float
     lower_weave: str
     shoe_albedo: float
     bag_albedo: float
     upper_leak: float
-    """How much warmer than its kind the upper garment is outside; alike for the lower one."""
+    """How much warmer than its kind the upper garment is outside; the same for the lower one."""
     lower_leak: float
     lining: str
     object_heat: float

@@ -374,7 +374,7 @@ def _entries(path: Path, entries: Any) -> Iterator[Caption]:
 
 
 def _short_names(files: Iterable[CaptionFile]) -> list[str]:
-    """File names, with their folder where two would be called alike."""
+    """File names, with their folder where two would have one name."""
     paths = [file.path for file in files]
     names = Counter(path.name for path in paths)
     return [path.name if names[path.name] == 1 else str(path) for path in paths]

@@ -272,7 +272,7 @@ class Endpoint:
 
         The maintained client builds and sends the first request, a probe. The others are copies
         of it (its URL, headers, key and time-outs) with another body, and go through the same
-        HTTP client: to have every one built anew takes as long as all the rest of a call.
+        HTTP client: to have every one built again takes as long as all the rest of a call.
         """
         if self._pattern is None:
             return await self._client.post("/chat/completions", content=body, cast_to=object)

@@ -42,7 +42,7 @@ class Row(NamedTuple):
     """What else decides the answer: temperature, length, seed, ..."""
     status: Status
     answer: str
-    """As the model gave it; parsed anew whenever it is used."""
+    """As the model gave it; parsed again whenever it is used."""
     reason: str
     """Why there is no usable answer."""
     tokens_in: int

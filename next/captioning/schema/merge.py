@@ -3,9 +3,9 @@
 For an attribute with K possible values, a reading ``(v, c)`` is evidence with likelihood ``c`` for
 ``v`` and ``(1 - c) / (K - 1)`` for each other value; the belief is the normalised product over the
 models, and over the modalities of the sample where the attribute is one of the sample. So agreement
-raises a confidence and contradiction lowers it, and one value wins for all modalities. Models err
-alike, so n readings count as ``1 + (n - 1) * independence`` (our reading; the paper, arXiv
-2505.20001, gives no formula).
+raises a confidence and contradiction lowers it, and one value wins for all modalities. Models make
+the same errors, so n readings count as ``1 + (n - 1) * independence`` (our reading; the paper,
+arXiv 2505.20001, gives no formula).
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Calibration:
             rows = json.loads(Path(path).read_text(encoding="utf-8"))
             return cls({(m, s, a): (tuple(x), tuple(y)) for m, s, a, x, y in rows})
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} is no calibration ({error}); write it anew") from None
+            raise ValueError(f"{path} is no calibration ({error}); write it again") from None
 
 
 class Judged(NamedTuple):

@@ -83,7 +83,7 @@ def augment(
         float32 ``[B, M, 3, H, W]`` on the device of ``images``, laid out as :func:`finish` does.
 
     Differs from the public codes in that the modalities of a sample share flip and crop (theirs
-    draw them anew for each image; ``shared_geometry = False`` does so too).
+    draw them again for each image; ``shared_geometry = False`` does so too).
     """
     drawn = draw(tuple(images.shape), config, seed, epoch, samples, draws)
     if images.is_cuda:
@@ -184,7 +184,7 @@ def compose(
     if not fits or len(sources) != len(targets) or out.shape[4] != 3 or out.dtype != np.float32:
         # C would read and write beyond them.
         raise ValueError(
-            f"images must be uint8 and out float32 {list(out.shape)}, three channels alike, but "
+            f"images must be uint8 and out float32 {list(out.shape)}, for three channels, but "
             f"got {len(sources)} images for {len(targets)} places, the first "
             f"{sources[0].dtype if sources else ''} {list(sources[0].shape) if sources else []}, "
             f"and out {out.dtype}"

@@ -10,7 +10,7 @@ The folder of caches (``data.cache``) holds
 
 Each is built under a file lock by whoever comes first, beside its final name, and renamed when it
 is whole; so what has such a name is complete, and all processes of the node share its pages. What
-a disk has lost or changed since is found when a cache is opened, and it is built anew. Who
+a disk has lost or changed since is found when a cache is opened, and it is built again. Who
 reads one holds a shared lock on it, which the kernel drops with the process however that ends:
 clean-up removes only what nobody holds.
 """
@@ -361,16 +361,16 @@ def _open(path: Path, shape: tuple[int, ...]) -> DecodedCache | None:
         present = np.load(path / "present.npy")
     except (OSError, ValueError, EOFError) as error:
         os.close(held)
-        _log.warning("%s was damaged (%s) and is built anew", path, error)
+        _log.warning("%s was damaged (%s) and is built again", path, error)
         return None
     if images.shape != shape or images.dtype != np.uint8 or present.shape != shape[:2]:
         os.close(held)
-        _log.warning("%s does not have the shape %s and is built anew", path, shape)
+        _log.warning("%s does not have the shape %s and is built again", path, shape)
         return None
     problem = _damage(path)
     if problem:
         os.close(held)
-        _log.warning("%s was damaged (%s) and is built anew", path, problem)
+        _log.warning("%s was damaged (%s) and is built again", path, problem)
         return None
     weakref.finalize(images.base, os.close, held)  # the mapping itself, which views keep alive
     mark_used(path)

@@ -125,7 +125,7 @@ def _open_all(
 class SampleSet:
     """Samples of one split, or some of its rows and modalities; nothing is copied to choose them.
 
-    Random draws are keyed by the row of the split, so a sample is augmented alike in every set.
+    Random draws are keyed by the row of the split: each set augments a sample in the same way.
     """
 
     labels: Labels

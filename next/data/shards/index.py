@@ -124,7 +124,7 @@ def read_labels(
     if found is not None:
         return found
     _log.warning(
-        "%s: the index of labels is damaged, so it is made anew from the shards; remove "
+        "%s: the index of labels is damaged, so it is made again from the shards; remove "
         "%s, and prepare the data again from the same source to have a new one there",
         folder.uri,
         INDEX,
@@ -189,7 +189,7 @@ def _opened(source: Any, key: str) -> Any:
         parquet = pq.ParquetFile(str(source) if isinstance(source, Path) else source)
     except FileNotFoundError:
         return None
-    except (pa.ArrowInvalid, OSError):  # damaged: made anew, as if it were not there
+    except (pa.ArrowInvalid, OSError):  # damaged: made again, as if it were not there
         return None
     if (parquet.metadata.metadata or {}).get(_KEY) == key.encode():
         return parquet

@@ -38,7 +38,7 @@ class ImageReader:
         """The images of one sample.
 
         With tiles, the one image is decoded, cut, and each tile encoded as PNG without
-        compression: no pixel changes, as it would if JPEG were encoded anew, every column holds a
+        compression: no pixel changes, as it would if JPEG were encoded again, every column holds a
         whole image that any tool can open, and the bytes do not depend on which zlib is at work
         (the shard's own compression makes them small).
 

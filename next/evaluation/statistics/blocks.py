@@ -1,4 +1,4 @@
-"""Settings compared over shared seeds: what a seed does to all of them alike is taken out."""
+"""Settings compared over shared seeds: what a seed does to all of them is taken out."""
 
 from __future__ import annotations
 

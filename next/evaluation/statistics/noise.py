@@ -187,7 +187,7 @@ def pooled_spread(runs: Sequence[Sequence[float]]) -> tuple[float, int]:
     """Standard deviation of one score over seeds, pooled over settings, and its degrees of freedom.
 
     ``s^2 = sum_i sum_j (x_ij - mean_i)^2 / sum_i (n_i - 1)``: the noise floor, if seeds matter
-    alike everywhere. NaN and 0 where no setting has two seeds.
+    the same everywhere. NaN and 0 where no setting has two seeds.
 
     Args:
         runs: for each setting the score of each seed.
@@ -202,7 +202,7 @@ def pooled_spread(runs: Sequence[Sequence[float]]) -> tuple[float, int]:
 def _resampled_means(
     totals: np.ndarray, sizes: np.ndarray, resamples: int, seed: int
 ) -> np.ndarray:
-    """Means over queries when the [n] groups of given totals and sizes are drawn anew."""
+    """Means over queries when the [n] groups of given totals and sizes are drawn again."""
     generator = np.random.default_rng(seed)
     means = np.empty(resamples)
     step = max(1, _BLOCK_DRAWS // len(totals))

@@ -48,7 +48,7 @@ def routing_maps(
 
     What is drawn is the weight over the even one, on one scale for all runs: no colour means as
     much as an even routing would give, red 8 times as much, blue an eighth or less. Beside the name
-    of a branch stands how alike its experts are: the mean over pairs of ``sum sqrt(p q)``, in
+    of a branch stands how similar its experts are: the mean over pairs of ``sum sqrt(p q)``, in
     percent (100: all look at the same patches).
 
     Args:
@@ -144,7 +144,7 @@ def _routing_branches(
 
 
 def _overlap(weights: np.ndarray) -> float:
-    """How alike experts are in where they look, as :func:`next.model.routing.overlap` has it.
+    """How similar experts are in where they look, as :func:`next.model.routing.overlap` has it.
 
     Args:
         weights: [E, N], rows sum to one.

@@ -38,7 +38,7 @@ _STATE = ".published.json"
 _SHORT = 256 * 1024
 """Bytes up to which a segment is replaced by a longer one."""
 _LOOKS = 3
-"""How often segments are listed anew that are replaced while they are read."""
+"""How often segments are listed again that are replaced while they are read."""
 _ARTIFACT = b'{"type":"artifact"'
 
 
@@ -253,7 +253,7 @@ def join(store: Folder, segments: Iterable[Segment]) -> bytes:
 
 
 def _chains(segments: Iterable[Segment]) -> list[list[Segment]]:
-    """Neighbours of each generation, the longer one of two that begin alike."""
+    """Neighbours of each generation, the longer one of two with one beginning."""
     chains: list[list[Segment]] = []
     for segment in sorted(segments):
         chain = chains[-1] if chains and chains[-1][0].generation == segment.generation else None

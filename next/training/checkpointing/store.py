@@ -191,7 +191,7 @@ class CheckpointStore:
                 return local
         if problems:
             raise ValueError(
-                f"no checkpoint in {self.folder.uri} is whole; set run.fresh to start anew, or "
+                f"no checkpoint in {self.folder.uri} is whole; set run.fresh to start over, or "
                 f"bring back a copy:\n  " + "\n  ".join(problems)
             )
         return None

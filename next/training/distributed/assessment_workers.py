@@ -153,7 +153,7 @@ def _on_workers(
 
 
 def _work(settings: dict[str, Any]) -> dict[str, Any]:
-    """One worker. What would only come again is returned: for what is raised, Ray starts anew."""
+    """One worker. It returns an error that would come again: after a raised one Ray starts over."""
     require_versions(settings["versions"])
     configure_torch(from_toml(settings["config"]))
     context = ray.train.get_context()

@@ -1,4 +1,4 @@
-"""What the nodes of a cluster have, whether they are alike, and what its autoscaler may add.
+"""What the nodes of a cluster have and whether that is the same, and what its autoscaler may add.
 
 Open-source Ray does not tell what an autoscaler may start. The configuration that ``ray up`` left
 on the head is read there. On Kubernetes the autoscaler is in a container of its own; that it is

@@ -57,8 +57,8 @@ _log = logging.getLogger(__name__)
 _ALIKE = {error.__name__: error for error in (NonFiniteLossError, RouterCollapseError)}
 """Errors of the run itself, which all ranks see at the same step and would see again."""
 _FINAL = {error.__name__: error for error in (FileNotFoundError, ValueError)}
-"""Errors of settings, data and files. They would come again, too, but perhaps to one rank alone,
-for which the others would wait: so Ray ends all of them, and those that it starts anew end with
+"""Errors of settings, data and files. They would come again, too, but possibly in one rank alone,
+for which the others would wait: so Ray ends all of them, and those that it starts again end with
 it."""
 
 
@@ -111,7 +111,7 @@ def train_on_workers(
         ConnectionError: nothing answers at ``RAY_ADDRESS``.
         NonFiniteLossError, RouterCollapseError: as in one process; the last good checkpoint is
             kept.
-        FileNotFoundError: a worker lacks a file; started anew it would lack it again.
+        FileNotFoundError: a worker lacks a file; started again it would lack it again.
         Interrupted: SIGTERM or Ctrl-C; the workers wrote a checkpoint.
         ray.train.TrainingFailedError: workers died more often than ``run.max_failures``.
     """
@@ -248,7 +248,7 @@ def _wait_for(fitting: Future[Any], channel: Channel, requests: Requests | None)
 
 
 def _work(settings: dict[str, Any]) -> dict[str, Any]:
-    """One worker. What would only come again is returned: for what is raised, Ray starts anew."""
+    """One worker. It returns an error that would come again: after a raised one Ray starts over."""
     require_versions(settings["versions"])
     _require_seen(settings["checkpoints"], settings["marker"])
     config = from_toml(settings["config"])

@@ -127,7 +127,7 @@ def read_card(folder: Path) -> ModelCard:
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"{record} is damaged ({error}); give the command of the run or the sweep again, which "
-            f"measures its best checkpoint and writes the card anew"
+            f"measures its best checkpoint and writes the card again"
         ) from None
 
 

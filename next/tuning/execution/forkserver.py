@@ -101,8 +101,8 @@ class Forked:
         except (EOFError, OSError):
             self.close()
             raise ForkedProcessError(
-                f"process {self.pid}, which trained the trial, ended: it was killed, perhaps by "
-                f"the system for want of memory, or its output says why"
+                f"process {self.pid}, which trained the trial, ended. The system may have "
+                f"killed it because memory ran out; otherwise its output says why"
             ) from None
 
     def close(self) -> None:

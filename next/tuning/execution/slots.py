@@ -92,7 +92,7 @@ class Slots:
     def concurrency(self) -> int:
         """Slots that the living nodes hold, at most as many as are wanted.
 
-        One at least: whether a trial fits at all, perhaps on nodes that are still to come, has been
+        One at least: whether a trial fits at all, also on nodes that are still to come, has been
         asked before.
         """
         return max(1, self.held)

@@ -250,7 +250,7 @@ def _on_workers(
         workers.measure_trial(config, home.folder, left_out, exhaustive=free_axes)
     except LostProcessError:
         raise
-    except Exception as error:  # perhaps of a node that has joined since they were asked
+    except Exception as error:  # of a node that joined after they were asked, for example
         joined = {} if needs is None else unfit_nodes(needs, left_out)
         if set(joined) == set(left_out):
             raise

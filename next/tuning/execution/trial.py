@@ -34,7 +34,7 @@ def run_trial(drawn: dict[str, Any], *, server: str, needs: Needs | None, **shar
             workers, which Ray Train starts from here.
         needs: what this node, which may have joined a moment ago, must have; None: there
             is one node.
-        shared: what :func:`next.tuning.execution.training.train_trial` takes beside, alike for all
+        shared: what :func:`next.tuning.execution.training.train_trial` takes beside, one for all
             trials.
 
     Raises:

@@ -276,7 +276,7 @@ def usage_over_settings(
 
     Args:
         path: PNG to write.
-        points: temperature, number of experts and mean entropy (0 one patch, 1 all alike).
+        points: temperature, number of experts and mean entropy (0 one patch, 1 all equally).
         branch: ``semantic`` or ``structure``.
         across: name of the temperature's setting.
     """

@@ -108,7 +108,7 @@ def _before(folder: Path) -> Mapping[str, Any]:
         return without_sum(json.loads(path.read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
         _log.warning(
-            "%s is damaged (%s) and is written anew, without the test scores that it held; "
+            "%s is damaged (%s) and is written again, without the test scores that it held; "
             "`jobs/sweep.py resume %s` measures the winner again",
             *(path, error, folder.name),
         )

@@ -152,7 +152,7 @@ def test_a_value_that_was_changed_in_the_index_is_noticed(shards, caplog):
         writer.add_key_value_metadata({key: about[key] for key in (index._KEY, index._ABOUT)})
     with caplog.at_level(logging.WARNING):
         assert_right(open_manifest(shards.uri))
-    assert "the index of labels is damaged, so it is made anew" in caplog.text
+    assert "the index of labels is damaged, so it is made again" in caplog.text
 
 
 def test_the_index_of_other_shards_is_not_believed(shards, source, make_card, tmp_path):
