@@ -33,9 +33,10 @@ import numpy as np
 import psutil
 import torch
 
-from next.cli import demo_shards, parse
+from next.cli import parse
 from next.config import RunConfig, override
 from next.data.shards.reader import open_manifest
+from next.demo import demo_shards
 from next.model.network import NEXT
 from next.retrieval.embed import embedding_here, facts_of, write_gallery
 from next.retrieval.sources import open_shards

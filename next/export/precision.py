@@ -20,7 +20,7 @@ TOLERANCES: dict[Precision, float] = {"float32": 1e-4, "float16": 1e-2, "int8": 
 
 
 def lower_precision(model: Path, precision: Precision) -> None:
-    """Write an ONNX file anew in another precision; what goes in and comes out keeps its type.
+    """Write an ONNX file again in another precision; what goes in and comes out keeps its type.
 
     Args:
         model: file in float32.

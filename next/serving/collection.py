@@ -95,7 +95,7 @@ class Collection:
 
     @property
     def first(self) -> Gallery:
-        """The gallery whose layout and rule count for all: they must be alike."""
+        """The gallery whose layout and rule count for all: they must be the same."""
         return next(iter(self.parts.values())).gallery
 
     def __len__(self) -> int:

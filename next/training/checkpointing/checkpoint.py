@@ -164,6 +164,22 @@ def write_snapshot(folder: Path, snapshot: Snapshot) -> Path:
     return folder
 
 
+def save_checkpoint(
+    folder: Path,
+    network: NEXT,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    config: RunConfig,
+    average: WeightAverage | None = None,
+) -> Path:
+    """Snapshot and write at once, in the caller's thread.
+
+    Raises:
+        OSError: the disk is full or not writable; nothing is left behind.
+    """
+    return write_snapshot(folder, take_snapshot(network, optimizer, progress, config, average))
+
+
 def read_progress(folder: Path) -> Progress:
     """Check that a checkpoint is whole, and say where its run stood.
 

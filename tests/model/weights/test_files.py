@@ -27,12 +27,7 @@ from next.model.towers.backbone import Backbone, resolve_weights
 from next.model.towers.clip import load_clip
 from next.model.towers.text import TextTower
 from next.model.weights.files import Origin, find_weights, read_weights, sha256
-from next.training.checkpointing.checkpoint import (
-    Progress,
-    load_network,
-    take_snapshot,
-    write_snapshot,
-)
+from next.training.checkpointing.checkpoint import Progress, load_network, save_checkpoint
 from next.training.step.optimizer import build_optimizer
 
 TINY = BackboneConfig(name="next-tiny", pretrained=None)
@@ -132,9 +127,9 @@ def test_a_checkpoint_keeps_the_activation_of_its_tag(tag, tmp_path):
         config, {"model.backbone.file": backbone.file, "model.backbone.sha256": backbone.sha256}
     )
     network = NEXT(config.model).eval()
-    optimizer = build_optimizer(network, config.optim)
-    snapshot = take_snapshot(network, optimizer, Progress(), config)
-    folder = write_snapshot(tmp_path / "last", snapshot)
+    folder = save_checkpoint(
+        tmp_path / "last", network, build_optimizer(network, config.optim), Progress(), config
+    )
     (tmp_path / f"next-tiny.{tag}.safetensors").unlink()
     again, _ = load_network(folder)
     inputs = images()[:, None], torch.ones(2, 1, dtype=torch.bool)

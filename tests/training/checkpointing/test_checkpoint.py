@@ -16,8 +16,8 @@ from next.training.checkpointing.checkpoint import (
     load_training_state,
     load_weights,
     read_progress,
+    save_checkpoint,
     take_snapshot,
-    write_snapshot,
 )
 from next.training.step.optimizer import build_optimizer
 
@@ -39,10 +39,6 @@ INPUTS = (
 @pytest.fixture
 def config() -> RunConfig:
     return override(RunConfig(), SETTINGS)
-
-
-def save_checkpoint(folder: Path, *state) -> Path:
-    return write_snapshot(folder, take_snapshot(*state))
 
 
 @pytest.fixture
