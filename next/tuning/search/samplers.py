@@ -17,7 +17,7 @@ from next.tuning.settings import SweepConfig
 def make_sampler(sweep: SweepConfig, objectives: int, drawn: int) -> BaseSampler:
     """The sampler for a study that holds ``drawn`` trials.
 
-    A sampler that starts anew with one seed would draw the first trials once more, so the seed
+    A sampler that starts again with one seed would draw the first trials once more, so the seed
     depends on how many there are; the Sobol sequence knows its place from the study.
     """
     seed = int(np.random.SeedSequence([sweep.seed, drawn]).generate_state(1)[0])
