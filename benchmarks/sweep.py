@@ -4,6 +4,7 @@
     python benchmarks/sweep.py store       # what a store on this disk adds to a trial
     python benchmarks/sweep.py simulated [TRIALS]   # 1,000 trials of recorded curves
     python benchmarks/sweep.py grown [TRIALS]       # the search alone, up to 10,000 trials
+    python benchmarks/sweep.py filled [TRIALS]      # the last draws of so many, 10,000 by default
     python benchmarks/sweep.py asha        # the same curves, ASHA against no pruning
     python benchmarks/sweep.py experts     # 40 trials of the experts' space on the demo benchmark
 
@@ -19,7 +20,7 @@ import time
 from typing import Any
 
 from sweep_overhead import OUT, ROOT, WAYS, bare, demo_settings, overhead, trial, way
-from sweep_simulated import asha_against_none, search_grown, simulated
+from sweep_simulated import asha_against_none, search_filled, search_grown, simulated
 from sweep_store import store_overhead
 
 from next.tuning.search.space import load_space
@@ -58,6 +59,8 @@ def main(argv: list[str]) -> int:
         write("simulated", simulated(*map(int, rest)))
     elif part == "grown" and len(rest) <= 1:
         write("grown", search_grown(*map(int, rest)))
+    elif part == "filled" and len(rest) <= 1:
+        write("filled", search_filled(*map(int, rest)))
     elif part == "asha" and not rest:
         write("asha", asha_against_none())
     elif part == "experts" and not rest:

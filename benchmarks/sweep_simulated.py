@@ -1,6 +1,6 @@
 """Sweeps whose training is replaced by a recorded curve: what the driver takes, what ASHA saves.
 
-Parts ``simulated``, ``grown`` and ``asha`` of ``benchmarks/sweep.py``.
+Parts ``simulated``, ``grown``, ``filled`` and ``asha`` of ``benchmarks/sweep.py``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
+from optuna.distributions import FloatDistribution
+from optuna.trial import FrozenTrial, create_trial
 from ray import tune
 from sweep_overhead import ROOT
 
@@ -25,7 +27,7 @@ from next.tuning.execution import tuner
 from next.tuning.execution.slots import Slots
 from next.tuning.search.searcher import Live, Search
 from next.tuning.search.space import Space, load_space
-from next.tuning.search.study import FILE, create_studies
+from next.tuning.search.study import FILE, Studies, create_studies, open_studies
 from next.tuning.settings import SweepConfig
 from next.tuning.sweep import _race, _Sweep
 
@@ -212,6 +214,60 @@ def asha_against_none(trials: int = 120, seeds: int = 5) -> list[dict[str, Any]]
     return rows
 
 
+def search_filled(most: int = 10_000, real: int = 300, latest: int = 50) -> dict[str, Any]:
+    """What the last draws of a search of many trials take, without Ray.
+
+    The first ``real`` trials are searched. Copies of them, each float moved a little within its
+    range, fill the study up to the last ``latest``, which are searched again by a driver that has
+    just opened the study, as one that resumes does.
+    """
+    sweep = _alone(most, "asha", 0)
+    space, random = experts_space(), np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / FILE
+        studies = create_studies(path, "simulated", space.objectives, sweep)
+        ended = itertools.count(1)
+        for _ in _driven(studies, space, sweep, lambda: next(ended) == real):
+            pass
+        search = studies.search
+        known = [one for one in search.get_trials() if one.state.is_finished()][:real]
+        for number in range(len(search.get_trials(deepcopy=False)), most - latest):
+            search.add_trial(_moved(known[number % real], random))
+        began, memory = time.process_time(), psutil.Process().memory_info().rss
+        studies = open_studies(path, "simulated", sweep)
+        opened, ended = time.process_time(), itertools.count(1)
+        for _ in _driven(studies, space, sweep, lambda: next(ended) == latest):
+            pass
+        answer = {
+            "trials": most,
+            "opening_cpu_s": round(opened - began, 1),
+            "latest_cpu_ms_a_trial": round(1000 * (time.process_time() - opened) / latest, 1),
+            "opening_mib": round((psutil.Process().memory_info().rss - memory) / (1 << 20)),
+            "study_mb": round(path.stat().st_size / 1e6, 1),
+        }
+    print(answer, flush=True)
+    return answer
+
+
+def _moved(trial: FrozenTrial, random: np.random.Generator) -> FrozenTrial:
+    """A copy with other floats and a score a little apart."""
+    params = dict(trial.params)
+    for name, drawn in trial.distributions.items():
+        if isinstance(drawn, FloatDistribution):
+            value = float(params[name] * random.uniform(0.9, 1.1))
+            params[name] = min(max(value, drawn.low), drawn.high)
+    score = None if trial.value is None else float(trial.value + random.normal(0, 0.1))
+    return create_trial(
+        state=trial.state,
+        value=score,
+        params=params,
+        distributions=trial.distributions,
+        intermediate_values=trial.intermediate_values,
+        user_attrs={name: one for name, one in trial.user_attrs.items() if name != "sha256"},
+        system_attrs=trial.system_attrs,
+    )
+
+
 def search_alone(
     trials: int, pruner: str, seed: int, on_end: Callable[[int, Path], None] | None = None
 ) -> Iterator[tuple[int, float]]:
@@ -223,35 +279,50 @@ def search_alone(
         seed: as ``sweep.seed``.
         on_end: is told how many trials have ended, and the study's folder, whenever one does.
     """
-    ended = 0
-    sweep = SweepConfig(
-        trials=trials, noise_share=0, race_share=0, grace_epochs=2, seed=seed, pruner=pruner
-    )
-    space, names, trained, best = experts_space(), itertools.count(), 0, (0.0, 0.0)
+    ended, sweep, space = itertools.count(1), _alone(trials, pruner, seed), experts_space()
     with tempfile.TemporaryDirectory() as folder:
         studies = create_studies(Path(folder) / FILE, "simulated", space.objectives, sweep)
-        slots = Slots(BASE, sweep, [{"CPU": float(AT_A_TIME)}])
-        search = Search(studies, space, sweep, BASE, slots, lambda: None)
-        live: dict[str, tuple[dict[str, Any], int]] = {}
-        while True:
-            while len(live) < AT_A_TIME:
-                name = str(next(names))
-                task = search.suggest(name)
-                if not isinstance(task, dict):
-                    break
-                live[name] = (task["settings"], 0)
-            if not live:
-                return
-            for name, (settings, before) in list(live.items()):
-                epoch, trained = before + 1, trained + 1
-                score = recorded(settings, epoch)
-                best = max(best, (score, true_score(settings, EPOCHS)))
-                yield trained, best[1]
-                stop = search.report(name, {"epoch": epoch, "val/mAP": score})
-                live[name] = (settings, epoch)
-                if stop or epoch == EPOCHS:
-                    search.on_trial_complete(name)
-                    del live[name]
-                    ended += 1
-                    if on_end is not None:
-                        on_end(ended, Path(folder))
+
+        def told() -> bool:
+            if on_end is not None:
+                on_end(next(ended), Path(folder))
+            return False
+
+        yield from _driven(studies, space, sweep, told)
+
+
+def _alone(trials: int, pruner: str, seed: int) -> SweepConfig:
+    return SweepConfig(
+        trials=trials, noise_share=0, race_share=0, grace_epochs=2, seed=seed, pruner=pruner
+    )
+
+
+def _driven(
+    studies: Studies, space: Space, sweep: SweepConfig, on_end: Callable[[], bool]
+) -> Iterator[tuple[int, float]]:
+    """As :func:`search_alone`, over a record; ``on_end`` says whether to stop there."""
+    names, trained, best = itertools.count(), 0, (0.0, 0.0)
+    slots = Slots(BASE, sweep, [{"CPU": float(AT_A_TIME)}])
+    search = Search(studies, space, sweep, BASE, slots, lambda: None)
+    live: dict[str, tuple[dict[str, Any], int]] = {}
+    while True:
+        while len(live) < AT_A_TIME:
+            name = str(next(names))
+            task = search.suggest(name)
+            if not isinstance(task, dict):
+                break
+            live[name] = (task["settings"], 0)
+        if not live:
+            return
+        for name, (settings, before) in list(live.items()):
+            epoch, trained = before + 1, trained + 1
+            score = recorded(settings, epoch)
+            best = max(best, (score, true_score(settings, EPOCHS)))
+            yield trained, best[1]
+            stop = search.report(name, {"epoch": epoch, "val/mAP": score})
+            live[name] = (settings, epoch)
+            if stop or epoch == EPOCHS:
+                search.on_trial_complete(name)
+                del live[name]
+                if on_end():
+                    return

@@ -186,10 +186,11 @@ def test_evaluate_finds_the_scores_of_the_run_and_promote_makes_it_the_champion(
 def test_caption_asks_from_every_machine_and_keeps_the_answers_where_the_driver_is(
     cluster, recipe, demo_raw
 ):
-    from tests.captioning.scripted_endpoint import scripted
+    from tests.captioning.scripted_endpoint import Script, scripted
 
     machine = cluster.services.machine
-    with machine.network(), scripted(Path(demo_raw), host=machine.address) as server:
+    slow = Script(latency=0.5)  # else the first worker has asked all when the second one starts
+    with machine.network(), scripted(Path(demo_raw), slow, machine.address) as server:
         cluster.head.path("/srv/models.toml").write_text(
             f'[[models]]\nname = "scripted-large"\nbase_url = "{server.url}"\nconcurrency = 8\n'
         )
