@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from next.config import ModelConfig
 from next.model.aggregation import Aggregated, Aggregation
 from next.model.head import IdentityHead
-from next.model.routing import at_least_float32, normalised_entropy, overlap
-from next.model.semantic_experts import SemanticExperts
-from next.model.structure_experts import StructureExperts
+from next.model.routing import at_least_float32, normalised_entropy, overlap, require_orthogonal
+from next.model.semantic_experts import SEMANTIC_DIRECTIONS, SemanticExperts
+from next.model.structure_experts import STRUCTURE_DIRECTIONS, StructureExperts
 from next.model.towers.backbone import Backbone
+from next.model.towers.clip import text_width
 
 T = TypeVar("T")
 
@@ -44,6 +45,21 @@ class NEXTOutput(NamedTuple):
     """[B, M*D] each, in the order semantic, structure, cls; the loss sums over these."""
     routing: Routing
     """Which patches reach which expert."""
+
+
+def check_routers(config: ModelConfig) -> None:
+    """Refuse routers that cannot start orthogonal, before a network is built.
+
+    Raises:
+        ValueError: more experts, or slots, than the tokens have dimensions.
+    """
+    if config.routing.init != "orthogonal":
+        return
+    width, structure = text_width(config.backbone), config.structure
+    if config.semantic.enabled:
+        require_orthogonal(config.semantic.experts, width, SEMANTIC_DIRECTIONS)
+    if structure.enabled:
+        require_orthogonal(structure.experts * structure.slots, width, STRUCTURE_DIRECTIONS)
 
 
 class NEXT(nn.Module):

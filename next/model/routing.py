@@ -41,6 +41,19 @@ def routing_softmax(
     return scaled.softmax(dim).masked_fill(~allowed, 0.0)
 
 
+def require_orthogonal(directions: int, width: int, setting: str) -> None:
+    """Refuse more orthogonal directions than a space has dimensions.
+
+    Raises:
+        ValueError: there are more; ``setting`` names what they are the number of.
+    """
+    if directions > width:
+        raise ValueError(
+            f"{setting} must not exceed the token width {width} with model.routing.init = "
+            f"orthogonal, but got {directions}; lower it"
+        )
+
+
 def normalised_entropy(weights: Tensor, candidates: Tensor | int, *, dim: int) -> Tensor:
     """Entropy over one axis divided by its largest value, ``log(candidates)``; detached.
 

@@ -11,10 +11,12 @@ from torch.nn import functional as F
 
 from next.config import RoutingConfig, SemanticConfig
 from next.model.experts import Experts
-from next.model.routing import at_least_float32, routing_softmax
+from next.model.routing import at_least_float32, require_orthogonal, routing_softmax
 
 _LARGEST_TEXT_SCALE = math.log(100)
 """Of the logarithm of tau."""
+SEMANTIC_DIRECTIONS = "model.semantic.experts"
+"""The setting that says how many subspaces orthogonal routers share."""
 
 
 class SemanticTokens(NamedTuple):
@@ -93,11 +95,7 @@ class SemanticExperts(nn.Module):
         """
         modalities, width, _ = self.router_weight.shape
         experts = len(self.experts.weight_in)
-        if experts > width:
-            raise ValueError(
-                f"model.semantic.experts must not exceed the token width {width} with "
-                f"model.routing.init = orthogonal, but got {experts}; lower it"
-            )
+        require_orthogonal(experts, width, SEMANTIC_DIRECTIONS)
         for modality in range(modalities):
             basis = nn.init.orthogonal_(torch.empty(width, width))
             queries = self.router_weight[modality].view(width, experts, width)

@@ -10,7 +10,10 @@ from torch.nn import functional as F
 
 from next.config import RoutingConfig, StructureConfig
 from next.model.experts import Experts
-from next.model.routing import at_least_float32, routing_softmax
+from next.model.routing import at_least_float32, require_orthogonal, routing_softmax
+
+STRUCTURE_DIRECTIONS = "model.structure.experts * model.structure.slots"
+"""The settings that say how many columns ``Phi`` has."""
 
 
 class StructureTokens(NamedTuple):
@@ -40,6 +43,9 @@ class StructureExperts(nn.Module):
         width: D.
         config: experts, slots and widths.
         routing: temperature of the softmax over tokens, and how ``Phi`` starts.
+
+    Raises:
+        ValueError: orthogonal columns of ``Phi`` are asked for, and there are more than D.
     """
 
     def __init__(self, width: int, config: StructureConfig, routing: RoutingConfig) -> None:
@@ -51,6 +57,7 @@ class StructureExperts(nn.Module):
         self.experts = Experts(config.experts, width, config.expansion)
         self.reset_parameters()
         if routing.init == "orthogonal":
+            require_orthogonal(config.experts * config.slots, width, STRUCTURE_DIRECTIONS)
             nn.init.orthogonal_(self.phi)
 
     def reset_parameters(self) -> None:

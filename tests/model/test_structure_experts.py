@@ -140,3 +140,5 @@ def test_a_zero_token_is_routed_without_nan():
 def test_slots_can_start_along_orthogonal_directions():
     csse = StructureExperts(16, StructureConfig(experts=3), RoutingConfig(init="orthogonal"))
     torch.testing.assert_close(csse.phi.T @ csse.phi, torch.eye(6))
+    with pytest.raises(ValueError, match=r"structure\.slots must not exceed .* 16 .* but got 18"):
+        StructureExperts(16, StructureConfig(experts=9), RoutingConfig(init="orthogonal"))
