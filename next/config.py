@@ -48,6 +48,10 @@ sweep or a checkpoint whose record lacks the setting goes on so (:func:`from_tom
 a setting that may be None lacks it where it is None, so None is the only value that such a one may
 have here."""
 
+FORMER_DEFAULTS: dict[str, Any] = {"optim.warmup_epochs": 10.0}
+"""Defaults of settings that versions before :data:`LEGACY`'s wrote down as if they had been given,
+where the default is another now."""
+
 
 class Section(BaseModel):
     """A frozen group of settings that refuses unknown names and out-of-range values.

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from next.config import (
+    FORMER_DEFAULTS,
     RunConfig,
     differences,
     flatten,
@@ -52,8 +53,9 @@ def run_folder(config: RunConfig) -> Path | None:
 def as_begun(config: RunConfig, record: Path) -> RunConfig:
     """The settings with which a run goes on that an older version began.
 
-    A setting that its record predates gets the value that the older version behaved like, unless
-    ``config`` sets it to something else than the default (which :func:`claim_folder` refuses).
+    A setting that its record predates gets the value that the older version behaved like, and one
+    whose default that version wrote down gets that, unless ``config`` sets it to something else
+    than the default (which :func:`claim_folder` refuses).
 
     Args:
         config: settings of the command that continues the run.
@@ -62,11 +64,12 @@ def as_begun(config: RunConfig, record: Path) -> RunConfig:
     if not record.is_file():
         return config
     default, now = dict(flatten(RunConfig())), dict(flatten(config))
-    older = {
-        name: value
-        for name, value in predated(read_written(record)).items()
-        if now[name] == default[name]
-    }
+    written = read_written(record)
+    older = predated(written)
+    if older:
+        told = dict(flatten(from_toml(written)))
+        older |= {name: value for name, value in FORMER_DEFAULTS.items() if told[name] == value}
+    older = {name: value for name, value in older.items() if now[name] == default[name]}
     if older:
         listed = ", ".join(f"{name} = {value}" for name, value in older.items())
         _log.info("%s is of an older version; going on as that did: %s", record, listed)

@@ -163,6 +163,29 @@ def test_a_run_that_commit_a36958b_began_goes_on_by_its_command_and_with_its_dat
         check_claim(older, digest="a" * 64)
 
 
+def test_the_warm_up_that_an_older_version_had_by_default_goes_on_where_no_flag_gives_one(
+    demo_shards, older_runs
+):
+    """Commit a36958b wrote 10 epochs down; now they are derived from ``optim.epochs``."""
+    manifest = open_manifest(demo_shards)
+    record = older_runs / "first" / "config.toml"
+    text = record.read_text().replace("warmup_epochs = 0.5", "warmup_epochs = 10.0")
+    record.write_text(text.replace("epochs = 3", "epochs = 20"))
+    command = {"run.name": "first", "run.storage_path": str(older_runs), "optim.epochs": 20}
+    given = {name: value for name, value in TINY.items() if name != "optim.warmup_epochs"}
+    recipe = manifest.benchmark.recipe | given | {"data.uri": str(demo_shards)}
+    config = override(RunConfig(), recipe | command | {"optim.warmup_epochs": None})
+    older = as_begun(config, record)
+    assert older.optim.warmup_epochs == 10
+    for _ in range(2):  # the record stays as it is
+        check_claim(resolve(older, manifest), digest=manifest.digest).take()
+    given = override(config, {"optim.warmup_epochs": 4.0})
+    with pytest.raises(ValueError, match=r"(?s)optim.warmup_epochs: 10.0 -> 4.0"):
+        check_claim(resolve(as_begun(given, record), manifest), digest=manifest.digest)
+    record.write_text(record.read_text().replace("warmup_epochs = 10.0", "warmup_epochs = 5.0"))
+    assert as_begun(config, record).optim.warmup_epochs is None, "a flag gave it"
+
+
 def test_a_run_goes_on_with_its_own_data_alone(tiny_config):
     config = resolve(tiny_config, open_manifest(tiny_config.data.uri))
     folder = claim_folder(config, digest="a" * 64)
