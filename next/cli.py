@@ -232,7 +232,21 @@ def run_defaults(argv: Sequence[str]) -> RunConfig:
         )
     chosen = card or stored
     config = base_config(chosen, named.get("recipe"))
+    epochs = named_options(argv, "optim.epochs").get("optim.epochs", "")
+    if epochs.isdecimal() and not any(word.startswith("--optim.warmup") for word in argv):
+        config = override(config, _warmup_left_to(config.optim.warmup_epochs, int(epochs)))
     return override(config, {"data.uri": named["data"]}) if "data" in named else config
+
+
+def _warmup_left_to(epochs: float | None, given: float) -> dict[str, Any]:
+    """What becomes of a recipe's warm-up of so many epochs where fewer are ``given`` to train."""
+    if epochs is None or epochs <= given:
+        return {}
+    _log.info(
+        "optim.warmup_epochs = %g of the recipe does not fit optim.epochs = %g; it is derived",
+        *(epochs, given),
+    )
+    return {"optim.warmup_epochs": None}
 
 
 def base_config(card: Benchmark | None, recipe: str | Path | None) -> RunConfig:
@@ -247,6 +261,7 @@ def base_config(card: Benchmark | None, recipe: str | Path | None) -> RunConfig:
         FileNotFoundError: the card has no such recipe, and there is no such file.
     """
     settings: dict[str, Any] = dict(card.recipe) if card is not None else {}
+    asked: dict[str, Any] = {}
     if recipe is not None:
         named = card.recipes if card is not None else {}
         new = _RENAMED.get(str(recipe))
@@ -258,15 +273,18 @@ def base_config(card: Benchmark | None, recipe: str | Path | None) -> RunConfig:
             )
             recipe = recipe if recipe in named else new
         if str(recipe) in named:
-            settings |= named[str(recipe)]
+            asked = named[str(recipe)]
         elif not Path(recipe).exists() and named:
             raise FileNotFoundError(
                 f"--recipe must name a TOML file or one of the card's recipes "
                 f"({', '.join(named)}), but got {str(recipe)!r}"
             )
         else:
-            settings |= load_recipe(recipe)
-    return override(RunConfig(), settings)
+            asked = load_recipe(recipe)
+    epochs = asked.get("optim.epochs")
+    if isinstance(epochs, int) and "optim.warmup_epochs" not in asked:
+        asked = asked | _warmup_left_to(settings.get("optim.warmup_epochs"), epochs)
+    return override(RunConfig(), settings | asked)
 
 
 class ProgressLine:

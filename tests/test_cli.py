@@ -17,7 +17,7 @@ from next.cli import (
     run_defaults,
     run_job,
 )
-from next.config import RunConfig
+from next.config import RunConfig, override
 from next.stopping import Stopped
 
 
@@ -120,6 +120,29 @@ def test_a_recipe_replaces_the_card_and_flags_replace_both(tmp_path, demo_shards
     assert config.model.backbone.name == "next-tiny", "from the card within the shards"
     assert config.data.uri == str(demo_shards)
     assert base_config(None, recipe).optim.epochs == 7
+
+
+def test_fewer_epochs_than_a_recipes_warm_up_derive_another(tmp_path, caplog):
+    """The commonest first flag works by itself; who gives a warm-up gets that, or an error."""
+    caplog.set_level("INFO")
+    datasets = Path(__file__).resolve().parents[1] / "datasets"
+    demo, peers = (["--card", str(datasets / name)] for name in ("demo.toml", "rgbnt201.toml"))
+    peers += ["--recipe", "demo-training"]
+    for card, epochs in ((demo, "1"), (peers, "5")):
+        for flags in (["--optim.epochs", epochs], [f"--optim.epochs={epochs}"]):
+            config = run_defaults([*card, *flags])
+            assert config.optim.warmup_epochs is None
+            assert override(config, {"optim.epochs": int(epochs)}).optim.warmup == 0.2 * int(epochs)
+    assert "optim.warmup_epochs = 10 of the recipe does not fit optim.epochs = 5" in caplog.text
+    assert run_defaults([*demo, "--optim.epochs", "2"]).optim.warmup_epochs == 1.5, "it fits"
+    both = [*demo, "--optim.epochs", "1", "--optim.warmup_epochs", "1"]
+    assert run_defaults(both).optim.warmup_epochs == 1.5, "flags come on top of this"
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text("optim.epochs = 1\n")
+    assert run_defaults([*demo, "--recipe", str(recipe)]).optim.warmup == 0.2
+    recipe.write_text("optim.epochs = 1\noptim.warmup_epochs = 2\n")
+    with pytest.raises(ValueError, match=r"optim.warmup_epochs must not exceed optim.epochs"):
+        run_defaults([*demo, "--recipe", str(recipe)])
 
 
 def test_card_and_shards_of_two_benchmarks_are_refused(demo_shards):
