@@ -5,11 +5,13 @@
     python benchmarks/ablation.py --weights towers.safetensors --weights-tower-lr 5e-4
 
 Writes JSON after each run, so that the same command goes on where it was stopped, and at the end
-prints one table and draws a picture. Every method is trained by the card's recipe, its best epoch
-chosen on held-out train identities, and assessed on the test split once. Differences to the first
-method are of the seeds that both were run with, each query's average precision averaged over them;
-their standard error is over test identities. ``--data`` takes any shards; ``--weights`` a file that
-``jobs/pretrain.py`` made, with which every method is trained once more.
+prints one table and draws a picture; a call with other methods adds theirs to the table. Every
+method is trained by the card's recipe, its best epoch chosen on held-out train identities, and
+assessed on the test split once. Differences are to the first method of the table that was trained
+and began with the same towers, random or aligned ones; they are of the seeds that both were run
+with, each query's average precision averaged over them, and their standard error is over test
+identities. ``--data`` takes any shards; ``--weights`` a file that ``jobs/pretrain.py`` made, with
+which every method is trained once more.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import platform
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from multiprocessing import connection
@@ -67,6 +69,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "NEXT": {},
 }
 """The shuffled one reads the captions of other samples, in training and at the test."""
+ALIGNED = ", aligned"
+"""Ends the names of methods that begin with aligned towers."""
 MINUTES = 4
 """Of a run on one core of its own."""
 
@@ -107,19 +111,18 @@ def main(argv: Sequence[str]) -> int:
     base = override(job.config, {"data.uri": job.data, "threads": 1})
     manifest = open_manifest(job.data)
     methods = chosen_methods(job, manifest.benchmark.modalities)
-    results: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in methods}
+    made_with = common_settings(job, base, manifest)
     record = job.out / "ablation.json"
-    earlier = json.loads(record.read_text(encoding="utf-8"))["results"] if record.is_file() else {}
+    results = earlier_results(record, made_with)
     tasks = []
     for seed in range(job.seeds):
         for name, settings in methods.items():
             config = to_toml(override(base, {**settings, "seed": seed}))
             # By name, too: shuffled captions are no setting, so those runs have NEXT's settings.
             made = hashlib.sha256(f"{manifest.digest} {name} {config}".encode()).hexdigest()[:16]
-            found = earlier.get(name, {}).get(str(seed))
-            if found is not None and found["made_of"] == made:
-                results[name][str(seed)] = found
-            else:
+            runs = results.setdefault(name, {})
+            if runs.get(str(seed), {}).get("made_of") != made:
+                runs.pop(str(seed), None)
                 tasks.append((name, seed, config, made))
     print(
         f"{len(tasks)} runs are left, about {MINUTES * len(tasks) / job.processes:.0f} minutes on "
@@ -142,7 +145,7 @@ def main(argv: Sequence[str]) -> int:
             name, seed, scores, precision = future.result()
             np.savez_compressed(job.out / f"{made}.npz", average_precision=precision)
             results[name][str(seed)] = scores | {"made_of": made}
-            keep(record, manifest.digest, results)
+            keep(record, made_with, results)
             left = (time.perf_counter() - began) / done * (len(tasks) - done)
             print(
                 f"{done}/{len(tasks)} {name} seed {seed}: mAP {scores['mAP']:.1f} "
@@ -189,13 +192,48 @@ def chosen_methods(job: AblationJob, modalities: Sequence[str]) -> dict[str, dic
     aligned: dict[str, Any] = {"model.backbone.pretrained": str(job.weights.absolute())}
     if job.weights_tower_lr is not None:
         aligned["optim.tower_lr"] = job.weights_tower_lr
-    return chosen | {f"{name}, aligned": own | aligned for name, own in chosen.items()}
+    return chosen | {f"{name}{ALIGNED}": own | aligned for name, own in chosen.items()}
 
 
-def keep(record: Path, digest: str, results: dict[str, dict[str, dict[str, Any]]]) -> None:
+def common_settings(job: AblationJob, base: RunConfig, manifest: Manifest) -> dict[str, Any]:
+    """What all rows of a table have in common, and those with aligned towers beside it."""
+    anywhere = override(base, {"data.uri": None, "data.cache": None, "seed": 0})
+    found: dict[str, Any] = {
+        "data_digest": manifest.digest,
+        "settings": hashlib.sha256(to_toml(anywhere).encode()).hexdigest()[:16],
+    }
+    if job.weights is not None:
+        found["weights"] = [str(job.weights.absolute()), job.weights_tower_lr]
+    return found
+
+
+def earlier_results(record: Path, made_with: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What earlier calls found, of all methods; ``made_with`` gets what they alone knew.
+
+    Raises:
+        ValueError: they were made with something else.
+    """
+    if not record.is_file():
+        return {}
+    before = json.loads(record.read_text(encoding="utf-8"))
+    for name, value in made_with.items():
+        if before.get(name, value) != value:  # older records lack some
+            raise ValueError(
+                f"{record} was made with {name} = {before[name]}, but this call has {value}; rows "
+                f"of one table must be comparable, so give another --out"
+            )
+    if "weights" in before:
+        made_with["weights"] = before["weights"]
+    found: dict[str, dict[str, Any]] = before["results"]
+    return found
+
+
+def keep(
+    record: Path, made_with: Mapping[str, Any], results: dict[str, dict[str, dict[str, Any]]]
+) -> None:
     """Write what has been found so far, whole or not at all."""
     answer = {
-        "data_digest": digest,
+        **made_with,
         "machine": f"{platform.processor() or platform.machine()}, torch {torch.__version__}",
         "results": results,
     }
@@ -283,7 +321,7 @@ def run_once(name: str, seed: int, config_toml: str) -> Run:
 def differences(
     results: Mapping[str, Mapping[str, Mapping[str, Any]]], folder: Path, manifest: Manifest
 ) -> dict[str, str]:
-    """Test mAP of each method less that of the first, on the seeds that both have, in words."""
+    """Test mAP less that of the first method with such towers, on the seeds of both, in words."""
     pids = manifest.labels(manifest.resolve("query")).pid
     kept = {
         name: {
@@ -293,24 +331,36 @@ def differences(
         }
         for name, runs in results.items()
     }
-    first, *others = kept
     told = {}
-    for name in others:
+    for name, first in references(kept).items():
         seeds = sorted(set(kept[first]) & set(kept[name]))
         if not seeds:
             continue
         gains = np.mean([kept[name][seed] - kept[first][seed] for seed in seeds], axis=0)
         basis = score_basis(gains, pids)
-        told[name] = f"{np.nanmean(gains):+.2f} ({basis.error:.2f}; {len(seeds)})"
+        told[name] = f"{np.nanmean(gains):+.2f} ({basis.error:.2f}; {len(seeds)}) to {first}"
     return told
+
+
+def references(names: Iterable[str]) -> dict[str, str]:
+    """The method that each one is compared with: the first trained one with such towers."""
+    first: dict[bool, str] = {}
+    found = {}
+    for name in names:
+        if name.startswith("untrained"):
+            continue
+        reference = first.setdefault(name.endswith(ALIGNED), name)
+        if reference != name:
+            found[name] = reference
+    return found
 
 
 def table(
     results: Mapping[str, Mapping[str, Mapping[str, float]]], against: Mapping[str, str]
 ) -> str:
-    """Markdown: mean and standard deviation over seeds, and differences to the first method."""
+    """Markdown: mean and standard deviation over seeds, and differences between methods."""
     lines = [
-        "| method | seeds | test mAP | test R-1 | val mAP | to the first (standard error; seeds) |",
+        "| method | seeds | test mAP | test R-1 | val mAP | gain of mAP (standard error; seeds) |",
         "|---|---|---|---|---|---|",
     ]
     for name, runs in results.items():
