@@ -87,12 +87,23 @@ class QuerySet(NamedTuple):
 
     def warning(self) -> str:
         """What to think of few identities; empty: they are enough, or there are none."""
-        if not self.queries or self.effective >= FEW:
-            return ""
-        return (
-            f"few: settings that differ by less than {self.least_difference:.1f} mAP cannot be "
-            f"told apart on {self.identities} identities"
-        )
+        return few_identities(self.identities, self.effective) if self.queries else ""
+
+
+def few_identities(identities: int, effective: float) -> str:
+    """What to think of differences on so many identities; empty: they are enough.
+
+    Args:
+        identities: that have queries.
+        effective: identities of equal size that would be as sure.
+    """
+    if effective >= FEW:
+        return ""
+    least = 1.96 * PAIRED_SPREAD / effective**0.5
+    return (
+        f"few: settings that differ by less than {least:.1f} mAP cannot be told apart on "
+        f"{identities} identities"
+    )
 
 
 def query_set(query: Labels, gallery: Labels, rule: str) -> QuerySet:
@@ -159,6 +170,15 @@ def queries_of_splits(splits: Mapping[str, Labels], rule: str) -> dict[str, Quer
         "train split": query_set(train, train, rule),
         TEST: query_set(query, gallery, rule),
     }
+
+
+def measuring(told: Mapping[str, QuerySet]) -> list[str]:
+    """What a run is measured on, a line for each query set, with a warning where that is little."""
+    lines = []
+    for name, found in told.items():
+        lines.append(f"measured on {name}: {found}")
+        lines += [f"WARNING: {name}: {warning}"] if (warning := found.warning()) else []
+    return lines
 
 
 class Measurable(NamedTuple):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from next.benchmark.card import Benchmark
 from next.config import RunConfig
 from next.data.shards.reader import Manifest, open_manifest
+from next.evaluation.queries import measurable, measuring
 from next.local_ray import on_cluster
 from next.storage import require_own_disk, write_whole
 from next.tracking.provenance import provenance_tags
@@ -107,6 +108,8 @@ def _launch(manifest: Manifest, claim: Claim, home: str | None) -> RunResult:
     config, folder = claim.config, claim.folder
     configure_torch(config)
     store = _store(config, folder)
+    for line in measuring(measurable(config, manifest).told):
+        _log.info("%s", line)
     outcome, assessed = None, None
     if not config.run.fresh:
         outcome = _finished(store, config, manifest.digest)

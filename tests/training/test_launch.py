@@ -75,6 +75,8 @@ def test_a_run_that_is_finished_says_so_and_ends_well(tiny_config, caplog):
     caplog.set_level("INFO")
     first = launch(tiny_config)
     again = launch(override(tiny_config, {"scaling.num_workers": 2}))  # which starts no Ray
+    assert "measured on held-out identities: 4 identities with" in caplog.text
+    assert "WARNING: held-out identities: few: settings that differ by less than" in caplog.text
     assert "run tiny is finished (epoch 3, step 11): it is assessed again" in caplog.text
     assert again.assessment.metrics == first.assessment.metrics
     assert again.outcome == first.outcome._replace(losses=[])

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from next.config import METRIC
+from next.evaluation.queries import few_identities
 from next.evaluation.statistics.noise import Basis, pooled_spread, score_basis
 from next.storage import with_sum
 from next.training.results.assessment import Assessment
@@ -61,7 +62,9 @@ class Summary(NamedTuple):
         """What scores on held-out identities rest on, in words; empty: not known."""
         if self.basis is None:
             return ""
-        return f"{METRIC} of {self.run} rests on {self.basis} (over held-out identities)"
+        few = few_identities(self.basis.identities, self.basis.identities)
+        words = f"{METRIC} of {self.run} rests on {self.basis} (over held-out identities)"
+        return f"{words}; {few}" if few else words
 
     def lines(self) -> list[str]:
         """For the terminal."""

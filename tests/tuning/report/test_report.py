@@ -12,6 +12,7 @@ import pytest
 from jobs.sweep import main as sweep_job
 from next.config import RunConfig, override, to_toml
 from next.data.shards.reader import open_manifest
+from next.evaluation.queries import FEW, PAIRED_SPREAD, few_identities
 from next.training.inputs import resolve, training_data
 from next.training.results.assessment import Assessment
 from next.tuning.execution.slots import Slots
@@ -188,7 +189,11 @@ def test_the_leaderboard_ends_with_what_its_scores_rest_on(played):
     summary = summarise(found.settings, found.objectives)
     assert summary.basis is not None
     *_, last = leaderboard(found.settings, found.varied, summary)
-    assert last == f"val/mAP of {summary.run} rests on {summary.basis} (over held-out identities)"
+    told = f"val/mAP of {summary.run} rests on {summary.basis} (over held-out identities)"
+    few = few_identities(summary.basis.identities, summary.basis.identities)
+    assert last == (f"{told}; {few}" if few else told)
+    least = 1.96 * PAIRED_SPREAD / summary.basis.identities**0.5
+    assert (f"less than {least:.1f} mAP cannot be told" in last) == (summary.basis.identities < FEW)
     known = np.load(played / "trials" / summary.run / FEATURES)
     assert summary.basis.identities == len(np.unique(known["query_pid"]))
     assert summary.basis.queries == len(known["query_pid"])
