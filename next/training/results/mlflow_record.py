@@ -51,6 +51,7 @@ def record_assessment(run: Run, assessment: Assessment, *, step: int) -> None:
 
 _FROM_THE_DATA = (
     "model.modalities", "model.image_size", "model.identities", "model.cameras",
+    "model.trained_cameras",
     "model.backbone.sha256", "model.backbone.text_sha256",
     "model.backbone.activation", "model.backbone.text_activation",
 )  # fmt: skip

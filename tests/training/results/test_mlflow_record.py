@@ -42,6 +42,8 @@ def test_a_runs_columns_are_its_seed_and_what_differs_from_the_cards_recipe(tiny
 
     assert by_recipe.optim.lr != RunConfig().optim.lr, "the card has a recipe"
     assert columns() == {"seed": 0}
+    camera = {"model.backbone.camera_coefficient": 1.0}
+    assert columns(model__backbone__camera_coefficient=1.0) == {"seed": 0} | camera
     assert columns(seed=3, optim__lr=1e-4, data__modalities=("NI", "TI")) == {
         "seed": 3,
         "optim.lr": 1e-4,
