@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
 
     if job.dry_run:
         plan = plan_pretraining(config)
-        print(json.dumps(asdict(plan)) if job.json else "\n".join(plan.lines()))
+        print(json.dumps(plan.as_json()) if job.json else "\n".join(plan.lines()))
         return 0
     made = pretrain(config, job.out)
     if job.json:

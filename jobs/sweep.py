@@ -131,7 +131,8 @@ def _start(argv: Sequence[str]) -> int:
     job = parse(StartJob, argv, default=default)
     config = override(job.config, {"data.uri": job.data})
     space = load_space(job.space)
-    from next.tuning.sweep import checked_space, prepare_sweep, run_sweep
+    from next.evaluation.queries import measuring
+    from next.tuning.sweep import checked_space, prepare_sweep, query_sets, run_sweep
 
     if job.dry_run:
         manifest, config = prepare_sweep(judged_by(config, space), job.sweep)
@@ -149,7 +150,12 @@ def _start(argv: Sequence[str]) -> int:
             "concurrency": job.sweep.concurrency,
             "epochs": config.optim.epochs,
         }
-        print(json.dumps(plan) if job.json else "\n".join(f"{k:12}{v}" for k, v in plan.items()))
+        told = query_sets(config, job.sweep, manifest)
+        if job.json:
+            measured = {name: found.as_json() for name, found in told.items()}
+            print(json.dumps(plan | {"measured_on": measured}))
+            return 0
+        print("\n".join([*(f"{k:12}{v}" for k, v in plan.items()), *measuring(told)]))
         return 0
     with redirect_stdout(sys.stderr):  # Ray writes there when a process dies; it holds the answer
         result = run_sweep(config, space, job.sweep)

@@ -17,9 +17,11 @@ from next.data.loading.loader import SampleSet, open_samples
 from next.data.loading.plan import deal_shards
 from next.data.shards.reader import Manifest
 from next.evaluation.queries import check_measurable
+from next.model.network import check_routers
 from next.model.towers.backbone import resolve_weights
 from next.model.towers.clip import text_side
 from next.model.towers.text import TextTower
+from next.training.pretraining.trained_on import check_unseen
 
 
 class TrainingData(NamedTuple):
@@ -47,13 +49,18 @@ class TestData(NamedTuple):
     rule: str
 
 
-def resolve(config: RunConfig, manifest: Manifest) -> RunConfig:
+def resolve(config: RunConfig, manifest: Manifest, *, ranked: bool = True) -> RunConfig:
     """Fill in what the data decide (modalities, image size, identities, cameras), find the weights.
+
+    Args:
+        config: settings.
+        manifest: the data.
+        ranked: whether the run is measured by searching galleries under the card's rule.
 
     Raises:
         ValueError: a modality that the data lack, P larger than the number of train identities, a
             model setting that contradicts the data, shards that cannot be dealt to the workers, or
-            nothing that the run could be measured on.
+            nothing that the run could be measured on, or weights that know held-out identities.
         ConnectionError: pretrained weights are neither on this machine nor can be fetched.
     """
     card = manifest.benchmark
@@ -68,8 +75,10 @@ def resolve(config: RunConfig, manifest: Manifest) -> RunConfig:
     labels = manifest.labels("train")
     train_rows = split_train(config, labels, card.rule).train
     identities = len(np.unique(labels.pid[train_rows]))
+    check_routers(config.model)
     _check_identities(config, manifest, labels)
-    check_measurable(config, manifest)
+    if ranked:
+        check_measurable(config, manifest)
     if config.data.placement == "sharded":
         _check_shards(config, labels.pid[train_rows], manifest.shard_of_row("train")[train_rows])
     image_size = config.data.image_size or card.image_size
@@ -86,9 +95,7 @@ def resolve(config: RunConfig, manifest: Manifest) -> RunConfig:
         "model.identities": identities,
         "model.cameras": cameras,
     }
-    if config.model.backbone.camera_coefficient and config.model.backbone.unknown_camera != "all":
-        trained = np.unique(labels.camera)
-        facts["model.trained_cameras"] = tuple(int(one) for one in trained[trained >= 0]) or None
+    facts["model.trained_cameras"] = _trained_cameras(config, labels.camera[train_rows])
     given = {
         "model.modalities": config.model.modalities,
         "model.image_size": config.model.image_size,
@@ -111,7 +118,7 @@ def resolve(config: RunConfig, manifest: Manifest) -> RunConfig:
             *("text_file", "text_sha256", "text_activation"),
         )
     }
-    return override(
+    resolved = override(
         config,
         {
             "data.uri": manifest.folder.address,
@@ -121,6 +128,8 @@ def resolve(config: RunConfig, manifest: Manifest) -> RunConfig:
             **weights,
         },
     )
+    check_unseen(resolved, manifest)
+    return resolved
 
 
 def training_data(config: RunConfig, manifest: Manifest, text: Path | None = None) -> TrainingData:
@@ -163,7 +172,21 @@ def for_fold(config: RunConfig, manifest: Manifest) -> RunConfig:
     """A resolved configuration whose ``selection.fold`` was changed, fitted to its identities."""
     labels = manifest.labels("train")
     rows = split_train(config, labels, manifest.benchmark.rule).train
-    return override(config, {"model.identities": len(np.unique(labels.pid[rows]))})
+    return override(
+        config,
+        {
+            "model.identities": len(np.unique(labels.pid[rows])),
+            "model.trained_cameras": _trained_cameras(config, labels.camera[rows]),
+        },
+    )
+
+
+def _trained_cameras(config: RunConfig, cameras: np.ndarray) -> tuple[int, ...] | None:
+    """Cameras whose embedding is trained; None: there is none, or all count as trained."""
+    backbone = config.model.backbone
+    if not backbone.camera_coefficient or backbone.unknown_camera == "all":
+        return None
+    return tuple(int(one) for one in np.unique(cameras[cameras >= 0])) or None
 
 
 def _check_identities(config: RunConfig, manifest: Manifest, labels: Labels) -> None:

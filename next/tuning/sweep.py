@@ -21,7 +21,7 @@ import ray
 
 from next.config import METRIC, RunConfig, from_toml, override, read_written
 from next.data.shards.reader import Manifest, open_manifest
-from next.evaluation.queries import measurable
+from next.evaluation.queries import HELD_OUT, QuerySet, measurable, measuring
 from next.lease import HeldError, Lease
 from next.local_ray import on_cluster
 from next.stopping import LostRayError, Stopped, keeping, lost_ray
@@ -43,8 +43,10 @@ from next.training.folder import data_of, own_folder
 from next.training.inputs import resolve, training_data
 from next.training.launch import check_tracking, read_history, run_tags, tracking_address
 from next.training.pretraining.alignment import prepare_pairs
+from next.training.pretraining.captioned import captioned
 from next.training.pretraining.run import ONLY, REPORTED, check_pretraining
 from next.training.pretraining.tower_weights import mark_of, write_weights
+from next.training.pretraining.trained_on import check_unseen
 from next.training.results.assessment import Assessment
 from next.training.results.mlflow_record import record_assessment, record_inputs
 from next.training.results.registration import register_best, write_card
@@ -208,9 +210,8 @@ def run_sweep(
         if record is not None:
             record.save()  # from now on another head can resume it
         say(f"sweep {folder.name}: {sweep.trials} trials over {', '.join(description)}")
-        if sweep.task == "training":
-            for name, found in measurable(base, manifest).told.items():
-                say(f"measured on {name}: {found}")
+        for line in measuring(query_sets(base, sweep, manifest)):
+            say(line)
         return _drive(
             _Sweep(folder, base, space, list(description), sweep, studies, manifest, say, record)
         )
@@ -418,13 +419,30 @@ def prepare_sweep(base: RunConfig, sweep: SweepConfig) -> tuple[Manifest, RunCon
     require_own_disk(base.run.storage_path, "run.storage_path", "the study of a sweep")
     if sweep.task == "pretraining":
         manifest, base = check_pretraining(base)
+        for fold in range(base.selection.folds):
+            captioned(override(base, {"selection.fold": fold}), manifest)
     else:
         manifest = open_manifest(str(base.data.uri))
         base = resolve(base, manifest)
+    _check_unseen_in_folds(base, manifest)
     check_tracking(base)
     if on_cluster() or ray.is_initialized():
         check_cluster(base)
     return manifest, base
+
+
+def query_sets(base: RunConfig, sweep: SweepConfig, manifest: Manifest) -> dict[str, QuerySet]:
+    """What the runs of a sweep are measured on, by name."""
+    if sweep.task == "pretraining":
+        return {HELD_OUT: captioned(base, manifest).held_out}
+    return measurable(base, manifest).told
+
+
+def _check_unseen_in_folds(config: RunConfig, manifest: Manifest) -> None:
+    """Refuse weights that were trained on identities of another fold that a trial may hold out."""
+    for fold in range(config.selection.folds):
+        if fold != config.selection.fold:  # of that one, ``resolve`` has asked
+            check_unseen(override(config, {"selection.fold": fold}), manifest)
 
 
 def checked_space(
@@ -436,7 +454,11 @@ def checked_space(
         ValueError: as there, or pretraining does not have what the space varies or asks for.
     """
     if sweep.task == "training":
-        return describe_space(space, base, lambda trial: resolve(trial, manifest))
+
+        def fits(trial: RunConfig) -> None:
+            _check_unseen_in_folds(resolve(trial, manifest), manifest)
+
+        return describe_space(space, base, fits)
     varied = describe_space(space, base)
     fixed = sorted(set(varied) & set(ONLY))
     if fixed:

@@ -1,15 +1,21 @@
 """What a run reads, opened again by another trial of the node."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from next.benchmark.card import load_card
 from next.config import override
+from next.data.holdout import split_train
 from next.data.shards.reader import Manifest, open_manifest
+from next.data.source.ingest import prepare
 from next.storage import open_folder
 from next.training.inputs import TrainingData, for_fold, resolve, training_data
+
+CARD = Path(__file__).resolve().parents[2] / "datasets" / "demo.toml"
 
 
 def test_a_second_trial_of_the_node_neither_encodes_nor_decodes(tiny_config, tmp_path):
@@ -118,3 +124,36 @@ def test_cameras_without_train_samples_are_left_out_of_the_mean_embedding(tiny_c
     assert resolve(resolved, manifest) == resolved
     older = override(on, {"model.backbone.unknown_camera": "all"})
     assert resolve(older, manifest).model.trained_cameras is None
+
+
+def test_a_camera_of_held_out_identities_alone_is_not_trained(tiny_config, demo_raw, tmp_path):
+    """Its embedding stays as it was drawn, so it is as unknown as any other camera."""
+    labels = open_manifest(tiny_config.data.uri).labels("train")
+    fold = override(tiny_config, {"selection.folds": 2, "selection.fold": 1})
+    train, held = split_train(fold, labels, "camera")
+    kept = {name.split("_")[0] for name in labels.sample_id[held]}
+    raw = tmp_path / "raw"
+    shutil.copytree(demo_raw, raw)
+    for path in (raw / "train").glob("*/*_cam4_*"):
+        if path.name.split("_")[0] not in kept:
+            path.unlink()
+    prepare(load_card(CARD), raw, tmp_path / "shards")
+    manifest = open_manifest(str(tmp_path / "shards"))
+    on = {"model.backbone.camera_coefficient": 1.0, "data.uri": str(tmp_path / "shards")}
+    resolved = resolve(override(fold, on), manifest)
+    assert (resolved.model.cameras, resolved.model.trained_cameras) == (5, (1, 2, 3))
+    other = for_fold(override(resolved, {"selection.fold": 0}), manifest)
+    assert other.model.trained_cameras == (1, 2, 3, 4), "its own fold trains it"
+    assert len(train)
+
+
+def test_more_orthogonal_routers_than_dimensions_are_refused_before_work(tiny_config):
+    manifest = open_manifest(tiny_config.data.uri)
+    many = {"model.routing.init": "orthogonal", "model.structure.experts": 500}
+    message = r"structure\.experts \* model\.structure\.slots must not exceed the .*, but got 1000"
+    with pytest.raises(ValueError, match=message):
+        resolve(override(tiny_config, many), manifest)
+    resolve(override(tiny_config, many | {"model.structure.enabled": False}), manifest)
+    many = {"model.routing.init": "orthogonal", "model.semantic.experts": 1000}
+    with pytest.raises(ValueError, match=r"semantic\.experts must not exceed the token width"):
+        resolve(override(tiny_config, many), manifest)

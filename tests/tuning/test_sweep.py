@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.sweep import main as plan
 from next.config import override, to_toml
 from next.tracking.run import start_server
 from next.tuning.folder import find_sweep, read_standing
@@ -206,6 +207,21 @@ def test_a_sweep_says_what_does_not_fit_before_it_starts(tiny_config):
     with pytest.raises(ValueError, match=r"must leave a trial to the search"):
         SweepConfig(trials=2, noise_share=0.5, race_share=0.5)
     assert not Path(tiny_config.run.storage_path).exists()
+
+
+def test_the_plan_of_a_sweep_says_what_its_runs_are_measured_on(tiny_config, tmp_path, capsys):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(to_toml(tiny_config))
+    given = ["--space", str(ROOT / "tune_spaces" / "quick.py"), "--data", tiny_config.data.uri]
+    given += ["--recipe", str(recipe), "--dry-run"]
+    assert plan([*given, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["measured_on"]
+    assert told["held-out identities"]["identities"] == 4
+    assert told["test split"]["queries"] == 36
+    assert plan(given) == 0
+    text = capsys.readouterr().out
+    assert "measured on held-out identities: 4 identities with 32 queries; standard" in text
+    assert "WARNING: held-out identities: few: settings that differ by less than 9.8 mAP" in text
 
 
 def test_a_sweep_of_a_name_that_exists_is_refused(tiny_config):

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from next.config import METRIC, RunConfig, override
-from next.data.captions import CaptionTable
 from next.data.loading.loader import SampleSet, evaluation_batches, train_batches
 from next.data.loading.plan import occurrences, plan_hash
 from next.data.pairs import CaptionSource, DrawnCaptions, pair_plan
 from next.data.shards.reader import open_manifest
+from next.evaluation.queries import QuerySet
 from next.evaluation.ranking.captions import Retrieval, caption_retrieval
 from next.model.towers.alignment import Captions, TwoTowers, cropped
 from next.training.checkpointing.checkpoint import (
@@ -32,6 +32,7 @@ from next.training.checkpointing.checkpoint import (
 from next.training.checkpointing.interruption import Interrupted, Request
 from next.training.inputs import TrainingData, training_data
 from next.training.loop import is_due, rescuing
+from next.training.pretraining.captioned import captioned
 from next.training.results.report import Reporter
 from next.training.step.optimizer import build_optimizer, set_learning_rates
 from next.training.step.process import device
@@ -49,6 +50,10 @@ class Pairs(NamedTuple):
     """Captions of all of the train split."""
     tokens: Tensor
     """int64 ``[T, L]`` of the source's texts."""
+    learned: np.ndarray
+    """int64, ascending: identities that are learned from."""
+    held_out: QuerySet
+    """What the held-out identities can measure."""
 
 
 def align(
@@ -181,22 +186,13 @@ def prepare_pairs(config: RunConfig) -> Pairs:
     """Images and captions of a resolved run; builds the decoded cache where it is missing.
 
     Raises:
-        ValueError: no caption can be used.
+        ValueError: as :func:`next.training.pretraining.captioned.captioned`.
     """
     manifest = open_manifest(str(config.data.uri))
+    source, learned, held_out = captioned(config, manifest)  # before any image is decoded
     data = training_data(without_text(config), manifest)
-    table = CaptionTable.read(manifest, "train", manifest.present("train"))
-    source = CaptionSource(table, config.captions)
-    train = data.train
-    usable = (source.caption[train.rows[:, None], train.columns] >= 0) & train.present
-    if not usable.any():
-        raise ValueError(
-            f"{manifest.uri} holds no usable caption of data.modalities "
-            f"{', '.join(train.modalities)} in its train split; set captions.unreliable, or "
-            f"caption the images"
-        )
     tokenize = open_clip.get_tokenizer(config.model.backbone.name)
-    return Pairs(data, source, tokenize(source.texts))
+    return Pairs(data, source, tokenize(source.texts), learned, held_out)
 
 
 def without_text(config: RunConfig) -> RunConfig:

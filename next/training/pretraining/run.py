@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from next.config import SCORES, RunConfig
+from next.config import SCORES, RunConfig, override
+from next.data.holdout import fold_of_rows
 from next.data.loading.plan import plan_hash
 from next.data.shards.reader import Manifest, open_manifest
+from next.evaluation.queries import HELD_OUT, QuerySet, measuring
 from next.model.towers.clip import is_clip
 from next.tracking.provenance import provenance_tags
 from next.tracking.run import open_run
@@ -33,6 +36,8 @@ from next.training.results.mlflow_record import record_inputs, seed_tags
 from next.training.results.report import FolderReporter
 from next.training.step.optimizer import build_optimizer
 from next.training.step.process import configure_torch
+
+_log = logging.getLogger(__name__)
 
 ONLY: dict[str, object] = {
     "scaling.num_workers": 1,
@@ -59,6 +64,8 @@ class PretrainingPlan:
     train_samples: int
     held_out_identities: int
     held_out_samples: int
+    held_out: QuerySet
+    """What the held-out identities can measure."""
     captions: int
     """Distinct captions of train identities."""
     texts: int
@@ -75,7 +82,14 @@ class PretrainingPlan:
 
     def lines(self) -> list[str]:
         """For the terminal."""
-        return [f"{name:20} {value}" for name, value in asdict(self).items()]
+        own = [field.name for field in fields(self)]
+        lines = [f"{name:20} {getattr(self, name)}" for name in own]
+        warning = self.held_out.warning()
+        return [*lines, *([f"{'WARNING':20} {warning}"] if warning else [])]
+
+    def as_json(self) -> dict[str, Any]:
+        """For scripts."""
+        return asdict(self) | {"held_out": self.held_out.as_json()}
 
 
 def pretrain(config: RunConfig, out: Path | None = None) -> Pretrained:
@@ -109,6 +123,8 @@ def _pretrain(manifest: Manifest, claim: Claim, out: Path | None, mark: str) -> 
     pairs = prepare_pairs(config)
     check_tracking(config)
     folder = claim.take()  # what could refuse the command has been asked
+    for line in measuring({HELD_OUT: pairs.held_out}):
+        _log.info("%s", line)
     store = CheckpointStore(folder / "checkpoints")
     if config.run.fresh:
         store.set_aside(time.strftime("%Y%m%d-%H%M%S"))
@@ -162,6 +178,7 @@ def plan_pretraining(config: RunConfig) -> PretrainingPlan:
         train_samples=len(train),
         held_out_identities=len(np.unique(pairs.data.query.labels.pid)),
         held_out_samples=len(pairs.data.query),
+        held_out=pairs.held_out,
         captions=len(np.unique(caption[caption >= 0])),
         texts=len(np.unique(texts[texts >= 0])),
         batch=plan.shape[1],
@@ -204,7 +221,33 @@ def check_pretraining(config: RunConfig) -> tuple[Manifest, RunConfig]:
             f"{manifest.uri} holds no caption in its train split; give shards of a card with "
             f"[captions], made by jobs/caption.py or by hand"
         )
-    return manifest, resolve(config, manifest)
+    config = _with_identities_held_out(config, manifest)
+    return manifest, resolve(config, manifest, ranked=False)
+
+
+def _with_identities_held_out(config: RunConfig, manifest: Manifest) -> RunConfig:
+    """Hold out those that a run holds out; any identities where no run could hold out enough.
+
+    Captions are retrieved under no rule of the card, so any identity can measure them.
+
+    Raises:
+        ValueError: there are too few identities to share.
+    """
+    labels, folds = manifest.labels("train"), config.selection.folds
+    identities, needed = len(np.unique(labels.pid)), 2 * max(2, folds)
+    if identities < needed:
+        raise ValueError(
+            f"pretraining needs at least {needed} train identities, two to train on and two to "
+            f"hold out in each of selection.folds = {folds}, but {manifest.uri} has {identities}; "
+            + ("lower selection.folds, or " if folds > 1 else "")
+            + "add identities"
+        )
+    try:
+        fold_of_rows(config.selection, labels, manifest.benchmark.rule)
+    except ValueError as error:  # too few of them can be queries
+        _log.info("holding out any identities (selection.draw = any), since %s", error)
+        return override(config, {"selection.draw": "any"})
+    return config
 
 
 def _value(config: RunConfig, name: str) -> object:

@@ -14,9 +14,9 @@ from next.data.shards.reader import Manifest
 from next.model.towers.alignment import TwoTowers
 from next.model.towers.clip import ACTIVATION, IMAGE_SIZE, clip_activation
 from next.storage import drafting, write_whole
-from next.training.checkpointing.checkpoint import (
-    load_weights,
-)
+from next.training.checkpointing.checkpoint import load_weights
+from next.training.pretraining.captioned import captioned
+from next.training.pretraining.trained_on import TRAINED_ON, trained_on_metadata
 from next.training.results.registration import weights_licence
 
 
@@ -75,12 +75,20 @@ def write_weights(
     load_weights(checkpoint, network)
     progress = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["progress"]
     metrics = progress["metrics"]
+    found = captioned(config, manifest)
     origin = {
         "model": config.model.backbone.name,
         "began_with": config.model.backbone.pretrained
         or f"random (seed {config.model.backbone.seed})",
         "licence_of_that": weights_licence(config.model.backbone),
         "data": f"{manifest.benchmark.name} {manifest.digest}, train identities not held out",
+        "identities": {
+            "learned": len(found.learned),
+            "held_out": found.held_out.identities + found.held_out.distractors,
+        },
+        "selection": config.selection.model_dump(
+            include={"seed", "holdout", "distractors", "draw", "folds", "fold"}
+        ),
         "modalities": list(config.data.modalities or ()),
         "epoch": progress["epoch"],
         "seed": config.seed,
@@ -91,6 +99,7 @@ def write_weights(
         "format": "pt",
         "next.mark": mark,
         "next.card": json.dumps(origin),
+        TRAINED_ON: trained_on_metadata(config, manifest, found.learned),
         IMAGE_SIZE: json.dumps(config.model.image_size),
         ACTIVATION: json.dumps(clip_activation(config.model.backbone, blank=True)),
     }
