@@ -4,9 +4,10 @@
 
 Each round is two settings that were run with the same n seeds. An identity has a level of its own
 and a gain by the second setting, a run has noise that moves all its queries, and each query has its
-own. On one held-out set all runs are measured on the same identities; with folds each seed takes
-the next fold of RGBNT201's 51 identities that can be a query. The cost is the same: n runs of each
-setting, each judged on as many identities. The verdict is that of a sweep's report
+own. Identities are shared as RGBNT201's are: without folds all runs are measured on the 25 that are
+held out by default, with k folds each seed takes the next of k shares of all 51 that can be a
+query. The cost is the same, n runs of each setting; that a fold leaves more identities to learn
+from is not simulated. The verdict is that of a sweep's report
 (:func:`next.tuning.statistics.seeds.compare`), its interval should cover the true gain, that of the
 population which the identities are drawn from, in 95 % of the rounds, and tell a gain of nothing
 from none in 5 % at most.
@@ -31,8 +32,11 @@ from next.tuning.search.searcher import DEFAULT
 from next.tuning.settings import FEATURES
 from next.tuning.statistics.seeds import Verdict, compare, noise_floor
 
-IDENTITIES, QUERIES = 10, 12
-"""Of a fold, as five folds of RGBNT201 have them."""
+EVALUABLE, HELD_OUT = 51, 25
+"""Train identities of RGBNT201 that can be queries, and those of them that are held out by
+default."""
+QUERIES = 12
+"""Of each identity."""
 GAIN_SPREAD = PAIRED_SPREAD
 RUN_SPREAD, SEED_SPREAD, QUERY_SPREAD = 1.0, 1.5, 12.0
 """mAP: of a run beside others on its seed, of a seed (all settings alike), of a query."""
@@ -102,22 +106,30 @@ def drawn(
     generator: np.random.Generator, folder: Path, folds: int, seeds: int, gain: float
 ) -> tuple[Setting, Setting]:
     """Two settings with their runs; the first is ``gain`` better in the population."""
-    level = generator.normal(50, SPREAD, (folds, IDENTITIES))
-    gains = generator.normal(gain, GAIN_SPREAD, (folds, IDENTITIES))
+    dealt = np.arange(HELD_OUT if folds == 1 else EVALUABLE)
+    shares = [dealt[fold::folds] for fold in range(folds)]
+    level = generator.normal(50, SPREAD, len(dealt))
+    gains = generator.normal(gain, GAIN_SPREAD, len(dealt))
     shift = generator.normal(0, SEED_SPREAD, seeds)
     settings = []
     for name, better in (("ours", gains), (DEFAULT, np.zeros_like(gains))):
         runs = []
         for seed in range(seeds):
             fold = seed % folds
-            of_identity = level[fold] + better[fold] + shift[seed]
+            share = shares[fold]
+            of_identity = level[share] + better[share] + shift[seed]
             of_identity = of_identity + generator.normal(0, RUN_SPREAD)
             scores = np.repeat(of_identity, QUERIES)
             scores = scores + generator.normal(0, QUERY_SPREAD, len(scores))
             own = folder / f"{name}-{seed}"
             own.mkdir(exist_ok=True)
-            pids = np.repeat(fold * IDENTITIES + np.arange(IDENTITIES), QUERIES)
-            np.savez(own / FEATURES, average_precision=scores, query_pid=pids)
+            pids = np.repeat(share, QUERIES)
+            none = np.zeros((len(pids), 1), dtype=np.float32)  # verdicts read scores alone
+            np.savez(
+                own / FEATURES,
+                **{"average_precision": scores, "query_pid": pids},
+                **{"query": none, "gallery": none[:1], "own": np.zeros(len(pids), dtype=bool)},
+            )
             runs.append(_run(own, float(scores.mean()), seed, fold))
         settings.append(Setting(name, {}, runs))
     return settings[0], settings[1]
