@@ -15,6 +15,7 @@ from next.cli import USER_ERROR, Settings, base_config, named_options, parse, ru
 from next.config import RunConfig, override
 from next.doctor.examination import examine, table
 from next.doctor.finding import Inquiry
+from next.storage import require_own_disk
 from next.tracking.run import replay, start_server
 from next.tuning.settings import SweepConfig
 
@@ -85,7 +86,9 @@ def _replay(job: DoctorJob, folder: Path) -> int:
     with ExitStack() as stack:
         uri = job.config.tracking.uri
         if uri is None:
-            uri = stack.enter_context(start_server(folder.absolute().parent / "mlflow")).uri
+            local = folder.absolute().parent / "mlflow"
+            require_own_disk(local, "the folder above --replay", "MLflow's database")
+            uri = stack.enter_context(start_server(local)).uri
         done = replay(folder, uri)
     answer = done._asdict() | {"uri": uri}
     print(json.dumps(answer) if job.json else "  ".join(f"{k} {v}" for k, v in answer.items()))

@@ -60,9 +60,13 @@ _BLOCK = 8 * 2**20
 _DRAFT = re.compile(r"\..+\.[0-9a-f]{32}\.partial", re.DOTALL)
 _MOUNTS = Path("/proc/self/mountinfo")
 _NETWORK = frozenset(
-    ("nfs", "nfs4", "cifs", "smb3", "smbfs", "ceph", "glusterfs", "lustre", "gpfs", "beegfs", "afs")
+    (
+        *("nfs", "nfs4", "cifs", "smb3", "smbfs", "ceph", "glusterfs", "lustre", "gpfs", "beegfs"),
+        *("afs", "9p", "virtiofs", "fuse"),
+    )
 )
-"""Beside all of FUSE, by which buckets and other machines are mounted."""
+"""Beside all of FUSE, by which buckets and other machines are mounted. ``9p`` and ``virtiofs`` are
+folders of the machine that this virtual one runs on."""
 _FULL = {
     errno.EFBIG: "it is larger than a file may be here; raise the limit (ulimit -f), or write to "
     "another file system",
@@ -426,7 +430,7 @@ def network_mount(path: str | Path) -> str | None:
 
 
 def require_own_disk(path: str | Path, setting: str, what: str) -> None:
-    """Raise if a database would lie on a network file system, where SQLite's log is not safe.
+    """Raise if a database would lie on a foreign file system, where SQLite's log is not safe.
 
     Raises:
         ValueError: it would; with the setting that says where.

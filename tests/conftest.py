@@ -339,3 +339,16 @@ def postgresql() -> Iterator[str]:
             subprocess.run([*control, "-m", "immediate", "stop"], **run)
     finally:
         shutil.rmtree(folder)
+
+
+@pytest.fixture(params=["nfs4", "9p", "virtiofs", "fuse", "fuse.s3fs"])
+def share(request, monkeypatch, tmp_path) -> Path:
+    """A folder that the table of mounts has as one of another machine."""
+    folder = tmp_path / "share"
+    folder.mkdir()
+    (tmp_path / "mounts").write_text(
+        "22 1 0:21 / / rw,relatime - ext4 /dev/sda1 rw\n"
+        f"23 22 0:40 / {folder} rw,relatime shared:1 - {request.param} 10.0.0.1:/srv rw\n"
+    )
+    monkeypatch.setattr("next.storage._MOUNTS", tmp_path / "mounts")
+    return folder

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from next.addresses import tracking_uri
+from next.storage import require_own_disk
 from next.tracking.delivery.client import NotDelivered
 from next.tracking.delivery.delivery import Delivery
 from next.tracking.delivery.presence import require_answer
@@ -96,6 +97,8 @@ def _main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         with ExitStack() as stack:
+            if given.local is not None:
+                require_own_disk(given.local, "--local", "MLflow's database")
             uri = given.uri or stack.enter_context(start_server(given.local)).uri
             done = replay(given.folder, uri)
     except (OSError, RuntimeError, ValueError) as error:

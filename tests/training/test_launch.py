@@ -306,3 +306,13 @@ def test_two_workers_of_ray_train_come_to_what_one_process_comes_to(tiny_config,
     )
     assert abs(stored["test"]["test/mAP"] - alone.assessment.metrics["test/mAP"]) < 3
     load_network(folder / "checkpoints" / "best")
+
+
+@pytest.mark.parametrize("share", ["nfs4"], indirect=True)
+def test_a_run_keeps_no_mlflow_of_its_own_on_a_network_file_system(tiny_config, share):
+    there = {"run.storage_path": str(share / "runs"), "tracking.enabled": True}
+    with pytest.raises(
+        ValueError, match=r"run.storage_path must be on a disk of this machine for MLflow's databas"
+    ):
+        launch(override(tiny_config, there))
+    assert list(share.rglob("*.db")) == []

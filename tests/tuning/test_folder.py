@@ -2,10 +2,15 @@
 
 import json
 
+import pytest
+
 from jobs.sweep import main as sweep_job
+from next.config import RunConfig, override
 from next.data.shards.reader import open_manifest
 from next.tuning.folder import read_standing
 from next.tuning.report.report import report_sweep
+from next.tuning.settings import SweepConfig
+from next.tuning.sweep import prepare_sweep
 
 
 def test_a_sweep_of_commit_a36958b_is_listed_reported_resumed_and_forked(
@@ -33,3 +38,14 @@ def test_a_sweep_of_commit_a36958b_is_listed_reported_resumed_and_forked(
     assert sweep_job([*resume, "--fork", "next"]) == 0
     assert json.loads(capsys.readouterr().out)["inherited"] == 3
     assert read_standing(folder).base.model.semantic.text_skip is False
+
+
+def test_a_sweep_does_not_keep_its_study_on_a_network_file_system(share):
+    """Its tracking server is elsewhere, so that the study alone would be there."""
+    kept = {"run.storage_path": str(share / "runs"), "tracking.uri": "http://127.0.0.1:9"}
+    base = override(RunConfig(), kept | {"data.uri": "shards"})
+    with pytest.raises(
+        ValueError, match=r"run.storage_path must be on a disk of this machine for the study of a s"
+    ):
+        prepare_sweep(base, SweepConfig())
+    assert list(share.iterdir()) == []

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from next.addresses import tracking_uri
-from next.storage import path_within, write_whole
+from next.storage import path_within, require_own_disk, write_whole
 from next.tracking.delivery.client import check_server, connect, http_status, short_message
 from next.tracking.delivery.delivery import read_address
 from next.tracking.delivery.presence import require_answer
@@ -322,6 +322,7 @@ def registry_server(uri: str | None, runs: str | Path) -> Iterator[str]:
 
     Raises:
         FileNotFoundError: no address, and the folder of runs has no local server's store.
+        ValueError: that store is on a network file system.
         ConnectionError: nobody answers there.
         PermissionError: the server wants other credentials.
     """
@@ -335,5 +336,6 @@ def registry_server(uri: str | None, runs: str | Path) -> Iterator[str]:
             f"{folder} must hold the store of a local MLflow server, but there is none; give "
             f"--storage_path, the folder of all runs, or --tracking.uri"
         )
+    require_own_disk(folder, "--storage_path", "MLflow's database")
     with start_server(folder) as server:
         yield server.uri
