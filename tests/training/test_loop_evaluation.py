@@ -14,17 +14,19 @@ import torch.distributed as dist
 from next.config import RunConfig, from_toml, override, to_toml
 from next.data.shards.reader import open_manifest
 from next.evaluation.protocol import Evaluation, evaluate
+from next.evaluation.share import Share
 from next.model.network import NEXT
 from next.training.checkpointing.checkpoint import Progress, load_network, read_progress
 from next.training.checkpointing.interruption import Requests
 from next.training.inputs import training_data
 from next.training.loop import Outcome, Worker, train
+from next.training.results.assessment import assess
 from next.training.results.report import FolderReporter, TrainReporter
 from tests.training.conftest import together
 
 
 def evaluating_member(rank: int, world: int, meeting: str, config: str, queue) -> None:
-    """Trains one epoch; tells what it was given of the evaluation, and what it embedded itself."""
+    """Trains one epoch, and assesses; tells what it was given of both, and what it embedded."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{meeting}/rendezvous", rank=rank, world_size=world)
     own = override(from_toml(config), {"data.cache": f"{meeting}/cache-{rank}"})
@@ -48,7 +50,13 @@ def evaluating_member(rank: int, world: int, meeting: str, config: str, queue) -
     with reporter:
         train(own, data, reporter, Worker(rank, world), on_evaluation=keep)
     hook.remove()
-    queue.put((rank, found, sum(seen)))
+    dist.barrier()  # the first one has written the checkpoint
+    where = {"folder": Path(f"{meeting}/assessed"), "device": torch.device("cpu")}
+    manifest = open_manifest(own.data.uri)
+    assessed = assess(
+        Path(f"{meeting}/run/last"), manifest, split="val", share=Share(rank, world), **where
+    )
+    queue.put((rank, found, sum(seen), assessed))
     dist.destroy_process_group()
 
 
@@ -63,7 +71,7 @@ def test_each_worker_embeds_its_share_and_sees_the_whole_evaluation(ready, tmp_p
     alone = evaluate(
         network, data.query, data.gallery, rule=data.rule, config=trained, device="cpu"
     )
-    for _, found, _ in answers:
+    for _, found, _, _ in answers:
         ((features, usage, scores),) = found
         np.testing.assert_array_equal(features, alone.query.features)
         np.testing.assert_array_equal(usage, alone.gallery.usage.semantic_entropy)
@@ -71,6 +79,10 @@ def test_each_worker_embeds_its_share_and_sees_the_whole_evaluation(ready, tmp_p
     seen = [answer[2] for answer in answers]
     assert sum(seen) == alone.forwards
     assert max(seen) - min(seen) <= 16
+    first, second = (answer[3] for answer in answers)
+    assert first.metrics == second.metrics
+    assert len(first.queries["query"]) == len(data.query)
+    assert (second.queries, second.pictures) == ({}, []), "no rank but the first reads the names"
 
 
 def run(config: RunConfig, folder: Path, *, blind: bool = False) -> Outcome:

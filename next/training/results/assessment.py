@@ -45,7 +45,8 @@ class Assessment(NamedTuple):
     interval: dict[str, tuple[float, float]]
     """Metric -> ends of its 95 % bootstrap interval over query identities, percent."""
     queries: dict[str, list[Any]]
-    """Column -> one value a query: :func:`next.pictures.model.all.read_queries`."""
+    """Column -> one value a query: :func:`next.pictures.model.all.read_queries`; of the first rank,
+    empty on others."""
     subsets: dict[str, float]
     """mAP, percent, by what query and gallery have (``RGB+NI``); empty: not asked for."""
 
@@ -131,9 +132,10 @@ def assess(
     how["whitening"] = _whitening(features, checkpoint, network, config, manifest, device, share)
     found = evaluate(network, query, gallery, **how)
     matrix = _matrix_if_cheap(network, query, gallery, **how) if missing else None
-    queries = read_queries(found, query, gallery)
+    queries: dict[str, list[Any]] = {}
     pictures = []
-    if not share.rank:
+    if not share.rank:  # the names of a large gallery are read once
+        queries = read_queries(found, query, gallery)
         held_out = split == "val" and config.selection.split == "val"
         source = "train" if held_out else "gallery"
         evaluated = Evaluated(
