@@ -302,7 +302,7 @@ def _driven(
 ) -> Iterator[tuple[int, float]]:
     """As :func:`search_alone`, over a record; ``on_end`` says whether to stop there."""
     names, trained, best = itertools.count(), 0, (0.0, 0.0)
-    slots = Slots(BASE, sweep, [{"CPU": float(AT_A_TIME)}])
+    slots = Slots(BASE, sweep, {"node": {"CPU": float(AT_A_TIME)}})
     search = Search(studies, space, sweep, BASE, slots, lambda: None)
     live: dict[str, tuple[dict[str, Any], int]] = {}
     while True:

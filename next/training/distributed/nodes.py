@@ -18,8 +18,9 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +35,7 @@ CLOCK_SECONDS = 60.0
 """How far clocks may be apart: credentials of S3 and the curves of a run allow no more."""
 _HEAD = "node:__internal_head__"
 _LOOK_SECONDS = 60.0
+_ORIGIN = "raised_on"
 _PACKAGES = ("ray", "torch", "mlflow", "numpy", "pyarrow", "safetensors")
 
 
@@ -91,6 +93,37 @@ class Facts(NamedTuple):
     """Version of the NVIDIA driver; None: there is none."""
 
 
+class Origin(NamedTuple):
+    """Where an error was raised."""
+
+    node: str | None
+    """Ray's id of the node; None: it was raised in this process."""
+    host: str
+    errno: int | None
+    """What the system said, perhaps to what the error came from."""
+
+    @classmethod
+    def of(cls, error: OSError) -> Origin:
+        """As :func:`naming_node` noted it, or here."""
+        noted = error.__dict__.get(_ORIGIN)
+        if noted is not None:
+            return cls(*noted)
+        cause = error.__cause__
+        number = error.errno or (cause.errno if isinstance(cause, OSError) else None)
+        return cls(None, socket.gethostname(), number)
+
+
+@contextmanager
+def naming_node() -> Iterator[None]:
+    """What the block raises of a disk or a store says where, also once it has been pickled."""
+    try:
+        yield
+    except OSError as error:
+        here = Origin.of(error)._replace(node=ray.get_runtime_context().get_node_id())
+        error.__dict__[_ORIGIN] = tuple(here)
+        raise
+
+
 def fitting(node: Mapping[str, float], needs: Mapping[str, float]) -> int:
     """How many that need so much fit on a node where nothing else runs."""
     return min(math.floor(node.get(name, 0.0) / need + 1e-6) for name, need in needs.items())
@@ -116,11 +149,17 @@ def most_that_fit(needs: Mapping[str, float]) -> float | None:
 
     Infinite where an autoscaler is there, and what it may start is not known.
     """
+    holds = largest()
+    return None if holds is None else holds(needs)
+
+
+def largest() -> Callable[[Mapping[str, float]], float] | None:
+    """:func:`most_that_fit` of what the cluster may be now, for any needs."""
     found = find_autoscaler()
     if found is None:
         return None
     heads = [node["Resources"] for node in _alive() if _HEAD in node["Resources"]]
-    return found.holds(needs, heads[0] if heads else {})
+    return partial(found.holds, head=heads[0] if heads else {})
 
 
 def read_autoscaler(address: str) -> Autoscaler | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -20,9 +20,9 @@ from ray import tune
 
 from next.config import RunConfig
 from next.local_ray import on_cluster
-from next.training.distributed.cluster import most_workers, worker_resources
+from next.training.distributed.cluster import worker_resources
 from next.training.distributed.joining import Needs, Newcomers, elsewhere
-from next.training.distributed.nodes import fitting
+from next.training.distributed.nodes import fitting, largest
 from next.tuning.execution.demand import Demand
 from next.tuning.execution.reservations import worker_groups
 from next.tuning.settings import SweepConfig
@@ -42,6 +42,9 @@ _WAIT_SECONDS = 10.0
 """How long a drawn trial may wait for its slot, with others drawn after it."""
 _COUNT_SECONDS = 1.0
 
+MostWorkers = Callable[[Mapping[str, float]], float]
+"""Workers that a cluster holds at its largest, by what each takes; infinite: not known."""
+
 
 class Slots:
     """Slots for trials on a running cluster.
@@ -53,28 +56,26 @@ class Slots:
     Args:
         base: settings of every trial.
         sweep: how many are wanted at a time.
-        nodes: what each node of the cluster has (:func:`node_resources`).
+        nodes: what each node of the cluster has, by its id (:func:`node_resources`).
         here: name of the resource that only the driver's node has.
-        most: workers that the cluster holds at its largest; None: machines are not waited for.
+        most: workers that the cluster holds at its largest, by what each takes; None: machines are
+            not waited for.
     """
 
     def __init__(
         self,
         base: RunConfig,
         sweep: SweepConfig,
-        nodes: Sequence[Mapping[str, float]],
+        nodes: Mapping[str, Mapping[str, float]],
         here: str = "node",
-        most: float | None = None,
+        most: MostWorkers | None = None,
     ) -> None:
         self.workers = base.scaling.max_workers
         self.on_gpu = base.scaling.use_gpu
         self.fixed = sweep.gpus_per_trial if self.workers == 1 else None
         self.learned: float | None = None
         self.asked = sweep.concurrency
-        self._grows = most is not None
-        held = self.asked if most is None or math.isinf(most) else int(most // self.workers)
-        self.most = max(1, min(self.asked, held))
-        """Slots that there may be once all machines have come."""
+        self._most = most
         self._needs = worker_resources(base.scaling)
         self._here = here
         self._waits_since: float | None = None
@@ -84,9 +85,9 @@ class Slots:
         """For how long a drawn trial has waited for its slot."""
         self.count(nodes)
 
-    def count(self, nodes: Sequence[Mapping[str, float]]) -> None:
-        """Take in what the nodes that live now have."""
-        self._nodes = list(nodes)
+    def count(self, nodes: Mapping[str, Mapping[str, float]]) -> None:
+        """Take in what the nodes that live now have, by their ids."""
+        self._nodes = dict(nodes)
 
     @property
     def concurrency(self) -> int:
@@ -103,26 +104,47 @@ class Slots:
 
         Until a trial has said how much memory it took, each has a GPU to itself.
         """
-        needs = dict(self._needs)
-        if self.on_gpu and self.workers == 1:
-            needs["GPU"] = self.gpus
-        holds = sum(fitting(node, needs) for node in self._nodes)
+        return self._held_by(self._nodes.values())
+
+    def _held_by(self, nodes: Iterable[Mapping[str, float]]) -> int:
+        holds = sum(fitting(node, self._takes) for node in nodes)
         return min(self.asked, holds // self.workers)
+
+    @property
+    def most(self) -> int:
+        """Slots that there may be once all machines have come, each as large as the next trial's.
+
+        So it grows once a trial has said that it needs but a share of a GPU.
+        """
+        workers = math.inf if self._most is None else self._most(self._takes)
+        held = self.asked if math.isinf(workers) else int(workers // self.workers)
+        return max(1, min(self.asked, held))
+
+    @property
+    def _takes(self) -> dict[str, float]:
+        """What each worker of the next trial takes."""
+        gpu = {"GPU": self.gpus} if self.on_gpu and self.workers == 1 else {}
+        return self._needs | gpu
 
     @property
     def bundles(self) -> list[dict[str, float]]:
         """What a trial takes in all, as machines are asked for."""
-        gpu = {"GPU": self.gpus} if self.on_gpu and self.workers == 1 else {}
-        return [self._needs | gpu] * self.workers
+        return [self._takes] * self.workers
 
     def missing(self, wanted: int) -> int:
-        """Slots that may still come, of so many that would be used."""
-        return max(0, min(wanted, self.most) - self.concurrency) if self._grows else 0
+        """Slots that may still come, of so many that would be used.
 
-    @property
-    def spread(self) -> bool:
-        """Whether trials fit on several nodes, so that one may be left out."""
-        return sum(fitting(node, self._needs) > 0 for node in self._nodes) > 1
+        The first trial says by itself that it waits for a machine. While nodes are refused none is
+        drawn without a slot, so the first slot is missing as well.
+        """
+        if self._most is None:
+            return 0
+        return max(0, min(wanted, self.most) - (self.held if self.refused else self.concurrency))
+
+    def can_do_without(self, node: str) -> bool:
+        """Whether a trial fits on the other nodes that can be used."""
+        left_out = {*self.refused, node}
+        return self._held_by(has for one, has in self._nodes.items() if one not in left_out) > 0
 
     def refuse(self, node: str, why: str) -> None:
         """Place no further trial on a node until it says that it can be used."""
@@ -138,7 +160,7 @@ class Slots:
         return self._said(now, wanted)
 
     def _said(self, now: int, wanted: int) -> str:
-        if not self._grows:
+        if self._most is None:
             return f"{now} of {wanted} places"
         if now < self.most:
             few = f" ({self.most} at most)" if self.most < wanted else ""
@@ -238,21 +260,21 @@ def counting_slots(
         demand.end()
 
 
-def most_slots(base: RunConfig) -> float | None:
+def largest_cluster() -> MostWorkers | None:
     """Workers that a given cluster holds at its largest; None: no machine comes by itself.
 
-    A cluster without an autoscaler may be joined by any machine, so its largest is not known.
+    A cluster without an autoscaler may be joined by any machine, so its largest is not known:
+    infinite.
     """
     if not on_cluster():
         return None
-    most = most_workers(base.scaling)
-    return math.inf if most is None else most
+    return largest() or (lambda needs: math.inf)
 
 
 def node_resources(
     can_use: Callable[[str], bool] = lambda node: True,
-) -> tuple[list[dict[str, float]], str]:
-    """What each living node has, and the name of the resource that only this one has.
+) -> tuple[dict[str, dict[str, float]], str]:
+    """What each living node has, by its id, and the name of the resource that only this one has.
 
     Args:
         can_use: whether a node, by its id, is counted.
@@ -260,7 +282,7 @@ def node_resources(
     nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
     here = nodes[ray.get_runtime_context().get_node_id()]
     own = [name for name in here if name.startswith("node:") and "internal_head" not in name]
-    return [has for node, has in nodes.items() if can_use(node)], own[0]
+    return {node: has for node, has in nodes.items() if can_use(node)}, own[0]
 
 
 def gpu_share(peak_mib: float, size_mib: float, concurrency: int) -> float:

@@ -23,7 +23,7 @@ from next.training.distributed.cluster import require_room, start_ray
 from next.training.distributed.joining import Needs, needs_of
 from next.tuning.execution.forkserver import forking
 from next.tuning.execution.reservations import reclaiming
-from next.tuning.execution.slots import Slots, counting_slots, most_slots, node_resources
+from next.tuning.execution.slots import Slots, counting_slots, largest_cluster, node_resources
 from next.tuning.execution.trial import TARGET, run_trial
 from next.tuning.progress import Progress
 from next.tuning.search.searcher import Pruning, Search
@@ -61,7 +61,7 @@ def run_trials(
     ):
         require_room(base.scaling)
         needs = _needs(base, folder) if on_cluster() else None
-        slots = Slots(base, sweep, *node_resources(), most_slots(base))
+        slots = Slots(base, sweep, *node_resources(), largest_cluster())
         search = new_search(slots)
         progress.watch(search)
         for left in folder.glob("tune-*"):  # by a driver that was killed; this one is alone

@@ -117,7 +117,7 @@ def played(tmp_path_factory, demo_shards, cache_folder) -> Path:
         space,
         SWEEP,
         base,
-        Slots(base, SWEEP, [{"CPU": 4.0}]),
+        Slots(base, SWEEP, {"node": {"CPU": 4.0}}),
         lambda: next(repeats, None),
     )
     play(search, folder, samples)

@@ -1,6 +1,7 @@
 """What runs next: asked as Tune asks, with real studies and no cluster."""
 
 import pickle
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, NodeDiedError,
 from ray.tune.search import Searcher
 
 from next.config import RunConfig, override
+from next.training.distributed.nodes import Autoscaler, NodeType
 from next.tuning.execution.deaths import (
     LostProcessError,
     error_of,
@@ -26,7 +28,7 @@ from next.tuning.search.trial_record import DEFAULT, Repeat
 from next.tuning.settings import SweepConfig
 
 BASE = override(RunConfig(), {"optim.epochs": 4, "optim.warmup_epochs": 1})
-CPUS = [{"CPU": 8.0}]
+CPUS = {"node-0": {"CPU": 8.0}}
 
 
 def suggest(trial):
@@ -35,6 +37,11 @@ def suggest(trial):
 
 def make_space(tmp_path, **objectives):
     return Space("mine", suggest, tmp_path / "mine.py", objectives or {"val/mAP": "max"})
+
+
+def nodes(*have: dict[str, float]) -> dict[str, dict[str, float]]:
+    """What each node has, by its id."""
+    return {f"node-{number}": one for number, one in enumerate(have)}
 
 
 def make_search(tmp_path, sweep, *, choose=lambda: None, space=None, new=True, base=BASE):
@@ -294,42 +301,42 @@ def test_two_objectives_are_told_together_and_never_pruned(tmp_path):
 def test_no_more_trials_run_at_a_time_than_the_nodes_hold():
     sweep = SweepConfig(trials=8, concurrency=6)
     two = override(BASE, {"scaling.cpus_per_worker": 2.0})
-    assert Slots(two, sweep, [{"CPU": 8.0}]).concurrency == 4
-    assert Slots(two, sweep, [{"CPU": 3.0}, {"CPU": 3.0}]).concurrency == 2, "none spans nodes"
-    assert Slots(two, sweep, [{}, {"CPU": 64.0}]).concurrency == 6
+    assert Slots(two, sweep, nodes({"CPU": 8.0})).concurrency == 4
+    assert Slots(two, sweep, nodes({"CPU": 3.0}, {"CPU": 3.0})).concurrency == 2, "none spans nodes"
+    assert Slots(two, sweep, nodes({}, {"CPU": 64.0})).concurrency == 6
     gpu = override(BASE, {"scaling.use_gpu": True})
     half = SweepConfig(trials=8, concurrency=6, gpus_per_trial=0.5)
-    assert Slots(gpu, half, [{"CPU": 64.0, "GPU": 2.0}]).concurrency == 4
+    assert Slots(gpu, half, nodes({"CPU": 64.0, "GPU": 2.0})).concurrency == 4
 
 
 def test_slots_follow_the_nodes_and_no_trial_is_drawn_for_one_that_is_still_to_come(tmp_path):
     sweep = SweepConfig(trials=8, concurrency=4, noise_share=0, race_share=0, pruner="none")
     space = make_space(tmp_path)
     studies = create_studies(tmp_path / "study.db", "mine", space.objectives, sweep)
-    slots = Slots(BASE, sweep, [{"CPU": 0.0}], most=3.0)
+    slots = Slots(BASE, sweep, nodes({"CPU": 0.0}), most=lambda takes: 3.0)
     search = Search(studies, space, sweep, BASE, slots, lambda: None)
     assert search.suggest("a") is not None, "the first one says that a machine is wanted"
     assert search.suggest("b") is None
     assert slots.missing(search.wanted()) == 2, "the cluster never holds more than three"
     assert slots.text(search.wanted()) == "0 of 4 places (3 at most), waiting for machines"
-    slots.count([{"CPU": 0.0}, {"CPU": 1.0}, {"CPU": 1.0}])
+    slots.count(nodes({"CPU": 0.0}, {"CPU": 1.0}, {"CPU": 1.0}))
     assert search.suggest("b") is not None
     assert search.suggest("c") is None
     assert slots.missing(search.wanted()) == 1
-    slots.count([{"CPU": 1.0}] * 3)
+    slots.count(nodes(*[{"CPU": 1.0}] * 3))
     assert slots.text(search.wanted()) == "3 of 4 places, which is all that the cluster can hold"
     slots.waiting_s = 11.0
     assert search.suggest("c") is None, "b is drawn and others hold its place"
     slots.waiting_s = 0.0
     assert search.suggest("c") is not None
-    slots.count([{"CPU": 1.0}])
+    slots.count(nodes({"CPU": 1.0}))
     run_to_end(search, "a")
     assert search.suggest("d") is None, "two go on for which one place is left"
     for name in ("b", "c"):
         run_to_end(search, name)
     assert search.suggest("d") is not None
     assert len(studies.search.trials) == 4
-    alone = Slots(BASE, sweep, [{"CPU": 2.0}])
+    alone = Slots(BASE, sweep, nodes({"CPU": 2.0}))
     assert (alone.missing(4), alone.text(4)) == (0, "2 of 4 places"), "nothing comes to one machine"
     assert alone.text(2) is None
 
@@ -339,12 +346,12 @@ def test_a_trial_that_waits_is_drawn_anew_once_a_node_that_it_is_kept_off_can_be
         tmp_path, SweepConfig(trials=3, concurrency=2, noise_share=0, race_share=0)
     )
     slots = search.slots
-    slots.count([{"CPU": 1.0}, {"CPU": 1.0}])
+    slots.count(nodes({"CPU": 1.0}, {"CPU": 1.0}))
     slots.refuse("f00d", "another torch")
-    slots.count([{"CPU": 1.0}])
+    slots.count(nodes({"CPU": 1.0}))
     task = search.suggest("a")
     assert task["avoid"] == ["f00d"]
-    slots.count([{"CPU": 0.0}])  # the other one is lost before the trial is placed
+    slots.count(nodes({"CPU": 0.0}))  # the other one is lost before the trial is placed
     assert search.suggest("b") is None
     stopped = []
 
@@ -359,7 +366,7 @@ def test_a_trial_that_waits_is_drawn_anew_once_a_node_that_it_is_kept_off_can_be
     pruning = Pruning(search)
     assert pruning.choose_trial_to_run(Controller()).trial_id == "a"
     slots.refused.clear()  # the node is mended
-    slots.count([{"CPU": 1.0}])
+    slots.count(nodes({"CPU": 1.0}))
     assert pruning.choose_trial_to_run(Controller()) is None
     assert stopped == ["a"]
     assert search.suggest("c") == task | {"avoid": []}
@@ -370,11 +377,49 @@ def test_nothing_is_drawn_while_no_node_can_be_used(tmp_path):
     search = make_search(
         tmp_path, SweepConfig(trials=3, concurrency=2, noise_share=0, race_share=0)
     )
-    search.slots.count([{"CPU": 0.0}])
+    search.slots.count(nodes({"CPU": 0.0}))
     search.slots.refuse("f00d", "another torch")
     assert search.suggest("a") is None, "it would be kept off the only node"
     search.slots.refused.clear()
     assert search.suggest("a") is not None, "a machine is to come"
+
+
+def test_a_machine_is_asked_for_in_place_of_the_only_one_which_cannot_be_used(tmp_path):
+    sweep = SweepConfig(trials=3, concurrency=1, noise_share=0, race_share=0, pruner="none")
+    space = make_space(tmp_path)
+    studies = create_studies(tmp_path / "study.db", "mine", space.objectives, sweep)
+    slots = Slots(BASE, sweep, nodes({"CPU": 1.0}), most=lambda takes: 4.0)
+    search = Search(studies, space, sweep, BASE, slots, lambda: None)
+    assert slots.missing(search.wanted()) == 0
+    slots.refuse("node-0", "its disk is full")
+    slots.count({})
+    assert search.suggest("a") is None
+    assert slots.missing(search.wanted()) == 1
+    assert slots.text(search.wanted()) == (
+        "0 of 1 places, waiting for machines (1 machine left out)"
+    )
+    slots.count(nodes({}, {"CPU": 1.0}))
+    assert slots.missing(search.wanted()) == 0
+    assert search.suggest("a") is not None
+
+
+def test_machines_are_asked_for_by_what_a_trial_takes_of_a_gpu():
+    """Four machines with a GPU each, of which one lives; four trials share a GPU."""
+    sweep = SweepConfig(trials=20, concurrency=8, noise_share=0, race_share=0)
+    machine, most = {"CPU": 4.0, "GPU": 1.0}, Autoscaler([NodeType({"CPU": 4.0, "GPU": 1.0}, 4)], 4)
+    base = override(BASE, {"scaling.use_gpu": True})
+    slots = Slots(base, sweep, nodes(machine), most=partial(most.holds, head={}))
+    assert slots.text(8) == "1 of 8 places (4 at most), waiting for machines"
+    assert slots.missing(8) == 3
+    slots.learn({"gpu_peak_mib": 16_000.0, "gpu_mib": 80_000.0})
+    assert slots.gpus == 0.25
+    assert slots.text(8) == "4 of 8 places, waiting for machines"
+    assert slots.missing(8) == 4
+    slots.count(nodes(machine, machine))
+    assert (slots.missing(8), slots.text(8)) == (0, None)
+    many = Slots(base, SweepConfig(concurrency=20), nodes(*[machine] * 4), most=slots._most)
+    many.learned = 0.25
+    assert many.text(20) == "16 of 20 places, which is all that the cluster can hold"
 
 
 def test_a_sweep_wants_no_machine_for_trials_that_it_has_not(tmp_path):
@@ -388,12 +433,12 @@ def test_a_sweep_wants_no_machine_for_trials_that_it_has_not(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("workers", "nodes", "concurrency"),
+    ("workers", "have", "concurrency"),
     [(2, [8.0], 4), (3, [8.0], 2), (2, [3.0, 3.0], 3), (8, [8.0], 1), ((2, 4), [6.0], 1)],
 )
-def test_trials_of_several_workers_begin_only_where_all_of_them_fit(workers, nodes, concurrency):
+def test_trials_of_several_workers_begin_only_where_all_of_them_fit(workers, have, concurrency):
     base = override(BASE, {"scaling.num_workers": workers, "batch.identities": 24})
-    slots = Slots(base, SweepConfig(concurrency=9), [{"CPU": c} for c in nodes], "node:here")
+    slots = Slots(base, SweepConfig(concurrency=9), nodes(*[{"CPU": c} for c in have]), "node:here")
     assert slots.concurrency == concurrency
     assert slots.resources({"gpus": 0.0, "avoid": []}).bundles == [{"node:here": 0.001}], (
         "all in the workers"
@@ -402,7 +447,7 @@ def test_trials_of_several_workers_begin_only_where_all_of_them_fit(workers, nod
 
 def test_the_first_trials_peak_memory_says_how_many_share_a_gpu():
     base = override(BASE, {"scaling.use_gpu": True})
-    slots = Slots(base, SweepConfig(trials=8, concurrency=4), [{"CPU": 8.0, "GPU": 1.0}])
+    slots = Slots(base, SweepConfig(trials=8, concurrency=4), nodes({"CPU": 8.0, "GPU": 1.0}))
     assert slots.ready(0)
     assert not slots.ready(1), "the first one is alone"
     assert slots.gpus == 1.0
@@ -419,7 +464,7 @@ def test_trials_share_a_gpu_once_the_first_one_has_said_what_it_takes(tmp_path):
     sweep = SweepConfig(trials=4, concurrency=3, noise_share=0, race_share=0, pruner="none")
     space = make_space(tmp_path)
     studies = create_studies(tmp_path / "study.db", "mine", space.objectives, sweep)
-    slots = Slots(base, sweep, [{"CPU": 8.0, "GPU": 1.0}])
+    slots = Slots(base, sweep, nodes({"CPU": 8.0, "GPU": 1.0}))
     search = Search(studies, space, sweep, base, slots, lambda: None)
     assert search.suggest("a")["gpus"] == 1.0
     assert search.suggest("b") is None, "it waits until the first one has reported"
