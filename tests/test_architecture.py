@@ -21,6 +21,7 @@ SOURCES = sorted(
 LEVEL = {
     "addresses": 0,
     "stopping": 0,
+    "temporary": 0,
     "config": 1,
     "storage": 2,
     "lease": 3,

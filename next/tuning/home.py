@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import tempfile
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,8 @@ from typing import TYPE_CHECKING
 
 from next.config import RunConfig, from_toml
 from next.storage import Folder, open_folder, write_whole
-from next.tracking.delivery.publication import Publication
+from next.temporary import TRIALS, own_temporary
+from next.tracking.delivery.publication import Publication, is_published
 from next.training.checkpointing.store import CheckpointStore, persist, store_address
 from next.training.folder import changes
 from next.tuning.settings import AXES, FEATURES, RECORD
@@ -48,12 +48,14 @@ def working_folder(folder: Path, config: RunConfig) -> Path:
     Args:
         folder: of the trial, as the driver has it.
         config: names the store.
+
+    Raises:
+        PermissionError: others may have written in the temporary one.
     """
     if config.checkpoint.storage_path is None or (folder.parents[1] / RECORD).is_file():
         return folder
     key = hashlib.sha256(str(folder).encode()).hexdigest()[:12]
-    mine = Path(tempfile.gettempdir()) / f"next-trials-{os.getuid()}"
-    return mine.joinpath(key, *folder.parts[-3:])
+    return own_temporary(TRIALS).joinpath(key, *folder.parts[-3:])
 
 
 class Home:
@@ -137,6 +139,15 @@ class Home:
             f"{name} of {self.folder.name}",
             self._patience_s,
         )
+
+    def leave(self, folder: Path) -> None:
+        """Remove a temporary working folder whose trial has ended, once the store has all of it.
+
+        Args:
+            folder: of the trial, as the driver has it; it stays.
+        """
+        if self.folder != folder and is_published(self.folder):
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def mirror(self) -> None:
         """Bring what comparing needs from the store: journal, features, axes, settings, error.

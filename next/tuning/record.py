@@ -140,10 +140,10 @@ class StoredSearch(Search):
         self._away_since: float | None = None
         self._tried = 0.0
         self._interrupted: str | None = None
-        self._blamed: set[str] = set()
-        """Names of trials that a node was left out for."""
+        self._blamed: dict[str, str] = {}
+        """Ids of the nodes that were left out for their way to the store, by name of the trial."""
         self._elsewhere: set[str] = set()
-        """Trials that go on on another node than the one whose store failed."""
+        """Trials that go on on another node than the one whose disk or store failed."""
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """As a search does, once the store has the draw.
@@ -171,22 +171,28 @@ class StoredSearch(Search):
     def report(self, trial_id: str, result: Mapping[str, Any]) -> bool:
         """As a search does; stored soon. A trial whose store failed stays unfinished."""
         if "interrupted" in result:
-            self._take_interruption(trial_id, str(result["interrupted"]), result.get("node"))
+            self._take_interruption(trial_id, result)
             return True
         stop = super().report(trial_id, result)
         self._record.ask()
         return stop
 
-    def _take_interruption(self, trial_id: str, why: str, node: str | None) -> None:
-        """A trial's store failed: for that node alone, which is left out, or for all."""
-        run = self.live[trial_id]
-        blamed = run.name in self._blamed  # no second node is: then it is the store, or the trial
-        if node is not None and not blamed and self.slots.spread and self._stores():
-            self._blamed.add(run.name)
-            self.fail(trial_id, why, machine_lost=True, unfit=node)
-            self._elsewhere.add(trial_id)
-        else:
+    def _take_interruption(self, trial_id: str, told: Mapping[str, Any]) -> None:
+        """A trial's disk or store failed: for its node alone, which is left out, or for all.
+
+        A full disk is its node's. A store that fails a trial on two nodes fails for all, or for
+        what the trial writes; one that fails it twice on one node is out of that node's reach.
+        """
+        why, node = str(told["interrupted"]), told.get("node")
+        name = self.live[trial_id].name
+        for_all = not told.get("disk") and self._blamed.get(name, node) != node
+        if node is None or for_all or not self.slots.can_do_without(node) or not self._stores():
             self._interrupted = why
+            return
+        if not told.get("disk"):
+            self._blamed[name] = node
+        self.fail(trial_id, why, machine_lost=True, unfit=node)
+        self._elsewhere.add(trial_id)
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -239,7 +245,7 @@ class StoredSearch(Search):
     def _given_up(self, why: str) -> StoreError:
         return StoreError(
             f"{why}. The record is kept whole in {self._folder} on this machine, and trials that "
-            f"had begun go on from their last checkpoint: mend the store, and give "
+            f"had begun go on from their last checkpoint: mend that, and give "
             f"`{resume_command(self._folder)}` here"
         )
 

@@ -3,6 +3,7 @@
 import shutil
 import socket
 import sqlite3
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from next.config import RunConfig, override, to_toml
 from next.data.shards.reader import open_manifest
 from next.storage import open_folder
 from next.tracking.journal import read_metrics, read_status
+from next.training.checkpointing.interruption import Request, Requests
 from next.training.inputs import resolve
 from next.training.launch import read_history
 from next.tuning.execution.deaths import LostProcessError
@@ -51,7 +53,9 @@ class Machine:
         self.tracked = {"uri": uri, "experiment": "demo", "parent": None}
         self.told: list[dict] = []
 
-    def train(self, settings=None, *, ends_after: int | None = None, report=None) -> bool:
+    def train(
+        self, settings=None, *, ends_after: int | None = None, report=None, requests=None
+    ) -> bool:
         """Train the trial; it is ended within its evaluation ``ends_after``."""
 
         def tell(found: dict) -> None:
@@ -67,6 +71,7 @@ class Machine:
             tracked=self.tracked,
             free_axes=False,
             report=report or tell,
+            requests=requests,
         )
 
 
@@ -184,12 +189,34 @@ def test_where_the_sweep_is_not_on_this_machine_a_trial_leaves_all_in_its_store(
     there = Machine(tmp_path / "driver", stored, sees=False)
     there.train()
     assert not there.sweep.exists()
-    assert len(list(temporary.glob(f"next-trials-*/*/search/trials/{NAME}/journal.jsonl"))) == 1
+    [working] = temporary.glob("next-trials-*")
+    assert stat.S_IMODE(working.stat().st_mode) == 0o700
+    assert [path for path in working.rglob("*") if path.is_file()] == [], "it has ended"
     driver = Machine(tmp_path / "driver", stored)
     mirror([trial(driver)], stored)
     assert losses(driver.own) == list(range(1, losses(driver.own)[-1] + 1))
     assert (driver.own / FEATURES).is_file()
     assert driver.home.best() is not None
+
+
+@pytest.mark.slow  # the end of a run waits for its store
+def test_what_the_store_has_not_yet_of_an_ended_trial_stays_on_its_machine(
+    tiny_config, tmp_path, monkeypatch
+):
+    """The store goes away with the trial's last report."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    kept = tmp_path / "kept"
+    place = {"checkpoint.storage_path": str(kept), "checkpoint.patience_s": 0}
+    config = resolve(override(tiny_config, place), open_manifest(str(tiny_config.data.uri)))
+    there = Machine(tmp_path / "driver", config, sees=False)
+
+    def lose(found: dict) -> None:
+        kept.rename(tmp_path / "away")
+        kept.write_text("no folder")
+        raise SystemExit
+
+    assert there.train(report=lose)
+    assert len(list(tmp_path.glob(f"next-trials-*/*/search/trials/{NAME}/journal.jsonl"))) == 1
 
 
 def test_a_sweep_that_gets_a_store_later_goes_on_from_the_checkpoints_on_its_disk(
@@ -218,6 +245,7 @@ def test_a_store_that_stays_away_leaves_the_trial_unfinished_and_not_failed(tiny
     machine = Machine(tmp_path / "one", config)
     machine.train()
     (told,) = machine.told
+    assert not told["disk"]
     assert told["interrupted"].startswith(
         f"{NAME} on {socket.gethostname()}: what {NAME} left before could not be read for 0 s"
     )
@@ -234,9 +262,26 @@ def test_a_machine_with_a_full_disk_hands_its_trial_on_and_keeps_nothing_of_it(s
         (told,) = machine.told
     assert told["interrupted"].startswith(f"{NAME} on {socket.gethostname()}: "), told
     assert "the disk is full; make room" in told["interrupted"]
+    assert told["disk"], "of this machine, and not of the store"
     two = Machine(tmp_path / "two", stored)
     assert not two.train()
     assert [report["epoch"] for report in two.told] == [1, 2, 3]
+
+
+def test_a_trial_whose_machine_is_to_go_leaves_the_step_that_it_is_at(stored, tmp_path):
+    """Another machine goes on there, within the epoch."""
+    one, requests = Machine(tmp_path / "one", stored), Requests()
+
+    def report(found: dict) -> None:
+        requests.make(Request.CHECKPOINT)  # taken within the next epoch
+        one.told.append(found)
+        if len(one.told) == 2:
+            raise SystemExit
+
+    one.train(report=report, requests=requests)
+    names = open_folder(str(one.home.store)).names()
+    steps = [name for name in names if name.startswith("step-")]
+    assert any("evaluated" not in name for name in steps), steps
 
 
 def test_a_machine_that_was_taken_for_lost_tells_nothing_of_its_trial(stored, tmp_path):

@@ -22,7 +22,7 @@ from next.tuning.search.space import Space
 from next.tuning.search.study import create_studies, open_studies
 from next.tuning.settings import SweepConfig
 from next.tuning.sweep import _fetch_unless_driven, resume_sweep
-from tests.tuning.search.test_searcher import BASE, CPUS, suggest
+from tests.tuning.search.test_searcher import BASE, CPUS, nodes, suggest
 
 SWEEP = SweepConfig(trials=4, noise_share=0, race_share=0, pruner="none")
 
@@ -171,7 +171,7 @@ def test_a_store_that_stays_away_ends_the_sweep_with_what_is_kept_and_how_to_go_
     with pytest.raises(
         StoreError,
         match=r"record of the sweep could not be stored for 0 s .*kept whole in .*one/search.*mend "
-        r"the store, and give `jobs/sweep.py resume search --storage_path .*/one` here",
+        r"that, and give `jobs/sweep.py resume search --storage_path .*/one` here",
     ):
         one.search.suggest("b")
     one.ends()
@@ -197,7 +197,7 @@ def test_a_trial_whose_store_failed_stays_unfinished_and_goes_on_later(tmp_path)
 
 def test_a_trial_whose_node_alone_lost_the_store_goes_on_elsewhere(tmp_path):
     one = Head(tmp_path / "one", str(tmp_path / "kept"))
-    one.search.slots.count([{"CPU": 1.0}, {"CPU": 1.0}])
+    one.search.slots.count(nodes({"CPU": 1.0}, {"CPU": 1.0}))
     task = one.search.suggest("a")
     told = {"interrupted": "trial-0000 on m3: access denied", "node": "f00d"}
     assert one.search.report("a", told)
@@ -214,18 +214,68 @@ def test_a_trial_whose_node_alone_lost_the_store_goes_on_elsewhere(tmp_path):
 
 def test_no_node_is_blamed_where_there_is_no_other_or_one_was_blamed_before(tmp_path):
     """A store that takes the small record, and the large checkpoints no more."""
-    for number, nodes in enumerate([1, 2]):
+    for number, count in enumerate([1, 2]):
         one = Head(tmp_path / f"head-{number}", str(tmp_path / f"kept-{number}"))
-        one.search.slots.count([{"CPU": 1.0}] * nodes)
+        one.search.slots.count({f"f00d-{name}": {"CPU": 1.0} for name in "ab"[:count]})
         told = {"interrupted": "trial-0000 on m3: no room", "node": "f00d"}
-        for name in "abc"[:nodes]:
+        for name in "abc"[:count]:
             one.search.suggest(name)
             one.search.report(name, told | {"node": f"f00d-{name}"})
             one.search.on_trial_complete(name, told)
-        assert list(one.search.slots.refused) == ["f00d-a"][: nodes - 1]
+        assert list(one.search.slots.refused) == ["f00d-a"][: count - 1]
         with pytest.raises(StoreError, match=r"trial-0000 on m3: no room. The record is kept wh"):
             one.search.suggest("last")
         one.ends()
+
+
+def fail_on(one: Head, name: str, node: str, **told: bool) -> None:
+    """A trial is drawn, and its node's disk or store fails."""
+    assert one.search.suggest(name) is not None
+    found = {"interrupted": f"trial-0000 on {node}: no room", "node": node} | told
+    assert one.search.report(name, found)
+    one.search.on_trial_complete(name, found)
+
+
+def test_a_node_whose_disk_fails_again_is_left_out_again_while_others_can_work(tmp_path):
+    """It was asked again, said that it can be used, and got the same trial."""
+    one = Head(tmp_path / "one", str(tmp_path / "kept"))
+    slots, both = one.search.slots, {"m2": {"CPU": 1.0}, "m3": {"CPU": 1.0}}
+    for number, disk in enumerate((True, True, False, False)):
+        slots.count(both)
+        fail_on(one, f"trial {number}", "m3", disk=disk)
+        assert slots.refused == {"m3": "trial-0000 on m3: no room"}
+        slots.refused.clear()
+    slots.count(both)
+    fail_on(one, "its last", "m2", disk=True)
+    assert slots.refused.keys() == {"m2"}, "whose disk it is, is known of each"
+    slots.count({"m3": {"CPU": 1.0}})
+    run = one.search.suggest("goes on")
+    assert (run["name"], run["avoid"]) == ("trial-0000", ["m2"])
+    one.ends()
+
+
+def test_trials_that_a_full_disk_fails_one_after_the_other_end_no_sweep(tmp_path):
+    """By the second the machine is refused already, and counted no more."""
+    one = Head(tmp_path / "one", str(tmp_path / "kept"))
+    slots = one.search.slots
+    slots.count({"m2": {"CPU": 1.0}, "m3": {"CPU": 2.0}})
+    names = [one.search.suggest(name)["name"] for name in "ab"]
+    for name in "ab":
+        told = {"interrupted": "on m3: no room", "node": "m3", "disk": True}
+        assert one.search.report(name, told)
+        one.search.on_trial_complete(name, told)
+        slots.count({"m2": {"CPU": 1.0}})
+    assert one.search.suggest("c")["name"] in names
+    one.ends()
+
+
+def test_the_last_node_whose_disk_is_full_ends_the_sweep_with_what_is_to_be_mended(tmp_path):
+    one = Head(tmp_path / "one", str(tmp_path / "kept"))
+    one.search.slots.count({"m2": {"CPU": 1.0}, "m3": {"CPU": 0.0}})
+    fail_on(one, "a", "m2", disk=True)
+    with pytest.raises(StoreError, match=r"trial-0000 on m2: no room. The record is .* mend that"):
+        one.search.suggest("b")
+    one.ends()
 
 
 def test_where_the_head_does_not_reach_the_store_either_the_sweep_waits_for_it(tmp_path):

@@ -70,6 +70,12 @@ class _State:
     """This folder is where that generation is written, and no copy of it."""
 
 
+def is_published(folder: Path) -> bool:
+    """Whether the store has all of the journal of a local folder that was written to."""
+    state = _read_state(folder)
+    return state is not None and state.published >= (folder / FILE_NAME).stat().st_size
+
+
 class Publication:
     """Brings the journal of a local folder to the run's store, and from there.
 
@@ -105,7 +111,7 @@ class Publication:
         Raises:
             OSError: the store cannot be reached, or the disk is full.
         """
-        state, local = self._read_state(), self.folder / FILE_NAME
+        state, local = _read_state(self.folder), self.folder / FILE_NAME
         size = local.stat().st_size if local.exists() else 0
         try:
             segments = self._segments()
@@ -213,16 +219,17 @@ class Publication:
                     raise
         return b""
 
-    def _read_state(self) -> _State | None:
-        try:
-            return _State(**json.loads((self.folder / _STATE).read_text(encoding="utf-8")))
-        except (OSError, TypeError, ValueError):
-            return None
-
     def _write_state(self, writes: bool) -> None:
         state = _State(self._generation, self.published, writes)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.folder / _STATE, json.dumps(asdict(state)))
+
+
+def _read_state(folder: Path) -> _State | None:
+    try:
+        return _State(**json.loads((folder / _STATE).read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError):
+        return None
 
 
 def join(store: Folder, segments: Iterable[Segment]) -> bytes:

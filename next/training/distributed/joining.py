@@ -7,15 +7,21 @@ Ray places on it. It is left out instead, asked again now and then, and used onc
 from __future__ import annotations
 
 import logging
+import os
+import socket
+import tempfile
 import time
 from collections.abc import Collection
 from contextlib import suppress
+from functools import partial
 from typing import NamedTuple
 
 import ray
 
 from next.config import RunConfig, ScalingConfig
+from next.data.loading.cache import cache_root
 from next.storage import open_folder
+from next.temporary import TRIALS, own_temporary
 from next.training.distributed.cluster import (
     Seen,
     has_room,
@@ -35,8 +41,12 @@ _log = logging.getLogger(__name__)
 
 _AGAIN_SECONDS = 60.0
 """Until a node that cannot be used is asked again."""
+_LONGEST_SECONDS = 3600.0
+"""The same for one that fails trials again and again."""
 _ANSWER_SECONDS = 60.0
 _PAUSE_SECONDS = 10.0
+_PROBE_BYTES = 1 << 20
+"""Written on a node to see whether its disk takes more: less than any trial writes."""
 NODE_ID = "ray.io/node-id"
 """The label by which Ray names its nodes."""
 
@@ -52,7 +62,9 @@ class Needs(NamedTuple):
     places: Seen
     """Folder and a file in it, by setting."""
     written: str
-    """The setting whose folder is written, too; empty: none is."""
+    """The setting whose folder is written, too; empty: none is, and nothing on its own disk."""
+    cache: str | None = None
+    """Folder of its decoded caches (``data.cache``)."""
 
     def problem_here(self) -> str | None:
         """What keeps this node from working for the job; None: nothing does.
@@ -63,7 +75,28 @@ class Needs(NamedTuple):
             require_versions(self.versions)
         except UnfitNodeError as error:
             return str(error)
-        return unseen_here(self.places)
+        return unseen_here(self.places) or self.unwritten_here()
+
+    def unwritten_here(self) -> str | None:
+        """Which folder of this node's own disk takes nothing more; None: what is written fits."""
+        if not self.written:
+            return None
+        for what, folder in (
+            ("the temporary folder", partial(own_temporary, TRIALS)),
+            ("data.cache", partial(cache_root, self.cache)),
+        ):
+            try:
+                with tempfile.TemporaryFile(dir=folder()) as probe:
+                    probe.write(bytes(_PROBE_BYTES))
+                    probe.flush()
+                    os.fsync(probe.fileno())
+            except OSError as error:
+                return (
+                    f"{what} must take what trials write, but on node {socket.gethostname()} it "
+                    f"does not ({error}); make room there, or set TMPDIR and data.cache to another "
+                    f"disk"
+                )
+        return None
 
 
 def needs_of(config: RunConfig, place: str, file: str) -> Needs:
@@ -71,7 +104,7 @@ def needs_of(config: RunConfig, place: str, file: str) -> Needs:
     stored = config.checkpoint.storage_path is not None
     setting = "checkpoint.storage_path" if stored else "run.storage_path"
     places = places_seen_by_all(config) | {setting: (open_folder(place).address, file)}
-    return Needs(own_facts().versions, places, setting)
+    return Needs(own_facts().versions, places, setting, config.data.cache)
 
 
 class _Question:
@@ -88,6 +121,7 @@ class _Question:
         self.began = time.monotonic()
         self._facts = ask_facts(node)
         self._places = on_node(node, unseen_here, needs.places, needs.written)
+        self._disk = on_node(node, Needs.unwritten_here, needs)
 
     def answer(self, timeout_s: float) -> str | None:
         """What keeps the node from working for the job; None: nothing does.
@@ -105,7 +139,8 @@ class _Question:
                     f"checkout, environment (make .venv/.ready) and time"
                 )
             unseen: str | None = ray.get(self._places, timeout=timeout_s)
-            return unseen
+            unwritten: str | None = ray.get(self._disk, timeout=timeout_s)
+            return unseen or unwritten
         raise TimeoutError
 
 
@@ -123,6 +158,8 @@ class Newcomers:
         self._fit = {ray.get_runtime_context().get_node_id()} if needs is not None else set()
         self._asked: dict[str, _Question] = {}
         self._again: dict[str, float] = {}
+        self._failures: dict[str, int] = {}
+        """How often a node was refused by a trial that it had been given."""
 
     def can_use(self, node: str) -> bool:
         """Whether a node has said that it can, as the driver's own need not."""
@@ -138,15 +175,24 @@ class Newcomers:
             self._asked.pop(gone, None)
             self.refused.pop(gone, None)
             self._again.pop(gone, None)
+            self._failures.pop(gone, None)
         for node, address in living.items():
             if node in self._asked:
                 self._hear(node, address)
             elif node in self.refused:
+                if node in self._fit:  # it has said that it can, and a trial found that it cannot
+                    self._fit.discard(node)
+                    self._failures[node] = self._failures.get(node, 0) + 1
+                    self._again.pop(node, None)
                 since = self._again.setdefault(node, time.monotonic())
-                if time.monotonic() - since > _AGAIN_SECONDS:
+                if time.monotonic() - since > self._pause(node):
                     self._ask(node)
             elif node not in self._fit:
                 self._ask(node)
+
+    def _pause(self, node: str) -> float:
+        """Seconds until it is asked again: ever more where its answers do not hold."""
+        return min(_AGAIN_SECONDS * 2 ** max(0, self._failures.get(node, 0) - 1), _LONGEST_SECONDS)
 
     def _ask(self, node: str) -> None:
         assert self._needs is not None

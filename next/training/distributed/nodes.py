@@ -100,7 +100,7 @@ class Origin(NamedTuple):
     """Ray's id of the node; None: it was raised in this process."""
     host: str
     errno: int | None
-    """What the system said, perhaps to what the error came from."""
+    """What the system said, of the error itself or of what it came from."""
 
     @classmethod
     def of(cls, error: OSError) -> Origin:

@@ -42,7 +42,7 @@ from next.training.distributed.cluster import (
     worker_resources,
 )
 from next.training.distributed.joining import elsewhere
-from next.training.distributed.nodes import UnfitNodeError, own_facts, require_versions
+from next.training.distributed.nodes import UnfitNodeError, naming_node, own_facts, require_versions
 from next.training.distributed.relay import POLL_SECONDS, Channel, JournalWriter, attached
 from next.training.distributed.rendezvous import torch_config
 from next.training.inputs import training_data
@@ -60,7 +60,8 @@ _FINAL = {error.__name__: error for error in (FileNotFoundError, ValueError)}
 """Errors of settings, data and files. They would come again, too, but possibly in one rank alone,
 for which the others would wait: so Ray ends all of them, and those that it starts again end with
 it."""
-
+_UNASSESSED = "unassessed"
+"""What is refused where a rank could not assess the trained network."""
 
 _STOP_SECONDS = 60.0
 """How long workers that are asked to stop may take for their start, a step and a checkpoint."""
@@ -247,6 +248,7 @@ def _wait_for(fitting: Future[Any], channel: Channel, requests: Requests | None)
                 raise KeyboardInterrupt
 
 
+@naming_node()
 def _work(settings: dict[str, Any]) -> dict[str, Any]:
     """One worker. It returns an error that would come again: after a raised one Ray starts over."""
     require_versions(settings["versions"])
@@ -266,7 +268,7 @@ def _work(settings: dict[str, Any]) -> dict[str, Any]:
     )
     channel = Channel(settings["channel"])
     refused = channel.refused()
-    if refused is not None:
+    if refused is not None and refused[0] != _UNASSESSED:
         return dict(zip(("error", "message"), refused, strict=True))
     try:
         with attached(channel, requests, forwards_logs=rank == 0), reporter:
@@ -288,20 +290,27 @@ def _work(settings: dict[str, Any]) -> dict[str, Any]:
         kind = next(name for name, one in _FINAL.items() if isinstance(error, one))
         channel.refuse(kind, str(error))
         raise
-    if not settings["assessed"]:
+    if refused is not None or not settings["assessed"]:
         return {"outcome": outcome._asdict()}
     share = Share(rank, world)
-    return {"outcome": outcome._asdict()} | _assessed(config, settings, share)
+    return {"outcome": outcome._asdict()} | _assessed(config, settings, share, channel)
 
 
-def _assessed(config: RunConfig, settings: dict[str, Any], share: Share) -> dict[str, Any]:
-    """What the best checkpoint is worth; its last one is written once all are here."""
+def _assessed(
+    config: RunConfig, settings: dict[str, Any], share: Share, channel: Channel
+) -> dict[str, Any]:
+    """What the best checkpoint is worth; its last one is written once all are here.
+
+    What data do not allow is for the driver to come to, which then assesses. One rank alone may
+    find it, for which the others would wait: so Ray ends all, and the next group leaves the
+    assessment to the driver.
+    """
     if share.world > 1:
         torch.distributed.barrier()
     store = CheckpointStore(settings["checkpoints"])  # what it fetched goes with it
     with (
         tempfile.TemporaryDirectory(prefix="next-assessment-") as folder,
-        attached(Channel(settings["channel"]), None, forwards_logs=share.rank == 0),
+        attached(channel, None, forwards_logs=share.rank == 0),
     ):
         try:
             found = assess(
@@ -312,8 +321,12 @@ def _assessed(config: RunConfig, settings: dict[str, Any], share: Share) -> dict
                 missing=True,
                 share=share,
             )
-        except ValueError:  # the driver, which then assesses, comes to it and raises it
-            return {}
+        except ValueError as error:
+            if share.world == 1:
+                return {}
+            if torch.distributed.is_initialized():  # else Ray has ended the group under this rank
+                channel.refuse(_UNASSESSED, str(error))
+            raise
         return {} if share.rank else {"assessment": PortableAssessment.of(found)}
 
 

@@ -9,7 +9,6 @@ import errno
 import gc
 import logging
 import resource
-import socket
 import traceback
 from collections.abc import Collection
 from contextlib import suppress
@@ -28,8 +27,10 @@ from next.tracking.provenance import git_tags
 from next.tracking.run import Run, open_run
 from next.tracking.views.comparison import SWEEP
 from next.training.checkpointing.checkpoint import Progress, read_progress
+from next.training.checkpointing.interruption import Requests
 from next.training.checkpointing.store import StoreError, persist
 from next.training.distributed.joining import Needs, nodes_left_out, unfit_nodes
+from next.training.distributed.nodes import Origin
 from next.training.inputs import for_fold, training_data
 from next.training.loop import Worker, train
 from next.training.pretraining.alignment import align, prepare_pairs
@@ -62,6 +63,7 @@ def train_trial(
     task: Task = "training",
     needs: Needs | None = None,
     avoid: Collection[str] = (),
+    requests: Requests | None = None,
 ) -> bool:
     """Train one trial to its end; True if Tune ended it, which it does within a report.
 
@@ -81,9 +83,11 @@ def train_trial(
         task: what it trains: the network, or its towers on images and captions.
         needs: what the nodes of a trial of several workers must have; None: there is one node.
         avoid: ids of nodes that are known to lack it.
+        requests: for a checkpoint, as before this node goes; of several workers each hears itself.
     """
     config = override(from_toml(base), settings)
-    own = working_folder(Path(folder) / "trials" / name, config)
+    drivers = Path(folder) / "trials" / name
+    own = working_folder(drivers, config)
     home = Home(own, config)
     configure_torch(config)
     gc.collect()  # what the last trial of this process left in reference cycles
@@ -110,9 +114,15 @@ def train_trial(
                 verb="read",
             )
         with _alone_in(own):  # a folder that was set aside took its lock along
-            if config.scaling.max_workers > 1:
-                return _on_workers(config, manifest, home, record, free_axes, report, needs, avoid)
-            return _until_tune_ends_it(config, manifest, home, record, free_axes, report, task)
+            ended = (
+                _on_workers(config, manifest, home, record, free_axes, report, needs, avoid)
+                if config.scaling.max_workers > 1
+                else _until_tune_ends_it(
+                    config, manifest, home, record, free_axes, report, task, requests
+                )
+            )
+            home.leave(drivers)
+            return ended
     except Exception as error:
         lost = error if isinstance(error, LostProcessError) else LostProcessError.of(error)
         if isinstance(error, TakenOverError):  # a machine that was taken for lost: nothing is told
@@ -120,9 +130,8 @@ def train_trial(
         if lost is not None:  # as if this one had died: Tune tells the search, and it goes on
             raise lost from None
         if isinstance(error, OSError) and _storage_fails(home, error):
-            where = f"{name} on {socket.gethostname()}"
-            return _report({"interrupted": f"{where}: {error}"}, report)
-        return _failed(name, home, error, report)
+            return _report(_interrupted(name, home, error), report)
+        return _failed(name, home, drivers, error, report)
 
 
 def _prepare(home: Home, config: RunConfig) -> None:
@@ -137,8 +146,10 @@ def _storage_fails(home: Home, error: OSError) -> bool:
 
     What counts is in the store, so another machine can go on.
     """
-    if home.store is None or isinstance(error, StoreError) or error.errno in _DISK_FAILS:
-        return home.store is not None
+    if home.store is None:
+        return False
+    if isinstance(error, StoreError) or Origin.of(error).errno in _DISK_FAILS:
+        return True
     try:
         open_folder(home.store).names()
     except OSError:
@@ -146,10 +157,23 @@ def _storage_fails(home: Home, error: OSError) -> bool:
     return False
 
 
-def _failed(name: str, home: Home, error: Exception, report: Report) -> bool:
+def _interrupted(name: str, home: Home, error: OSError) -> dict[str, Any]:
+    """What is told of a disk or a store that fails: of which machine, and which of the two.
+
+    A store in folders may be on a disk of its own; an object store knows no such error.
+    """
+    origin = Origin.of(error)
+    in_folders = home.store is not None and open_folder(home.store).is_local
+    disk = origin.errno in _DISK_FAILS and not (isinstance(error, StoreError) and in_folders)
+    told = {"interrupted": f"{name} on {origin.host}: {error}", "disk": disk}
+    return told if origin.node is None else told | {"node": origin.node}
+
+
+def _failed(name: str, home: Home, drivers: Path, error: Exception, report: Report) -> bool:
     with suppress(OSError):  # the disk may be what failed
         write_whole(home.folder / ERROR, traceback.format_exc())
         home.publish(ERROR)
+        home.leave(drivers)
     _log.info("%s failed: %r", name, error)
     return _report({"failed": f"{kind_of(error)}: {error}"}, report)
 
@@ -183,7 +207,7 @@ def _alone_in(folder: Path) -> AcquireReturnProxy[FileLock]:
         ) from None
 
 
-def _report(ending: dict[str, str], report: Report) -> bool:
+def _report(ending: dict[str, Any], report: Report) -> bool:
     """Tell the search, which stops the trial; True, as Tune ends it within the report."""
     try:
         report(ending)
@@ -200,6 +224,7 @@ def _until_tune_ends_it(
     free_axes: bool,
     report: Report,
     task: Task,
+    requests: Requests | None,
 ) -> bool:
     """Train and measure; True if Tune ended the trial, which it does within a report."""
     seen = _Best()
@@ -208,8 +233,8 @@ def _until_tune_ends_it(
             return True
         _describe(run, config, manifest)
         if task == "pretraining":
-            return _align_here(config, home, run, report)
-        if _train_here(config, manifest, home, run, report, seen):
+            return _align_here(config, home, run, report, requests)
+        if _train_here(config, manifest, home, run, report, seen, requests):
             return True
     with home.best_at_hand() as best:
         if best is None:
@@ -297,7 +322,13 @@ class _Best:
 
 
 def _train_here(
-    config: RunConfig, manifest: Manifest, home: Home, run: Run, report: Report, seen: _Best
+    config: RunConfig,
+    manifest: Manifest,
+    home: Home,
+    run: Run,
+    report: Report,
+    seen: _Best,
+    requests: Requests | None,
 ) -> bool:
     """Train; True if Tune ended the trial.
 
@@ -306,7 +337,7 @@ def _train_here(
     """
     where = device(config)
     try:
-        with _reporter(config, home, run, report) as reporter:
+        with _reporter(config, home, run, report, requests) as reporter:
             train(
                 config,
                 training_data(config, manifest),
@@ -320,10 +351,12 @@ def _train_here(
     return False
 
 
-def _align_here(config: RunConfig, home: Home, run: Run, report: Report) -> bool:
+def _align_here(
+    config: RunConfig, home: Home, run: Run, report: Report, requests: Requests | None
+) -> bool:
     """Pretrain the towers; True if Tune ended the trial, as :func:`_train_here`."""
     try:
-        with _reporter(config, home, run, report) as reporter:
+        with _reporter(config, home, run, report, requests) as reporter:
             align(
                 config,
                 prepare_pairs(config),
@@ -335,7 +368,9 @@ def _align_here(config: RunConfig, home: Home, run: Run, report: Report) -> bool
     return False
 
 
-def _reporter(config: RunConfig, home: Home, run: Run, report: Report) -> FolderReporter:
+def _reporter(
+    config: RunConfig, home: Home, run: Run, report: Report, requests: Requests | None
+) -> FolderReporter:
     where = device(config)
     if where.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -343,6 +378,7 @@ def _reporter(config: RunConfig, home: Home, run: Run, report: Report) -> Folder
         home.checkpoints,
         lambda metrics: report(metrics | _memory(where)),
         checkpoint=config.checkpoint,
+        requests=requests,
         publish=run.publish,
     )
 

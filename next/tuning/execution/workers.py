@@ -6,6 +6,7 @@ it, which is also how a trial that continues says again what an earlier driver m
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -20,7 +21,7 @@ from next.tracking.journal import Metrics, read_records
 from next.training.checkpointing.interruption import Interrupted, Request, Requests
 from next.training.distributed.cluster import worker_resources
 from next.training.distributed.joining import elsewhere
-from next.training.distributed.nodes import UnfitNodeError
+from next.training.distributed.nodes import UnfitNodeError, naming_node
 from next.training.distributed.workers import train_on_workers
 from next.training.step.process import configure_torch, device
 from next.tuning.execution.deaths import LostProcessError
@@ -90,7 +91,10 @@ def measure_trial(
     task = ray.remote(num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0), max_retries=3)(_measure)
     # By default it would be held to what the trial's actor has reserved, which is next to nothing.
     placed = task.options(scheduling_strategy="DEFAULT", label_selector=elsewhere(left_out))
-    ray.get(placed.remote(to_toml(config), str(folder), exhaustive))
+    try:
+        ray.get(placed.remote(to_toml(config), str(folder), exhaustive))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause or error from None
 
 
 def first_cause(error: ray.train.WorkerGroupError) -> Exception:
@@ -147,13 +151,17 @@ class Evaluations:
         return scores | self._last | {"step": step, "epoch": int(self._last["epoch"])}
 
 
+@naming_node()
 def _measure(settings: str, folder: str, exhaustive: bool) -> None:
     config = from_toml(settings)
     configure_torch(config)
-    home = Home(working_folder(Path(folder), config), config)
+    drivers = Path(folder)
+    home = Home(working_folder(drivers, config), config)
     with home.best_at_hand() as best:
         if best is None:
             return
         manifest, where = open_manifest(str(config.data.uri)), device(config)
         measure_axes(best, config, manifest, home.folder, device=where, exhaustive=exhaustive)
     home.publish(FEATURES, AXES)
+    if home.folder != drivers:  # a temporary one, of nothing else
+        shutil.rmtree(home.folder, ignore_errors=True)

@@ -1,6 +1,8 @@
 """Nodes that join a cluster while a job runs, on a real one: who lacks something gets no work."""
 
 import re
+import socket
+import tempfile
 import time
 from pathlib import Path
 
@@ -15,8 +17,12 @@ from next.training.distributed import joining
 from next.training.distributed.cluster import unseen_here
 from next.training.distributed.joining import Newcomers, elsewhere, needs_of, unfit_nodes
 from next.tuning.execution.slots import Slots, counting_slots, node_resources
+from next.tuning.execution.trial import watch_node
 from next.tuning.settings import SweepConfig
+from tests.tracking.test_nothing_lost import fill, small_disk
+from tests.training.conftest import announce_the_end_of
 
+HOST = socket.gethostname()
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 
 
@@ -53,6 +59,51 @@ def test_a_node_that_may_not_read_the_data_is_not_used_though_others_may(
     for name, value in s3_server.new_user("s3:ListAllMyBuckets").items():
         monkeypatch.setenv(name, value)
     assert "data.uri must be read and written by every node" in str(needs.problem_here())
+
+
+def test_a_node_whose_own_disk_is_full_cannot_work(config, tmp_path, monkeypatch):
+    """As it is asked on the node itself, also after it was left out for that."""
+    (tmp_path / "cache").mkdir()
+    config = override(config, {"data.cache": str(tmp_path / "cache")})
+    with small_disk(tmp_path / "disk", 4) as disk:
+        needs = needs_of(config, str(tmp_path / "kept"), "record.json")
+        monkeypatch.setattr(tempfile, "tempdir", str(disk))
+        assert needs.problem_here() is None
+        with pytest.raises(OSError, match="space"):
+            fill(disk / "filler")
+        problem = str(needs.problem_here())
+        assert f"the temporary folder must take what trials write, but on node {HOST}" in problem
+        assert "No space left on device" in problem
+        assert "make room there, or set TMPDIR and data.cache to another disk" in problem
+        assert needs._replace(written="").problem_here() is None, "of what only reads"
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        assert needs.problem_here() is None
+        full = needs._replace(cache=str(disk))
+        assert "data.cache must take what trials write" in str(full.problem_here())
+        (disk / "filler").unlink()
+        assert full.problem_here() is None
+
+
+def test_a_node_that_fails_trials_again_and_again_is_asked_ever_more_seldom(
+    cluster, config, monkeypatch
+):
+    """Its disk takes the little that it is asked to write, and not what a trial does."""
+    monkeypatch.setattr(joining, "_AGAIN_SECONDS", 1.0)
+    needs = needs_of(config, str(config.checkpoint.storage_path), "record.json")
+    refused: dict[str, str] = {}
+    newcomers = Newcomers(needs, refused)
+    node = next(one for one in node_ids() if one != ray.get_runtime_context().get_node_id())
+    waited = []
+    for _ in range(3):
+        until(lambda: newcomers.can_use(node), newcomers)
+        refused[node] = "no room"
+        newcomers.look()
+        began = time.monotonic()
+        assert not newcomers.can_use(node)
+        until(lambda: not refused, newcomers)
+        waited.append(time.monotonic() - began)
+    for least, seconds in zip((1, 2, 4), waited, strict=True):
+        assert seconds >= least
 
 
 def until(condition, newcomers: Newcomers) -> None:
@@ -111,7 +162,7 @@ def test_places_on_a_node_count_once_it_can_be_used(cluster, config, tmp_path):
     record = tmp_path / "kept" / "record.json"
     needs = needs_of(config, str(config.checkpoint.storage_path), "record.json")
     sweep = SweepConfig(trials=8, concurrency=4)
-    slots = Slots(config, sweep, *node_resources(), most=4.0)
+    slots = Slots(config, sweep, *node_resources(), most=lambda takes: 4.0)
     with counting_slots(slots, lambda: 2, needs):
         wait(lambda: slots.held == 0)  # all are asked
         wait(lambda: slots.held == 2)
@@ -129,6 +180,26 @@ def test_places_on_a_node_count_once_it_can_be_used(cluster, config, tmp_path):
         record.write_text("{}")
         late = cluster.add_node(num_cpus=1)
         wait(lambda: slots.held == 3)
+    cluster.remove_node(late)
+
+
+def test_a_trial_on_a_node_that_is_to_be_drained_is_asked_for_a_checkpoint(cluster):
+    late = cluster.add_node(num_cpus=1, resources={"goes": 1})
+    [node] = [one["NodeID"] for one in ray.nodes() if "goes" in one["Resources"]]
+
+    @ray.remote(num_cpus=1, resources={"goes": 1})
+    def asked_of_a_trial() -> list[str]:
+        asked: list[str] = []
+        look, end = watch_node(lambda request: asked.append(request.name)), time.monotonic() + 60
+        while not asked and time.monotonic() < end:
+            look()
+            time.sleep(0.2)
+        return asked
+
+    answer = asked_of_a_trial.remote()
+    assert ray.wait([answer], timeout=5) == ([], [answer]), "nothing is announced"
+    announce_the_end_of(node, seconds=60)
+    assert ray.get(answer, timeout=120) == ["CHECKPOINT"]
     cluster.remove_node(late)
 
 
