@@ -9,6 +9,8 @@ import torch
 
 from next.config import override
 from next.data.shards.reader import open_manifest
+from next.training.checkpointing.checkpoint import read_config
+from next.training.distributed.assessment_workers import _on_workers
 from next.training.inputs import resolve, training_data
 from next.training.loop import train
 from next.training.results.assessment import assess
@@ -132,6 +134,28 @@ def test_two_workers_come_to_the_bits_of_one_process(job, flags, capsys, tmp_pat
     for name in names:
         own = [tmp_path / place / "figures" / name for place in ("alone", "shared")]
         assert own[0].read_bytes() == own[1].read_bytes(), name
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)  # by themselves the others would wait for half an hour
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_an_error_of_one_worker_alone_ends_the_others_and_is_raised_as_itself(flags):
+    def with_one_that_raises(checkpoint, manifest, *, share, device, error):
+        if share.rank:
+            raise error
+        torch.distributed.barrier()
+
+    checkpoint, manifest = Path(flags[1]), open_manifest(flags[3])
+    two = {"scaling.num_workers": 2, "run.max_failures": 1}
+    config = override(read_config(checkpoint), two)
+    for error, told in (
+        (ValueError("a column is missing"), r"worker 1 on \S+: a column is missing"),
+        (ConnectionResetError("the store is away"), "^the store is away"),
+    ):
+        with pytest.raises(type(error), match=told):
+            _on_workers(config, checkpoint, manifest, with_one_that_raises, {"error": error})
 
 
 def test_no_worker_is_refused(job, flags):

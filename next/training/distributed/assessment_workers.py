@@ -8,6 +8,7 @@ so that no node needs to see the driver's disk; the shards are read by each node
 from __future__ import annotations
 
 import logging
+import socket
 import tempfile
 import uuid
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from typing import Any, Literal, TypeVar
 import ray
 import ray.train
 import ray.train.torch
+import torch
 
 from next.config import RunConfig, from_toml, override, to_toml
 from next.data.shards.reader import Manifest, open_manifest
@@ -47,6 +49,13 @@ from next.training.step.process import configure_torch
 _log = logging.getLogger(__name__)
 
 Found = TypeVar("Found")
+
+_FINAL = {
+    error.__name__: error for error in (FileNotFoundError, PermissionError, OSError, ValueError)
+}
+"""Errors of settings, data and files, the nearer kind first."""
+_PASSES = (ConnectionError, TimeoutError)
+"""Of these, those that may not come again."""
 
 
 def assess_on_workers(
@@ -145,22 +154,43 @@ def _on_workers(
                 failure_config=ray.train.FailureConfig(max_failures=config.run.max_failures),
             ),
         )
-        answer = fit_logging(trainer, channel)
+        try:
+            answer = fit_logging(trainer, channel)
+        except ray.train.WorkerGroupError as error:
+            raise _of_a_worker(error) from error
     if "error" in answer:
         raise answer["error"]
     found: Found = answer["found"]
     return found
 
 
+def _of_a_worker(error: ray.train.WorkerGroupError) -> Exception:
+    """What a worker raised of a place that it does not reach; else the error as it came."""
+    for _, failure in sorted(error.worker_failures.items()):
+        cause = getattr(failure, "cause", None) or failure
+        if isinstance(cause, OSError):
+            return cause
+    return error
+
+
 def _work(settings: dict[str, Any]) -> dict[str, Any]:
-    """One worker. It returns an error that would come again: after a raised one Ray starts over."""
+    """One worker. It returns an error that would come again: after a raised one Ray starts over.
+
+    Where one rank of several has an error, the others wait for its part. So it is raised, for which
+    Ray ends all of them at once, and the next group returns it.
+    """
     require_versions(settings["versions"])
     configure_torch(from_toml(settings["config"]))
     context = ray.train.get_context()
     share = Share(context.get_world_rank(), context.get_world_size())
+    channel = Channel(settings["channel"])
+    refused = channel.refused()
+    if refused is not None:
+        kind, message = refused
+        return {"error": _FINAL[kind](message)}
     with (
         tempfile.TemporaryDirectory(prefix="next-assessment-") as folder,
-        attached(Channel(settings["channel"]), None, forwards_logs=share.rank == 0),
+        attached(channel, None, forwards_logs=share.rank == 0),
     ):
         checkpoint = Path(folder) / "checkpoint"
         checkpoint.mkdir()
@@ -175,6 +205,12 @@ def _work(settings: dict[str, Any]) -> dict[str, Any]:
                 device=ray.train.torch.get_device(),
                 **settings["arguments"],
             )
-        except (ValueError, OSError) as error:
-            return {"error": error}
+        except tuple(_FINAL.values()) as error:
+            if share.world == 1:
+                return {"error": error}
+            # Once Ray has ended the group under a rank, torch raises a ValueError, too.
+            if torch.distributed.is_initialized() and not isinstance(error, _PASSES):
+                kind = next(name for name, one in _FINAL.items() if isinstance(error, one))
+                channel.refuse(kind, f"worker {share.rank} on {socket.gethostname()}: {error}")
+            raise
     return {} if share.rank else {"found": found}
