@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from next.training.checkpointing.interruption import Request, Requests
+
 BALLAST = bytes(range(256)) * 400_000  # 100 MB, which only the server makes
 
 
-def answer(what: str, report: Callable[[dict[str, Any]], None]) -> Any:
+def answer(what: str, report: Callable[[dict[str, Any]], None], requests: Requests) -> Any:
     """What the tests ask for."""
     if what == "facts":
         lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
@@ -32,6 +35,11 @@ def answer(what: str, report: Callable[[dict[str, Any]], None]) -> Any:
                 report({"count": told})
         except SystemExit:
             return told
+    if what == "wait":
+        report({"waits": True})
+        while (asked := requests.take()) is Request.NONE:
+            time.sleep(0.01)
+        return asked.name
     if what == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if what == "raise":

@@ -17,7 +17,6 @@ import select
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -30,6 +29,9 @@ from typing import Any, NoReturn
 
 import psutil
 from filelock import FileLock
+
+from next.temporary import own_temporary
+from next.training.checkpointing.interruption import Request, Requests
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -72,14 +74,17 @@ class Forked:
                     raise
 
     def _open(self, server: socket.socket) -> None:
-        with server:
-            socket.send_fds(server, [b"o"], [1, 2])
+        self._asks, heard = socket.socketpair()
+        with server, heard:
+            socket.send_fds(server, [b"o"], [1, 2, heard.fileno()])
             self._link = Connection(server.detach())
         self._link.send((dict(os.environ), str(Path.cwd())))
         self.pid: int = self._link.recv()
 
     def run(self, arguments: dict[str, Any], report: Report) -> Any:
         """Call the target there with ``arguments``, and with a ``report`` that calls this one.
+
+        Its ``requests`` are those that :meth:`ask` makes.
 
         ``SystemExit`` of ``report`` is raised there too; else it would go on.
 
@@ -105,9 +110,15 @@ class Forked:
                 f"killed it because memory ran out; otherwise its output says why"
             ) from None
 
+    def ask(self, request: Request) -> None:
+        """Make a request of the call that runs there, from any thread."""
+        with suppress(OSError):  # it has ended
+            self._asks.send(bytes([request]))
+
     def close(self) -> None:
         """Let it end."""
         self._link.close()
+        self._asks.close()
 
 
 @contextmanager
@@ -190,15 +201,8 @@ def _starting(address: Path) -> bool:
 
 def _address(key: str) -> Path:
     """Of the server's socket, in a folder that only this user may enter."""
-    folder = Path(tempfile.gettempdir()) / f"next-forkserver-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
-    if found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise RuntimeError(
-            f"{folder} must be a folder that only this user may enter, but it belongs to user "
-            f"{found.st_uid} with mode {found.st_mode & 0o7777:o}; remove it"
-        )
-    return folder / hashlib.sha256(f"{sys.executable} {key}".encode()).hexdigest()[:16]
+    name = hashlib.sha256(f"{sys.executable} {key}".encode()).hexdigest()[:16]
+    return own_temporary("next-forkserver") / name
 
 
 def _output(key: str) -> Path:
@@ -256,7 +260,8 @@ def _live(asker: socket.socket, function: Callable[..., Any]) -> NoReturn:
     """The life of a forked process."""
     code = 1
     try:
-        for own, given in zip((1, 2), socket.recv_fds(asker, 1, 2)[1], strict=True):
+        *outputs, asks = socket.recv_fds(asker, 1, 3)[1]
+        for own, given in zip((1, 2), outputs, strict=True):
             os.dup2(given, own)
             os.close(given)
         with closing(Connection(asker.detach())) as link:
@@ -265,8 +270,10 @@ def _live(asker: socket.socket, function: Callable[..., Any]) -> NoReturn:
             os.environ.update(environment)
             os.chdir(folder)
             threading.Thread(target=_end_with, args=(link.fileno(),), daemon=True).start()
+            requests = Requests()
+            threading.Thread(target=_hear, args=(asks, requests), daemon=True).start()
             link.send(os.getpid())
-            _answer(link, function)
+            _answer(link, function, requests)
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -276,7 +283,7 @@ def _live(asker: socket.socket, function: Callable[..., Any]) -> NoReturn:
         os._exit(code)  # what the server has at its exit is not this process's to end
 
 
-def _answer(link: Connection, function: Callable[..., Any]) -> None:
+def _answer(link: Connection, function: Callable[..., Any], requests: Requests) -> None:
     def report(content: dict[str, Any]) -> None:
         link.send(("report", content))
         if link.recv() == _END:
@@ -287,7 +294,12 @@ def _answer(link: Connection, function: Callable[..., Any]) -> None:
             arguments = link.recv()
         except EOFError:
             return
-        link.send(("done", function(**arguments, report=report)))
+        link.send(("done", function(**arguments, report=report, requests=requests)))
+
+
+def _hear(asks: int, requests: Requests) -> None:
+    while asked := os.read(asks, 1):
+        requests.make(Request(asked[0]))
 
 
 def _end_with(descriptor: int) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from next.training.checkpointing.interruption import Request
 from next.tuning.execution.forkserver import Forked, ForkedProcessError, forking
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -84,6 +85,18 @@ def test_a_report_is_heard_here_and_its_end_there():
         forked = Forked(key, TARGET)
         assert forked.run({"what": "count"}, report) == 3
         assert heard == [1, 2, 3]
+        forked.close()
+
+
+def test_a_request_reaches_the_call_that_runs_and_is_lost_on_one_that_has_ended():
+    with forking(TARGET) as key:
+        forked = Forked(key, TARGET)
+        for _ in range(2):
+            answer = forked.run({"what": "wait"}, lambda told: forked.ask(Request.CHECKPOINT))
+            assert answer == "CHECKPOINT"
+        psutil.Process(forked.pid).kill()
+        assert ends(forked.pid)
+        forked.ask(Request.CHECKPOINT)
         forked.close()
 
 
