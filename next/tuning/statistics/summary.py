@@ -44,8 +44,8 @@ class Summary(NamedTuple):
     others: tuple[str, ...]
     """Objectives after the first, which ranks."""
     winner: str
-    """Name of the best setting that the sampler drew, or of the default where that does not beat it
-    beyond the noise."""
+    """Name of the best setting that the sampler drew, or of the default where nothing shows that it
+    is better."""
     best_drawn: str
     """Name of the best setting that the sampler drew."""
     run: str
@@ -57,6 +57,8 @@ class Summary(NamedTuple):
     """The best drawn setting against the default, then against the next best."""
     basis: Basis | None
     """What the best run's val/mAP rests on; None: it kept no queries."""
+    kept_because: str
+    """Why the default is kept; empty: the best drawn setting is the winner."""
 
     def rests_on(self) -> str:
         """What scores on held-out identities rest on, in words; empty: not known."""
@@ -73,11 +75,11 @@ class Summary(NamedTuple):
 
     def advice(self) -> str:
         """What to do where nothing was gained; empty: take the winner."""
-        if self.winner == self.best_drawn:
+        if not self.kept_because:
             return ""
         return (
-            f"keep the default: nothing beats it beyond the noise ({self.best_drawn} is the best "
-            f"that was drawn), so it is the default that is assessed"
+            f"keep the default: {self.kept_because} ({self.best_drawn} is the best that was "
+            f"drawn), so it is the default that is assessed"
         )
 
     def noise(self) -> str:
@@ -132,8 +134,8 @@ def summarise(settings: Sequence[Setting], objectives: Mapping[str, str]) -> Sum
     """The winner, and what separates it from the default and the next best.
 
     A drawn setting that the noise does not separate from the default is no reason to leave the
-    default, which then is the winner. Where the noise is not known, or the default was not run to
-    its end, the best drawn setting is.
+    default, which then is the winner. Where the noise is not known, only a better score is one.
+    Where the default was not run to its end, the best drawn setting is the winner.
 
     Args:
         settings: best first, one of them with a score.
@@ -151,12 +153,8 @@ def summarise(settings: Sequence[Setting], objectives: Mapping[str, str]) -> Sum
         for other in others
         if other.finished and best.finished and other is not best
     ]
-    winner = best
-    for verdict in verdicts:
-        known = not math.isnan(verdict.difference.p_value)
-        beats = verdict.separated and verdict.difference.difference > 0
-        if verdict.theirs == DEFAULT and known and not beats:
-            (winner,) = (setting for setting in scored if setting.name == DEFAULT)
+    kept_because = _why_the_default(best, others, verdicts)
+    winner = others[0] if kept_because else best
     run = floor.best_run(winner, objectives)
     return Summary(
         first_metric(objectives),
@@ -168,7 +166,27 @@ def summarise(settings: Sequence[Setting], objectives: Mapping[str, str]) -> Sum
         floor,
         verdicts,
         _basis(run),
+        kept_because,
     )
+
+
+def _why_the_default(best: Setting, others: Sequence[Setting], verdicts: Sequence[Verdict]) -> str:
+    """Why the default is to be kept; empty: it is not, or it was not run to its end.
+
+    Args:
+        best: the best drawn setting, or the default where nothing was drawn.
+        others: what it is compared with, the default first if it has a score.
+        verdicts: of the comparisons that could be made.
+    """
+    if best.name == DEFAULT or not others or others[0].name != DEFAULT or not others[0].finished:
+        return ""
+    if not best.finished:
+        return "no other setting was trained to its end"
+    (verdict,) = (verdict for verdict in verdicts if verdict.theirs == DEFAULT)
+    better = verdict.difference.difference > 0
+    if math.isnan(verdict.difference.p_value):
+        return "" if better else "nothing has a better score, and the noise is not known"
+    return "" if better and verdict.separated else "nothing beats it beyond the noise"
 
 
 def _basis(run: Trial) -> Basis | None:

@@ -28,10 +28,41 @@ def test_a_setting_that_beats_the_default_beyond_the_noise_is_the_winner():
     assert (summary.winner, summary.run, summary.advice()) == ("trial-0001", "trial-0001", "")
 
 
-def test_where_the_noise_is_not_known_the_best_drawn_setting_is_the_winner():
-    summary = found(setting(DEFAULT, 60.0), setting("trial-0001", 55.0))
+@pytest.mark.parametrize("score", [55.0, 60.0], ids=["worse", "the same"])
+def test_where_the_noise_is_not_known_a_setting_that_is_not_better_leaves_the_default(score):
+    summary = found(setting(DEFAULT, 60.0), setting("trial-0001", score))
+    assert (summary.winner, summary.best_drawn) == (DEFAULT, "trial-0001")
+    assert (summary.run, summary.score) == ("default-seed0", 60.0), "what is assessed"
+    assert summary.lines()[-1] == (
+        "keep the default: nothing has a better score, and the noise is not known (trial-0001 is "
+        "the best that was drawn), so it is the default that is assessed"
+    )
+
+
+def test_where_the_noise_is_not_known_the_better_score_is_the_winner():
+    summary = found(setting(DEFAULT, 55.0), setting("trial-0001", 60.0))
     assert (summary.winner, summary.advice()) == ("trial-0001", "")
-    assert found(setting("trial-0001", 55.0)).winner == "trial-0001"
+    assert "the noise is not known" in summary.lines()[1], "and the verdict says what that is worth"
+    assert found(setting("trial-0001", 55.0)).winner == "trial-0001", "no default was run"
+
+
+def test_where_less_is_better_the_smaller_score_is_the_better_one():
+    less = {"val/mAP": "min"}
+    runs = [*setting(DEFAULT, 60.0).runs, *setting("trial-0001", 55.0).runs]
+    assert summarise(group(runs, less, {}), less).winner == "trial-0001"
+    runs = [*setting(DEFAULT, 55.0).runs, *setting("trial-0001", 60.0).runs]
+    assert summarise(group(runs, less, {}), less).winner == DEFAULT
+
+
+def test_settings_that_were_all_pruned_leave_the_default():
+    pruned = Setting("trial-0001", {"optim.lr": 1e-3}, [run("trial-0001", 70.0, state="pruned")])
+    summary = found(setting(DEFAULT, 60.0), pruned)
+    assert (summary.winner, summary.best_drawn) == (DEFAULT, "trial-0001")
+    assert summary.advice().startswith(
+        "keep the default: no other setting was trained to its end (trial-0001 is the best that"
+    )
+    unfinished = Setting(DEFAULT, {}, [run(DEFAULT, 60.0, of=DEFAULT, state="running")])
+    assert found(unfinished, setting("trial-0001", 55.0)).winner == "trial-0001"
 
 
 def test_over_folds_the_run_that_is_assessed_is_not_that_of_the_easiest_identities():
