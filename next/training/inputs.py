@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from next.model.towers.backbone import resolve_weights
 from next.model.towers.clip import text_side
 from next.model.towers.text import TextTower
 from next.training.pretraining.trained_on import check_unseen
+from next.training.weights import kept_weights
 
 
 class TrainingData(NamedTuple):
@@ -110,7 +111,12 @@ def resolve(config: RunConfig, manifest: Manifest, *, ranked: bool = True) -> Ru
                 f"leave it out"
             )
     folder = cache_root(config.data.cache) / "weights"
-    backbone = resolve_weights(config.model.backbone, folder, text=reads_text(config))
+    backbone = resolve_weights(
+        config.model.backbone,
+        folder,
+        text=reads_text(config),
+        kept=partial(kept_weights, config),
+    )
     weights = {
         f"model.backbone.{name}": getattr(backbone, name)
         for name in (

@@ -46,6 +46,7 @@ from next.training.results.mlflow_record import (
 from next.training.results.registration import register_best, write_card
 from next.training.results.report import FolderReporter
 from next.training.step.process import configure_torch, device
+from next.training.weights import keep_weights
 
 __all__ = [
     "RunResult",
@@ -323,6 +324,8 @@ def _train_on_ray(
     with open_run(**tracked) as run:
         record_inputs(run, config, manifest)
     try:
+        if on_cluster():
+            keep_weights(config)
         return train_on_workers(config, manifest, folder, checkpoints, tracked, assessed=True)
     except BaseException:
         with open_run(**tracked):  # which takes down how it ended

@@ -50,6 +50,7 @@ from next.training.pretraining.trained_on import check_unseen
 from next.training.results.assessment import Assessment
 from next.training.results.mlflow_record import record_assessment, record_inputs
 from next.training.results.registration import register_best, write_card
+from next.training.weights import keep_weights
 from next.tuning.execution.slots import Slots
 from next.tuning.execution.tuner import run_trials
 from next.tuning.folder import (
@@ -609,7 +610,9 @@ def _search_and_assess(it: _Sweep) -> SweepResult:
         for name in ("sweep.toml", "space.py"):
             parent.log_artifact(folder / name)
         set_up_comparison(parent, folder.name, it.manifest.benchmark.name, it.space, it.varied)
-        if not on_cluster():  # there, the first trial on a node does it for the others
+        if on_cluster():
+            keep_weights(base)
+        else:  # on a cluster the first trial on a node does it for the others
             progress.enter("opening the decoded cache and the text bank, once for all trials")
             if it.sweep.task == "pretraining":
                 prepare_pairs(base)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -167,7 +167,17 @@ def check_name(name: str) -> None:
     )
 
 
-def resolve_weights(config: BackboneConfig, folder: Path, *, text: bool = True) -> BackboneConfig:
+Kept = Callable[[str, str], Path | None]
+"""Brings a file of weights, known by name and SHA-256, to this machine; None: nobody has it."""
+
+
+def resolve_weights(
+    config: BackboneConfig,
+    folder: Path,
+    *,
+    text: bool = True,
+    kept: Kept = lambda file, sha256: None,
+) -> BackboneConfig:
     """A backbone whose weights are files with a hash, and whose activation is known.
 
     Called once, by the driver: what decides the network is in the result, and so in checkpoints.
@@ -176,21 +186,22 @@ def resolve_weights(config: BackboneConfig, folder: Path, *, text: bool = True) 
         config: names and tags, or files.
         folder: where weights of tags are kept, and fetched to.
         text: whether the text tower is needed too, where it is of another model.
+        kept: asked for weights that another machine resolved and that are not on this one.
 
     Raises:
         ValueError: an unknown model or tag, or a file that is not the one that its hash names.
         ConnectionError: weights that are not in ``folder`` cannot be fetched.
     """
     check_name(config.name)
-    found: dict[str, Any] = _resolved(config, folder)
+    found: dict[str, Any] = _resolved(config, folder, kept)
     side = text_side(config)
     if text and side is not config:
         check_name(side.name)
-        found |= {f"text_{name}": value for name, value in _resolved(side, folder).items()}
+        found |= {f"text_{name}": value for name, value in _resolved(side, folder, kept).items()}
     return config.model_copy(update=found)
 
 
-def _resolved(config: BackboneConfig, folder: Path) -> dict[str, str | None]:
+def _resolved(config: BackboneConfig, folder: Path, kept: Kept) -> dict[str, str | None]:
     clip, activation = is_clip(config.name), config.activation
     if config.pretrained is None:
         if clip and activation == "auto":
@@ -203,6 +214,11 @@ def _resolved(config: BackboneConfig, folder: Path) -> dict[str, str | None]:
         _check_readable(path, stat.st_size, stat.st_mtime_ns)
         if clip and activation == "auto":
             activation = file_activation(config.name, path, _known(config.name, folder))
+    elif (again := _resolved_before(config, folder, kept)) is not None:
+        path = again
+        if clip and activation == "auto":
+            tagged = is_tag(config)
+            activation = named_activation(config) if tagged else file_activation(config.name, path)
     else:
         model, tag = model_and_tag(config)
         assert tag is not None
@@ -216,6 +232,13 @@ def _resolved(config: BackboneConfig, folder: Path) -> dict[str, str | None]:
     if config.file != str(path):  # else whoever reads the file checks its hash
         check_hash(path, config.sha256)
     return found
+
+
+def _resolved_before(config: BackboneConfig, folder: Path, kept: Kept) -> Path | None:
+    """The file that another machine found, where this one has none of its name."""
+    if config.file is None or config.sha256 is None or (folder / Path(config.file).name).is_file():
+        return None
+    return kept(config.file, config.sha256)
 
 
 @lru_cache(maxsize=8)

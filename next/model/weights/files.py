@@ -15,6 +15,7 @@ import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -174,13 +175,29 @@ def same_content(one: Path, other: Path) -> bool:
     return one.samefile(other) or sha256(one) == sha256(other)
 
 
+def has_hash(path: Path, expected: str) -> bool:
+    """Whether there is a file of this hash; a file is read once in a process's life."""
+    return path.is_file() and _hash_of(path) == expected
+
+
+def _hash_of(path: Path) -> str:
+    found = path.stat()
+    return _read_once(path, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=8)
+def _read_once(path: Path, size: int, changed: int) -> str:
+    """The hash of a file, which size and time of change (nanoseconds) tell from another one."""
+    return sha256(path)
+
+
 def check_hash(path: Path, expected: str) -> None:
     """Refuse a file that is not the one that its hash names.
 
     Raises:
         ValueError: with both hashes.
     """
-    found = sha256(path)
+    found = _hash_of(path)
     if found != expected:
         raise ValueError(
             f"the weights in {path} must have SHA-256 {expected}, but have {found}; use the file "
@@ -210,7 +227,8 @@ def weights_path(config: BackboneConfig) -> Path:
     if not path.is_file():
         raise FileNotFoundError(
             f"the weights of {config.name} are not on this machine: {path} is missing; put them "
-            f"there, or keep data.cache on storage that all machines share"
+            f"there, set checkpoint.storage_path, by which they reach every machine of a cluster, "
+            f"or keep data.cache on storage that all machines share"
         )
     if config.sha256 is not None:
         check_hash(path, config.sha256)

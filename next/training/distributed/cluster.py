@@ -302,8 +302,13 @@ def require_shared(config: RunConfig, place: str | None) -> None:
 
 
 def places_seen_by_all(config: RunConfig) -> Seen:
-    """What each node of a cluster must see of a run: its shards and its weights."""
-    return {"data.uri": (str(config.data.uri), "manifest.json")} | _weights(config.model.backbone)
+    """What each node of a cluster must see of a run: its shards, and weights that no store brings.
+
+    From a store each node brings them by itself (:mod:`next.training.weights`).
+    """
+    shards = {"data.uri": (str(config.data.uri), "manifest.json")}
+    stored = config.checkpoint.storage_path is not None
+    return shards if stored else shards | _weights(config.model.backbone)
 
 
 def unseen_here(asked: Seen, written: str | None = None) -> str | None:
@@ -352,8 +357,9 @@ def _told(problems: dict[str, str], asked: Seen, node: str) -> str | None:
         if setting.startswith("model.backbone."):
             return (
                 f"the weights {'/'.join(asked[setting])} ({setting}) must be on every node of the "
-                f"cluster, but {node} does not have them; copy the file there, or keep it "
-                f"(or data.cache) on storage that all nodes mount"
+                f"cluster, but {node} does not have them; set checkpoint.storage_path, from which "
+                f"each node takes them, copy the file there, or keep it (or data.cache) on storage "
+                f"that all nodes mount"
             )
     if unseen:
         folders = ", ".join(asked[setting][0] for setting in unseen)

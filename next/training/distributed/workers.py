@@ -51,6 +51,7 @@ from next.training.results.assessment import PortableAssessment, assess
 from next.training.results.report import TrainReporter
 from next.training.step.process import configure_torch
 from next.training.step.step_log import NonFiniteLossError, RouterCollapseError
+from next.training.weights import bring_weights
 
 _log = logging.getLogger(__name__)
 
@@ -273,6 +274,7 @@ def _work(settings: dict[str, Any]) -> dict[str, Any]:
     try:
         with attached(channel, requests, forwards_logs=rank == 0), reporter:
             _log.info("training on %d worker%s", world, "" if world == 1 else "s")
+            config = bring_weights(config)
             outcome = train(
                 config,
                 training_data(config, open_manifest(str(config.data.uri))),

@@ -37,6 +37,7 @@ from next.training.pretraining.alignment import align, prepare_pairs
 from next.training.results.mlflow_record import data_tags, record_data, seed_tags
 from next.training.results.report import FolderReporter
 from next.training.step.process import configure_torch, device
+from next.training.weights import bring_weights
 from next.tuning.execution import workers
 from next.tuning.execution.deaths import LostProcessError
 from next.tuning.execution.forkserver import Report
@@ -114,6 +115,8 @@ def train_trial(
                 verb="read",
             )
         with _alone_in(own):  # a folder that was set aside took its lock along
+            if config.scaling.max_workers == 1:  # else each worker does it
+                config = bring_weights(config)
             ended = (
                 _on_workers(config, manifest, home, record, free_axes, report, needs, avoid)
                 if config.scaling.max_workers > 1
