@@ -8,22 +8,22 @@ none of ours.
 from __future__ import annotations
 
 import base64
+import glob
 import json
 import math
 import os
 import re
 import shlex
 import shutil
-import subprocess
 import threading
 import time
 import zlib
 from collections.abc import Mapping
-from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from next.addresses import redacted
 from next.config import RunConfig
 from next.doctor.finding import Finding, Inquiry
 from next.doctor.machine import GIB
@@ -38,6 +38,7 @@ _DRIVER = Path("/proc/driver/nvidia/version")
 _LEAST_DRIVER = {13: 580, 12: 525}
 """Branch of the NVIDIA driver that each major version of CUDA needs."""
 _CLOCK_SECONDS = 60.0
+_WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
 _asking = threading.Lock()
 _surveyed: dict[str, dict[str, Any] | str] = {}
 
@@ -91,6 +92,10 @@ def nodes(inquiry: Inquiry) -> Finding:
             "; ".join(found),
             "git pull && make .venv/.ready && sudo timedatectl set-ntp true  # on that node",
         )
+    silent = "; ".join(f"{address} {why}" for address, why in survey["silent"].items())
+    if silent:
+        again = "python jobs/doctor.py ...  # ask again; a node that hangs ends each job"
+        return Finding("nodes", "warning", silent, again)
     torch = driver["versions"]["torch"]
     return Finding("nodes", "ok", f"{len(others) + 1} nodes have the same versions: torch {torch}")
 
@@ -204,8 +209,41 @@ def gpu_driver(inquiry: Inquiry) -> Finding:
     return Finding("gpu driver", "ok", f"{listed}; CUDA {cuda} of torch needs {least}")
 
 
+def weights(inquiry: Inquiry) -> Finding:
+    """Whether the pretrained weights are where a job's driver runs, and reach the other nodes."""
+    backbone, store = inquiry.config.model.backbone, inquiry.config.checkpoint.storage_path
+    if backbone.pretrained is None:
+        return Finding("weights", "skipped", "the run begins with random weights")
+    listed = living_nodes()
+    if listed is None:
+        return Finding("weights", "skipped", "no cluster answers; the run finds its weights here")
+    survey = _survey(inquiry)
+    if isinstance(survey, str):
+        return Finding("weights", "warning", survey, "python jobs/doctor.py ...  # ask again")
+    is_file = Path(backbone.pretrained).suffix in _WEIGHTS
+    if is_file and not survey["weights"]:
+        return Finding(
+            "weights",
+            "error",
+            f"model.backbone.pretrained is {backbone.pretrained}, which is not on the head, where "
+            f"the driver of a job runs",
+            f"scp {backbone.pretrained} HEAD:{backbone.pretrained}",
+        )
+    where = ", ".join(survey["weights"]) or "not on the head, which fetches them when a job begins"
+    if len(listed) == 1 and survey["most"] is None:
+        return Finding("weights", "ok", where)
+    if store is not None:
+        return Finding("weights", "ok", f"{where}; each node takes them from {redacted(store)}")
+    return Finding(
+        "weights",
+        "error",
+        f"{where}; no store brings them to the other machines",
+        "--checkpoint.storage_path s3://BUCKET/checkpoints",
+    )
+
+
 def kernel(inquiry: Inquiry) -> Finding:
-    """Whether the compiled maker of batches is here, and goes with a job to the workers."""
+    """Whether the compiled maker of batches is here, and on the nodes beside their source."""
     if inquiry.config.scaling.use_gpu:
         return Finding("kernel", "skipped", "batches are made on the GPU")
     cost = "NumPy makes the same batches, in 18.7 ms instead of 14.9 for 64 samples of RGBNT201"
@@ -216,15 +254,27 @@ def kernel(inquiry: Inquiry) -> Finding:
             f"next/data/loading/_compose.so is not here; {cost}",
             "make .venv/.ready",
         )
-    if cluster_address() is not None and _is_ignored(_KERNEL):
+    if living_nodes() is None:
+        return Finding("kernel", "ok", "next/data/loading/_compose.so is compiled")
+    survey = _survey(inquiry)
+    if isinstance(survey, str):
+        return Finding("kernel", "warning", survey, "python jobs/doctor.py ...  # ask again")
+    nodes = {"the head": survey["driver"]} | survey["nodes"]
+    lacking = [address for address, node in nodes.items() if node["kernel"] is False]
+    if lacking:
         return Finding(
             "kernel",
             "warning",
-            f"ray job submit leaves next/data/loading/_compose.so behind, because git "
-            f"ignores it; on the workers {cost}",
-            "submit without --working-dir from an image or a checkout that has it",
+            f"next/data/loading/_compose.so is not on {', '.join(lacking)}; {cost}",
+            "make .venv/.ready  # on that node",
         )
-    return Finding("kernel", "ok", "next/data/loading/_compose.so is compiled")
+    having = sum(node["kernel"] is True for node in nodes.values())
+    return Finding(
+        "kernel",
+        "ok",
+        f"compiled here and on the {having} of {len(nodes)} nodes that have the project's source; "
+        f"a job that brings its own (--working-dir) leaves it behind, and {cost}",
+    )
 
 
 def driver_version(text: str) -> str | None:
@@ -245,22 +295,6 @@ def _cuda_version() -> str | None:
         return None
 
 
-def _is_ignored(path: Path) -> bool:
-    """Whether git leaves a file out, which is what Ray goes by."""
-    asked = ["git", "check-ignore", "--quiet", str(path)]
-    code = 128  # as where the project lies without its history
-    with suppress(OSError, subprocess.SubprocessError):
-        code = subprocess.run(
-            asked, cwd=_ROOT, check=False, timeout=5, stderr=subprocess.DEVNULL
-        ).returncode
-    rules = _ROOT / ".gitignore"
-    return (
-        "*.so" in rules.read_text(encoding="utf-8")
-        if code == 128 and rules.is_file()
-        else code == 0
-    )
-
-
 def _survey(inquiry: Inquiry) -> dict[str, Any] | str:
     """What the survey of the named cluster found, or why nothing came.
 
@@ -268,19 +302,34 @@ def _survey(inquiry: Inquiry) -> dict[str, Any] | str:
     """
     scaling = inquiry.config.scaling
     needs = {"CPU": scaling.cpus_per_worker} | ({"GPU": 1.0} if scaling.use_gpu else {})
-    key = f"{cluster_address()} {json.dumps(needs)}"
+    asked = {"needs": needs, "weights": _places_of_weights(inquiry.config)}
+    asked["seconds"] = SURVEY_SECONDS / 2
+    key = f"{cluster_address()} {json.dumps(asked)}"
     with _asking:
         if key not in _surveyed:
-            _surveyed[key] = _ask_for_survey(needs)
+            _surveyed[key] = _ask_for_survey(asked)
         return _surveyed[key]
 
 
-def _ask_for_survey(needs: Mapping[str, float]) -> dict[str, Any] | str:
+def _places_of_weights(config: RunConfig) -> list[str]:
+    """Patterns of the file of weights on a head: the one given, or a tag's in its cache."""
+    backbone = config.model.backbone
+    if backbone.pretrained is None:
+        return []
+    if Path(backbone.pretrained).suffix in _WEIGHTS:
+        return [glob.escape(backbone.pretrained)]
+    model, _, tag = backbone.name.partition(".")
+    root = Path(config.data.cache) if config.data.cache is not None else Path("~/.cache/next-reid")
+    name = f"{model}.{tag or backbone.pretrained}".replace("/", "-")
+    return [f"{root}/weights/{glob.escape(name)}.*"]
+
+
+def _ask_for_survey(asked: Mapping[str, Any]) -> dict[str, Any] | str:
     deadline = time.monotonic() + SURVEY_SECONDS
     source = (_ROOT / "next" / "training" / "distributed" / "nodes.py").read_bytes()
     packed = base64.b64encode(zlib.compress(source)).decode()
     code = f"import base64,zlib;exec(zlib.decompress(base64.b64decode('{packed}')))"
-    line = f"python -c {shlex.quote(code)} {shlex.quote(json.dumps(needs))}"
+    line = f"python -c {shlex.quote(code)} {shlex.quote(json.dumps(asked))}"
     begun = ask_cluster("/api/jobs/", {"entrypoint": line})
     if begun.status != 200:
         return f"the cluster takes no jobs from here (status {begun.status})"

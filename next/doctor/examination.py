@@ -23,6 +23,7 @@ CHECKS: dict[str, Callable[[Inquiry], Finding]] = {
     "gpu driver": cluster.gpu_driver,
     "kernel": cluster.kernel,
     "storage": cluster.storage,
+    "weights": cluster.weights,
     "databases": machine.databases,
     "tracking": services.tracking,
     "clock": services.clock,

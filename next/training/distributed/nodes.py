@@ -9,10 +9,12 @@ Needs nothing else of the project: the doctor has it run by a cluster that may h
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import importlib.util
 import json
 import math
+import os
 import platform
 import re
 import socket
@@ -35,6 +37,7 @@ CLOCK_SECONDS = 60.0
 """How far clocks may be apart: credentials of S3 and the curves of a run allow no more."""
 _HEAD = "node:__internal_head__"
 _LOOK_SECONDS = 60.0
+_KERNEL = ("data", "loading", "_compose.so")
 _ORIGIN = "raised_on"
 _PACKAGES = ("ray", "torch", "mlflow", "numpy", "pyarrow", "safetensors")
 
@@ -91,6 +94,17 @@ class Facts(NamedTuple):
     """Seconds since 1970."""
     gpu_driver: str | None = None
     """Version of the NVIDIA driver; None: there is none."""
+    kernel: bool | None = None
+    """Whether the compiled maker of batches is beside the project's source; None: no source."""
+
+
+class _Answers(NamedTuple):
+    """What the nodes beside this one said, by address."""
+
+    facts: dict[str, tuple[Facts, float, float]]
+    """With this node's clock before and after."""
+    silent: dict[str, str]
+    """Why there are none of a node that lives."""
 
 
 class Origin(NamedTuple):
@@ -198,11 +212,19 @@ def from_config(config: Mapping[str, Any]) -> Autoscaler:
 def require_alike() -> None:
     """Raise unless all nodes have this process's versions and, about, its clock.
 
+    A node that is lost meanwhile is left out.
+
     Raises:
-        ValueError: one has not; it is named, with what it has and what this process has.
+        ValueError: one has not, or lives and does not say; it is named.
     """
+    answers = _ask_all(_LOOK_SECONDS)
+    for address, why in answers.silent.items():
+        raise ValueError(
+            f"every node must have what the driver has, but node {address} {why}; mend that node, "
+            f"or take it out of the cluster"
+        )
     found = []
-    for address, (facts, sent, got) in _facts_of_nodes().items():
+    for address, (facts, sent, got) in answers.facts.items():
         found += [f"{address}: {problem}" for problem in differences(facts, own_facts(), sent, got)]
     if found:
         listed = "\n  ".join(found)
@@ -255,7 +277,9 @@ def own_facts() -> Facts:
     found = re.search(
         r"\s(\d+\.\d+(?:\.\d+)?)\s", driver.read_text(encoding="utf-8") if driver.is_file() else ""
     )
-    return Facts(_versions(), time.time(), found[1] if found else None)
+    roots = _roots()
+    kernel = any(Path(root, *_KERNEL).is_file() for root in roots) if roots else None
+    return Facts(_versions(), time.time(), found[1] if found else None, kernel)
 
 
 @cache
@@ -270,8 +294,7 @@ def _versions() -> dict[str, str]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = "missing"
-    spec = importlib.util.find_spec("next")
-    roots = list(spec.submodule_search_locations or []) if spec is not None else []
+    roots = _roots()
     digest = hashlib.sha256()
     for root in roots:
         for path in sorted(Path(root).rglob("*.py")):
@@ -280,16 +303,31 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def survey(needs: Mapping[str, float]) -> dict[str, Any]:
-    """For the doctor: facts of all nodes, and workers that the cluster holds at its largest."""
+def _roots() -> list[str]:
+    """Folders of the project's source."""
+    spec = importlib.util.find_spec("next")
+    return list(spec.submodule_search_locations or []) if spec is not None else []
+
+
+def survey(needs: Mapping[str, float], weights: Sequence[str], seconds: float) -> dict[str, Any]:
+    """For the doctor: facts of all nodes, and workers that the cluster holds at its largest.
+
+    Args:
+        needs: what each worker takes.
+        weights: patterns of files, one of which is wanted on this node, where a job's driver runs.
+        seconds: how long nodes may take to answer.
+    """
     most = most_that_fit(needs)
+    answers = _ask_all(seconds)
     return {
         "most": most if most is None or math.isfinite(most) else "unknown",
         "driver": own_facts()._asdict(),
+        "weights": [file for pattern in weights for file in glob.glob(os.path.expanduser(pattern))],
         "nodes": {
             address: facts._asdict() | {"clock": [facts.clock, sent, got]}
-            for address, (facts, sent, got) in _facts_of_nodes().items()
+            for address, (facts, sent, got) in answers.facts.items()
         },
+        "silent": answers.silent,
     }
 
 
@@ -303,26 +341,35 @@ def ask_facts(node: str) -> Any:
         ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
-def _facts_of_nodes() -> dict[str, tuple[Facts, float, float]]:
-    """Of each node beside this one by its address, and this one's clock before and after."""
-    # By its code and not by its name, which a node with another version may lack.
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    try:
-        here = ray.get_runtime_context().get_node_id()
-        sent = time.time()
-        asked: dict[str, Any] = {}
-        for node in _alive():
-            if node["NodeID"] != here:
-                name = node["NodeManagerAddress"]
-                if name in asked:  # a machine may be several nodes
-                    name = f"{name} ({node['NodeID'][:8]})"
-                asked[name] = on_node(node["NodeID"], own_facts)
-        return {
-            address: (ray.get(answer, timeout=_LOOK_SECONDS), sent, time.time())
-            for address, answer in asked.items()
-        }
-    finally:
-        ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+def _ask_all(seconds: float) -> _Answers:
+    """Ask each node beside this one for its facts."""
+    here = ray.get_runtime_context().get_node_id()
+    sent, deadline = time.time(), time.monotonic() + seconds
+    asked: dict[str, tuple[str, Any]] = {}
+    for node in _alive():
+        if node["NodeID"] != here:
+            name = node["NodeManagerAddress"]
+            if name in asked:  # a machine may be several nodes
+                name = f"{name} ({node['NodeID'][:8]})"
+            asked[name] = node["NodeID"], ask_facts(node["NodeID"])
+    answers = _Answers({}, {})
+    for address, (asked_node, answer) in asked.items():
+        try:
+            facts = ray.get(answer, timeout=max(deadline - time.monotonic(), 0.0))
+        except ray.exceptions.RayError as error:
+            if asked_node in {node["NodeID"] for node in _alive()}:
+                answers.silent[address] = _why_silent(error, seconds)
+        else:
+            answers.facts[address] = facts, sent, time.time()
+    return answers
+
+
+def _why_silent(error: Exception, seconds: float) -> str:
+    if isinstance(error, ray.exceptions.GetTimeoutError):
+        return f"did not say within {seconds:.0f} s what it has"
+    cause = getattr(error, "cause", None) or error
+    first = (str(cause).strip().splitlines() or [""])[0][:200]
+    return f"raised {type(cause).__name__} where it was asked what it has: {first}"
 
 
 def _alive() -> list[dict[str, Any]]:
@@ -338,4 +385,4 @@ def on_node(node: str, function: Any, *arguments: Any) -> Any:
 
 if __name__ == "__main__":
     ray.init(address="auto", log_to_driver=False)
-    sys.stdout.write(json.dumps(survey(json.loads(sys.argv[1]))) + "\n")
+    sys.stdout.write(json.dumps(survey(**json.loads(sys.argv[1]))) + "\n")
