@@ -302,8 +302,11 @@ def _survey(inquiry: Inquiry) -> dict[str, Any] | str:
     """
     scaling = inquiry.config.scaling
     needs = {"CPU": scaling.cpus_per_worker} | ({"GPU": 1.0} if scaling.use_gpu else {})
-    asked = {"needs": needs, "weights": _places_of_weights(inquiry.config)}
-    asked["seconds"] = SURVEY_SECONDS / 2
+    asked: dict[str, Any] = {
+        "needs": needs,
+        "weights": _places_of_weights(inquiry.config),
+        "seconds": SURVEY_SECONDS / 2,
+    }
     key = f"{cluster_address()} {json.dumps(asked)}"
     with _asking:
         if key not in _surveyed:
