@@ -15,14 +15,12 @@ export PYTHONDONTWRITEBYTECODE :=
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
-$(VENV)/.ready: requirements.txt pyproject.toml next/data/loading/compose.c
+$(VENV)/.ready: requirements.txt pyproject.toml
 	@echo "setting up $(VENV) (one to three minutes and 7 GB)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	grep -E '$(LARGE)' requirements.txt | $(PIP) -r /dev/stdin & \
 	  grep -vE '$(LARGE)' requirements.txt | $(PIP) -r /dev/stdin && wait $$!
 	$(PIP) --no-build-isolation -e .
-	cc -O3 -ffp-contract=off -shared -fPIC -o next/data/loading/_compose.so next/data/loading/compose.c \
-	  || echo "no C compiler: batches on a CPU are made by NumPy, slower, to the same bits"
 	@touch $@
 
 demo: $(VENV)/.ready ## the main job on embedded defaults: benchmark, shards, sweep, test, pictures

@@ -33,7 +33,6 @@ from next.storage import network_mount, open_folder
 SURVEY_SECONDS = 8.0
 """How long the job on the cluster may take; a machine that is busy takes longer to start it."""
 _ROOT = Path(__file__).resolve().parents[2]
-_KERNEL = _ROOT / "next" / "data" / "loading" / "_compose.so"
 _DRIVER = Path("/proc/driver/nvidia/version")
 _LEAST_DRIVER = {13: 580, 12: 525}
 """Branch of the NVIDIA driver that each major version of CUDA needs."""
@@ -239,41 +238,6 @@ def weights(inquiry: Inquiry) -> Finding:
         "error",
         f"{where}; no store brings them to the other machines",
         "--checkpoint.storage_path s3://BUCKET/checkpoints",
-    )
-
-
-def kernel(inquiry: Inquiry) -> Finding:
-    """Whether the compiled maker of batches is here, and on the nodes beside their source."""
-    if inquiry.config.scaling.use_gpu:
-        return Finding("kernel", "skipped", "batches are made on the GPU")
-    cost = "NumPy makes the same batches, in 18.7 ms instead of 14.9 for 64 samples of RGBNT201"
-    if not _KERNEL.is_file():
-        return Finding(
-            "kernel",
-            "warning",
-            f"next/data/loading/_compose.so is not here; {cost}",
-            "make .venv/.ready",
-        )
-    if living_nodes() is None:
-        return Finding("kernel", "ok", "next/data/loading/_compose.so is compiled")
-    survey = _survey(inquiry)
-    if isinstance(survey, str):
-        return Finding("kernel", "warning", survey, "python jobs/doctor.py ...  # ask again")
-    nodes = {"the head": survey["driver"]} | survey["nodes"]
-    lacking = [address for address, node in nodes.items() if node["kernel"] is False]
-    if lacking:
-        return Finding(
-            "kernel",
-            "warning",
-            f"next/data/loading/_compose.so is not on {', '.join(lacking)}; {cost}",
-            "make .venv/.ready  # on that node",
-        )
-    having = sum(node["kernel"] is True for node in nodes.values())
-    return Finding(
-        "kernel",
-        "ok",
-        f"compiled here and on the {having} of {len(nodes)} nodes that have the project's source; "
-        f"a job that brings its own (--working-dir) leaves it behind, and {cost}",
     )
 
 

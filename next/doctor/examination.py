@@ -21,7 +21,6 @@ CHECKS: dict[str, Callable[[Inquiry], Finding]] = {
     "capacity": cluster.capacity,
     "shared memory": machine.shared_memory,
     "gpu driver": cluster.gpu_driver,
-    "kernel": cluster.kernel,
     "storage": cluster.storage,
     "weights": cluster.weights,
     "databases": machine.databases,

@@ -248,15 +248,6 @@ def test_the_certificate_is_there_when_the_page_copies_it():
     assert composed["services"]["tls"]["healthcheck"]["test"] == ["CMD", "test", "-s", path]
 
 
-def test_the_image_holds_the_compiled_kernel():
-    text = (DEPLOY / "Dockerfile").read_text()
-    made = re.search(r"cc (.*) -o /_compose.so", text)
-    assert made is not None
-    assert made[1] in (DEPLOY.parent / "Makefile").read_text(), "compiled as on a machine"
-    copied = text.index("COPY --from=kernel /_compose.so ./next/data/loading/_compose.so")
-    assert copied > text.index("COPY next ./next")
-
-
 def test_the_jobs_flags_are_flags_of_the_training(demo_shards):
     from jobs.train import TrainJob
     from next.cli import parse

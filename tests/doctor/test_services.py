@@ -261,26 +261,13 @@ def test_an_nvidia_driver_that_is_too_old_for_the_cuda_of_torch_is_found(monkeyp
 @pytest.fixture
 def surveyed(monkeypatch) -> dict:
     """What two nodes of a cluster told the survey, beside their head."""
-    told = {"kernel": True, "gpu_driver": None, "versions": {"torch": "2.15.0"}}
+    told = {"gpu_driver": None, "versions": {"torch": "2.15.0"}}
     nodes = {f"10.0.0.{number}": told | {"clock": [0.0, 0.0, 0.0]} for number in (2, 3)}
     survey = {"most": None, "driver": dict(told), "weights": [], "nodes": nodes, "silent": {}}
     listed = [{"resources_total": {"CPU": 2.0}, "is_head_node": one == 0} for one in range(3)]
     monkeypatch.setattr(cluster, "living_nodes", lambda: listed)
     monkeypatch.setattr(cluster, "_survey", lambda inquiry: survey)
     return survey
-
-
-def test_a_node_without_the_compiled_kernel_is_named(surveyed, monkeypatch, tmp_path):
-    monkeypatch.setattr(cluster, "_KERNEL", tmp_path / "_compose.so")
-    cluster._KERNEL.touch()
-    found = cluster.kernel(inquire())
-    assert found.verdict == "ok"
-    assert "on the 3 of 3 nodes that have the project's source" in found.found
-    surveyed["nodes"]["10.0.0.2"]["kernel"] = None  # where nothing but Ray is installed
-    surveyed["nodes"]["10.0.0.3"]["kernel"] = False
-    found = cluster.kernel(inquire())
-    assert (found.verdict, found.mend) == ("warning", "make .venv/.ready  # on that node")
-    assert "_compose.so is not on 10.0.0.3; NumPy makes" in found.found
 
 
 def test_a_node_that_does_not_answer_the_survey_is_named(surveyed):
@@ -317,15 +304,3 @@ def test_a_head_that_would_train_and_results_that_stay_on_it_are_found(surveyed,
     found = cluster.storage(inquire({"run.storage_path": str(tmp_path)}))
     assert found.verdict == "error"
     assert f"checkpoints go to the local folder {tmp_path} and the cluster has 3 no" in found.found
-
-
-def test_a_compiled_kernel_that_is_missing_here_is_found(monkeypatch, tmp_path):
-    monkeypatch.setattr(cluster, "_KERNEL", tmp_path / "_compose.so")
-    found = cluster.kernel(inquire())
-    assert (found.verdict, found.mend) == ("warning", "make .venv/.ready")
-    assert "18.7 ms instead of 14.9" in found.found
-    ours = Path(cluster.__file__).parents[1] / "data" / "loading" / "_compose.so"
-    monkeypatch.setattr(cluster, "_KERNEL", ours)
-    if not ours.is_file():
-        pytest.skip("it was not compiled here")
-    assert cluster.kernel(inquire()).verdict == "ok"

@@ -12,10 +12,8 @@ same bits.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -182,18 +180,12 @@ def compose(
     targets = [pixels for sample in chosen.tolist() for pixels in out[sample]]
     fits = all(one.shape == out.shape[2:] and one.dtype == np.uint8 for one in sources)
     if not fits or len(sources) != len(targets) or out.shape[4] != 3 or out.dtype != np.float32:
-        # C would read and write beyond them.
         raise ValueError(
             f"images must be uint8 and out float32 {list(out.shape)}, for three channels, but "
             f"got {len(sources)} images for {len(targets)} places, the first "
             f"{sources[0].dtype if sources else ''} {list(sources[0].shape) if sources else []}, "
             f"and out {out.dtype}"
         )
-    if _KERNEL is not None and out.flags.c_contiguous:
-        # One call for all images, during which other threads go on.
-        size = (len(targets), *out.shape[2:4])
-        _KERNEL(_addresses(sources), plan, _addresses(targets), *size, shift, scale)
-        return
     for image, numbers, pixels in zip(sources, plan.tolist(), targets, strict=True):
         there, flip, down, right, top, left, tall, wide = numbers
         if not there:
@@ -203,26 +195,6 @@ def compose(
         pixels -= shift
         pixels *= scale
         pixels[top : top + tall, left : left + wide] = 0
-
-
-def _kernel() -> Any:
-    """``compose.c`` if it was compiled here (``make`` does if there is a compiler), else None."""
-    try:
-        kernel: Any = ctypes.CDLL(str(Path(__file__).with_name("_compose.so"))).compose
-    except OSError:
-        return None
-    places = np.ctypeslib.ndpointer(np.uintp, ndim=1, flags="C_CONTIGUOUS")
-    plan = np.ctypeslib.ndpointer(np.int64, ndim=2, flags="C_CONTIGUOUS")
-    sizes, factors = [ctypes.c_int64] * 3, [ctypes.c_float] * 2
-    kernel.argtypes, kernel.restype = [places, plan, places, *sizes, *factors], None
-    return kernel
-
-
-_KERNEL = _kernel()
-
-
-def _addresses(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    return np.array([one.__array_interface__["data"][0] for one in arrays], dtype=np.uintp)
 
 
 def _place(out: np.ndarray, image: np.ndarray, flip: int, down: int, right: int) -> None:

@@ -31,7 +31,6 @@ from next.data.loading.augment import Drawn, compose, draw, drop_modalities, fin
 from next.data.loading.cache import cache_root, open_cache
 from next.data.loading.decoding import Progress, Resize
 from next.data.loading.samples import PartedImages, SampleSet
-from next.data.loading.workspace import Workspace
 from next.data.shards.reader import Manifest
 
 _log = logging.getLogger(__name__)
@@ -265,7 +264,6 @@ class _Maker:
         self.samples = samples
         self.config = config
         self.device = _numbered(device)
-        self.workspace = Workspace()
         self.threads = torch.get_num_threads()
         self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="images")
 
@@ -302,7 +300,7 @@ class _Maker:
     def _on_cpu(self, rows: np.ndarray, present: np.ndarray, drawn: Drawn | None) -> Tensor:
         stored = self.samples.stored(rows)
         shape = self.shape(len(rows))
-        images = self.workspace.lend(shape)
+        images = torch.empty(shape)
         fill = partial(
             compose,
             stored,
@@ -317,7 +315,7 @@ class _Maker:
         return images.movedim(-1, -3)
 
     def _on_device(self, rows: np.ndarray, present: np.ndarray, drawn: Drawn | None) -> Tensor:
-        pixels = self.samples.pixels(rows, self.workspace).to(self.device)
+        pixels = self.samples.pixels(rows).to(self.device)
         images = finish(move(pixels, drawn), drawn, self.config.data.mean, self.config.data.std)
         if not present.all():
             images[torch.from_numpy(~present).to(self.device)] = 0
@@ -329,8 +327,7 @@ class _Maker:
         On a GPU a thread prepares the next one while one is used, and its error is raised where its
         batch would have come. It works on a stream of its own: on the training's, its copies would
         wait for the kernels of the step before them. On a CPU a thread would only take time from
-        the training: a batch is prepared when it is asked for, and one that is let go of first
-        lends its memory to it.
+        the training: a batch is prepared when it is asked for.
         """
         with self.pool, ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
             if self.device.type != "cuda":

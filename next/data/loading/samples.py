@@ -15,7 +15,6 @@ from torch import Tensor
 from next.config import near_matches
 from next.data.captions import CaptionSampler
 from next.data.labels import Labels
-from next.data.loading.workspace import Workspace
 
 
 class PartedImages:
@@ -205,17 +204,11 @@ class SampleSet:
         found = (images[row] for row in self.rows[rows].tolist())
         return [[image[column] for column in self.columns] for image in found]
 
-    def pixels(self, rows: np.ndarray, workspace: Workspace | None = None) -> Tensor:
-        """Decoded images of ``rows``, uint8 ``[B, M, H, W, 3]``.
-
-        Args:
-            rows: ``[B]`` rows of this set.
-            workspace: holds the result until its next use; None: new memory.
-        """
+    def pixels(self, rows: np.ndarray) -> Tensor:
+        """Decoded images of ``rows`` ``[B]``, uint8 ``[B, M, H, W, 3]``."""
         _, all_modalities, *shape = self.images.shape
         image = self.rows[rows][:, None] * all_modalities + np.asarray(self.columns)
-        workspace = workspace or Workspace()
-        found = workspace.keep("pixels", (*image.shape, *shape), torch.uint8)
+        found = torch.empty((*image.shape, *shape), dtype=torch.uint8)
         if isinstance(self.images, PartedImages):
             for place, images in zip(found.numpy(), self.stored(rows), strict=True):
                 np.stack(images, out=place)

@@ -37,7 +37,6 @@ CLOCK_SECONDS = 60.0
 """How far clocks may be apart: credentials of S3 and the curves of a run allow no more."""
 _HEAD = "node:__internal_head__"
 _LOOK_SECONDS = 60.0
-_KERNEL = ("data", "loading", "_compose.so")
 _ORIGIN = "raised_on"
 _PACKAGES = ("ray", "torch", "mlflow", "numpy", "pyarrow", "safetensors")
 
@@ -94,8 +93,6 @@ class Facts(NamedTuple):
     """Seconds since 1970."""
     gpu_driver: str | None = None
     """Version of the NVIDIA driver; None: there is none."""
-    kernel: bool | None = None
-    """Whether the compiled maker of batches is beside the project's source; None: no source."""
 
 
 class _Answers(NamedTuple):
@@ -277,9 +274,7 @@ def own_facts() -> Facts:
     found = re.search(
         r"\s(\d+\.\d+(?:\.\d+)?)\s", driver.read_text(encoding="utf-8") if driver.is_file() else ""
     )
-    roots = _roots()
-    kernel = any(Path(root, *_KERNEL).is_file() for root in roots) if roots else None
-    return Facts(_versions(), time.time(), found[1] if found else None, kernel)
+    return Facts(_versions(), time.time(), found[1] if found else None)
 
 
 @cache

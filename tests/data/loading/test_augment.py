@@ -10,7 +10,6 @@ from next.config import AugmentConfig
 from next.data.draws import uniform
 from next.data.loading.augment import (
     ERASE_ATTEMPTS,
-    _kernel,
     augment,
     compose,
     draw,
@@ -97,18 +96,6 @@ def test_equals_the_naive_loop_over_images(modalities, flip, pad, erase, shared,
     np.testing.assert_allclose(result.numpy(), expected, atol=1e-6)
 
 
-@pytest.fixture(params=["compiled", "NumPy"], scope="module")
-def implementation(request):
-    """Both ways in which a CPU makes a batch."""
-    if request.param == "compiled" and _kernel() is None:
-        pytest.skip("compose.c was not compiled here")
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "NumPy":
-            patch.setattr("next.data.loading.augment._KERNEL", None)
-        yield
-
-
-@pytest.mark.usefixtures("implementation")
 @settings(deadline=None, max_examples=30)
 @given(
     st.integers(0, 30), st.booleans(), st.integers(0, 9), st.booleans(), st.sampled_from([8, 300])
@@ -126,7 +113,6 @@ def test_image_by_image_gives_the_bits_of_the_whole_batch_at_once(
     assert torch.equal(torch.from_numpy(out).movedim(-1, -3), expected)
 
 
-@pytest.mark.usefixtures("implementation")
 def test_an_absent_image_is_zero_whatever_lies_in_its_place():
     images, present = pictures(2).numpy(), np.asarray([[True, False, True], [False, True, True]])
     out = np.full(images.shape, np.nan, dtype=np.float32)
@@ -135,7 +121,6 @@ def test_an_absent_image_is_zero_whatever_lies_in_its_place():
     assert (out[present] != 0).all()
 
 
-@pytest.mark.usefixtures("implementation")
 def test_what_does_not_fit_the_batch_is_refused_before_its_memory_is_read():
     images = pictures(2).numpy()
     out = np.full(images.shape, np.nan, dtype=np.float32)
