@@ -28,7 +28,7 @@ demo: $(VENV)/.ready ## the main job on embedded defaults: benchmark, shards, sw
 	MALLOC_ARENA_MAX=1 $(BIN)/python jobs/demo.py
 
 test: style ## lint, types and every test but the jobs of test-network
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs -n 3 --dist loadgroup --no-loadscope-reorder -m "not cluster"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rsfE -n 3 --dist loadgroup --no-loadscope-reorder -m "not cluster"
 
 test-fast: $(VENV)/.ready ## the tests that take less than ten seconds each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"

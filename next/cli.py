@@ -62,7 +62,7 @@ def parse(job: type[Job], argv: Sequence[str], *, default: Job | None = None) ->
     settings: dict[str, Any] = {} if default is None else {"default": default}
     parsed = tyro.cli(
         job,
-        args=argv,
+        args=[_underscored(word) for word in argv],
         prog=Path(sys.argv[0]).name,
         description=inspect.cleandoc(job.__doc__ or ""),
         use_underscores=True,
@@ -390,3 +390,11 @@ def _end(said: str, code: int) -> int:
     sys.stderr.flush()
     _log.debug("%s", traceback.format_exc())
     return code
+
+
+def _underscored(word: str) -> str:
+    """``--dry-run`` as ``--dry_run``: tyro takes both, and knows near matches of the latter."""
+    if not word.startswith("--"):
+        return word
+    flag, equals, value = word.partition("=")
+    return "--" + flag[2:].replace("-", "_") + equals + value

@@ -113,9 +113,9 @@ def exposed(home: Path) -> Iterator[Exposed]:
 
 
 def looks(over: threading.Event, seconds: float) -> Iterator[None]:
-    """So many seconds apart until it is over, and on a busy machine for a tenth of the time."""
+    """So many seconds apart until it is over; more where a look takes long, up to a second."""
     took = 0.0
-    while not over.wait(max(seconds, 9 * took)):
+    while not over.wait(max(seconds, min(9 * took, 1.0))):
         began = time.monotonic()
         yield
         took = time.monotonic() - began

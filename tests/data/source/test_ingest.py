@@ -512,7 +512,7 @@ def _log(caplog):
         ("12345678901234567890_c1.jpg", r"the pid in .* must be at most 9223372036854775807"),
         ("000003_c12345678901234.jpg", r"the camera in .* must be at most 65535, but is 1234567"),
         ("000003_c1_s99999999999.jpg", r"the scene in .* must be at most 2147483647"),
-        (f"{'7' * 200}_c1.jpg", r"but is 7{40}; mend grammar\.pattern in the card, or number"),
+        (f"{'7' * 200}_c1.jpg", r"but is 7{40}; mend grammar\.pattern in the card, or give"),
     ],
 )
 def test_a_number_that_is_too_large_is_refused_by_the_file_that_has_it(
