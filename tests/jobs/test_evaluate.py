@@ -136,6 +136,7 @@ def test_two_workers_come_to_the_bits_of_one_process(job, flags, capsys, tmp_pat
         assert own[0].read_bytes() == own[1].read_bytes(), name
 
 
+@pytest.mark.cluster  # two starts of two workers
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(600)  # by themselves the others would wait for half an hour
