@@ -79,7 +79,6 @@ from pathlib import Path
 
 import optuna
 
-import next
 from next.config import RunConfig, override
 from next.doctor import examination
 from next.doctor.finding import Inquiry
@@ -111,7 +110,7 @@ examination.CHECKS.clear()
 examination.CHECKS["swap"] = check
 table = examination.table(examination.examine(Inquiry(config, out)))
 drawn_files = [path.name for path in pictures if path.exists()]
-print(json.dumps([next.__path__[0], sorted(drawn), drawn_files, table]))
+print(json.dumps([str(Path(examination.__file__).parents[1]), sorted(drawn), drawn_files, table]))
 """
 
 
